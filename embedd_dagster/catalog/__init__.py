@@ -1,0 +1,1 @@
+"""The control database: what should be, what is being done, what is live."""

@@ -1,0 +1,1 @@
+"""What the product means. Pure: no I/O, no clock, no vendor, no Dagster."""

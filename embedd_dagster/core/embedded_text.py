@@ -1,0 +1,118 @@
+"""Row → embedded text, and row → metadata: the one text form of every value, the same from every source.
+
+===================  =====================================================================================
+value                text
+===================  =====================================================================================
+text                 itself; NUL is dropped, a lone surrogate becomes U+FFFD
+boolean              ``true`` / ``false``
+integer, numeric     digits, no exponent, the scale kept: ``19.90``
+floating point       shortest form that reads back the same: ``0.1``; NaN and infinities count as null
+date, time           ISO 8601: ``2024-02-29``, ``13:37:00``
+timestamp            ISO 8601, one with a zone in UTC: ``2024-02-29T13:37:00Z``
+interval             seconds as ISO 8601: ``PT5400S``
+UUID                 lower case with hyphens
+array of scalars     the elements, joined by ``, ``; nulls left out
+JSON, other arrays   compact JSON, keys sorted
+binary               hexadecimal
+===================  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from hashlib import blake2b
+from typing import Any
+from uuid import UUID
+
+from embedd_dagster.core.vector_table import Column, FilterType
+from embedd_dagster.errors import ValueOutOfRange
+
+MAX_INTEGER = 2**63 - 1
+
+
+def clean_text(text: str) -> str:
+    """The text without what stores and providers refuse: NUL dropped, lone surrogates replaced."""
+    if "\x00" in text:
+        text = text.replace("\x00", "")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def render_value(value: Any) -> str | None:  # noqa: C901, PLR0911, PLR0912 - one table of types, best read at once
+    """The value's one text form (see the module), or None for null, NaN and infinities."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else None
+    if isinstance(value, Decimal):
+        return f"{value:f}" if value.is_finite() else None
+    if isinstance(value, datetime):
+        if value.tzinfo is None:
+            return value.isoformat()
+        return value.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z"
+    if isinstance(value, date | time):
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return f"PT{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "S"
+    if isinstance(value, UUID):
+        return str(value)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return bytes(value).hex()
+    if isinstance(value, list | tuple) and not any(isinstance(item, list | tuple | dict) for item in value):
+        return ", ".join(text for item in value if (text := render_value(item)) is not None)
+    if isinstance(value, list | tuple | dict):
+        return clean_text(
+            json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=render_value)
+        )
+    return clean_text(str(value))
+
+
+def compose_text(columns: Sequence[Column], values: Sequence[Any]) -> str:
+    """The text of a row: each value behind its `name_prefix`, joined by newlines; "" where there is nothing to embed.
+
+    `columns` are the embedding columns in their order (`VectorConfiguration.embedding_columns`), `values` stand beside
+    them. Null and blank values are left out with their prefix.
+    """
+    parts = []
+    for column, value in zip(columns, values, strict=True):
+        text = value if type(value) is str and "\x00" not in value and value.isascii() else render_value(value)
+        if text and not text.isspace():
+            parts.append(f"{column.name_prefix}{text}" if column.name_prefix else text)
+    return "\n".join(parts)
+
+
+def text_hash(text: str) -> int:
+    """A signed 64-bit hash of an embedded text (BLAKE2b): equal texts with one model and dimensions share a vector."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
+def metadata_value(value: Any, filter_type: FilterType) -> str | int | float | bool | None:
+    """The value as it is stored and filtered by, or None for null. Raises ValueOutOfRange where the type cannot hold it."""
+    if value is None:
+        return None
+    if filter_type is FilterType.KEYWORD:
+        return render_value(value)
+    if filter_type is FilterType.BOOLEAN:
+        return bool(value)
+    if filter_type is FilterType.FLOAT:
+        number = float(value)
+        return number if math.isfinite(number) else None
+    if isinstance(value, float | Decimal) and not math.isfinite(value):
+        return None
+    whole = int(value)
+    if whole != value or not -MAX_INTEGER - 1 <= whole <= MAX_INTEGER:
+        raise ValueOutOfRange("A value is no whole number of at most 64 bits, as filter_type `integer` requires.")
+    return whole

@@ -1,0 +1,77 @@
+"""Primary keys: the Python types they have, their one text form, and the point ids made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Final
+from uuid import UUID, uuid5
+
+Key = int | str | Decimal | UUID | datetime | date
+"""A primary key as the source's driver gives it. Timestamps with a zone are in UTC."""
+
+_POINT_NAMESPACE: Final = UUID("8b0f6a52-3a5e-5f0e-9a34-6d1f6f6e6264")
+
+
+def encode_key(key: Key) -> str:
+    """The key as type-tagged text: `i:42`, `s:abc`. Equal keys of the source have equal texts, others never."""
+    if isinstance(key, bool):
+        raise TypeError("a boolean is no primary key")
+    if isinstance(key, int):
+        return f"i:{key}"
+    if isinstance(key, str):
+        return f"s:{key}"
+    if isinstance(key, Decimal):
+        # 1.0 and 1.00 are one key to the database
+        return f"n:{key.normalize():f}" if key.is_finite() else f"n:{key}"
+    if isinstance(key, UUID):
+        return f"u:{key}"
+    if isinstance(key, datetime):
+        return f"t:{key.isoformat()}"
+    if isinstance(key, date):
+        return f"d:{key.isoformat()}"
+    raise TypeError(f"{type(key).__name__} is no primary key type")
+
+
+_DECODERS: Final[dict[str, Callable[[str], Key]]] = {
+    "i": int,
+    "s": str,
+    "n": Decimal,
+    "u": UUID,
+    "t": datetime.fromisoformat,
+    "d": date.fromisoformat,
+}
+
+
+def decode_key(text: str) -> Key:
+    """The key that `encode_key` gave this text for. Raises ValueError for any other text."""
+    tag, separator, rest = text.partition(":")
+    decoder = _DECODERS.get(tag)
+    if not separator or decoder is None:
+        raise ValueError("not an encoded key")
+    try:
+        return decoder(rest)
+    except ArithmeticError as error:  # decimal.InvalidOperation
+        raise ValueError("not an encoded key") from error
+
+
+def render_key(key: Key) -> int | float | str:
+    """The key as a JSON value: a number where JSON can hold it exactly, else its text."""
+    if isinstance(key, int | str):
+        return key
+    if isinstance(key, Decimal):
+        if not key.is_finite():
+            return str(key)
+        if key == key.to_integral_value():
+            return int(key)
+        as_float = float(key)
+        return as_float if Decimal(repr(as_float)) == key else f"{key.normalize():f}"
+    if isinstance(key, UUID):
+        return str(key)
+    return key.isoformat()
+
+
+def point_id(vector_table_id: str, encoded_key: str) -> UUID:
+    """The point id of a row: UUIDv5 (RFC 9562) of the vector table and the type-tagged key."""
+    return uuid5(_POINT_NAMESPACE, f"{vector_table_id}/{encoded_key}")

@@ -1,0 +1,1 @@
+"""Embedding providers, one file each; `open_embedder` is the registry."""

@@ -1,0 +1,1 @@
+"""Source databases, one file each; `open_source` is the registry."""

@@ -1,0 +1,1 @@
+"""Vector stores, one file each; `open_store` is the registry."""

@@ -1,0 +1,97 @@
+"""What a vector store must be able to do: keep versioned sets of points, search them, and publish one atomically.
+
+A vector table's vectors live in *sets*, one per version (`core.rows.VectorSet`). A set is built beside the live one and
+then published under the table's public name. Every method but `search` is idempotent, so a killed run may repeat it.
+Stores raise only: VectorStoreUnavailable (try again), VectorStoreRejected, SourceAccessDenied (platform mode).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+from embedd_dagster.core.filters import Filter
+from embedd_dagster.core.keys import Key
+from embedd_dagster.core.rows import Fingerprint, Hit, PointBatch, Vectors, VectorSet
+
+
+class Store(Protocol):
+    """An open vector store. Safe to use from several threads."""
+
+    def check(self) -> None:
+        """Returns when the store answers and sets could be made in it."""
+        ...
+
+    def create(self, vector_set: VectorSet) -> None:
+        """An empty set, ready for bulk load: nothing is indexed yet that is dearer to keep than to build at the end.
+
+        A set that is there already is kept with its points.
+        """
+        ...
+
+    def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
+        """Writes the points, whole, durably; a point of the same key is replaced. All or nothing is not promised."""
+        ...
+
+    def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
+        """Removes the points of these keys; keys without a point are ignored."""
+        ...
+
+    def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
+        """The fingerprint of every point whose `bits`-bit bucket is among `buckets` (None: of every point)."""
+        ...
+
+    def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
+        """For each of these keys that has a point: its text hash and its vector, shape (dimensions,)."""
+        ...
+
+    def finish_load(self, vector_set: VectorSet) -> None:
+        """Builds what searching needs and returns when the set is ready to be searched fast."""
+        ...
+
+    def count(self, vector_set: VectorSet) -> int:
+        """The exact number of points; 0 where the set does not exist."""
+        ...
+
+    def search(
+        self,
+        vector_set: VectorSet,
+        vector: Vectors,
+        *,
+        limit: int,
+        min_similarity_score: float | None = None,
+        filters: Filter | None = None,
+    ) -> list[Hit]:
+        """The nearest points by cosine, highest first, among exactly those the filter matches; `vector` is (dimensions,)."""
+        ...
+
+    def publish(self, vector_set: VectorSet) -> None:
+        """Points the public name at this set, in one atomic step."""
+        ...
+
+    def versions(self, vector_table_id: str) -> list[int]:
+        """The versions of this vector table that exist in the store, ascending: what a teardown has to remove."""
+        ...
+
+    def drop(self, vector_table_id: str, version: int) -> None:
+        """Removes a set; one that is not there is fine."""
+        ...
+
+    def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
+        """Removes the alias or view of a vector table that is deleted; one that is not there is fine."""
+        ...
+
+    def info(self, vector_set: VectorSet) -> Mapping[str, str | int]:
+        """What an operator wants to see of a set: where it is, its points, its index's state."""
+        ...
+
+    def close(self) -> None:
+        """Gives connections back. Idempotent."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
