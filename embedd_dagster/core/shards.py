@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TypeVar
 
 from embedd_dagster.core.keys import Key
@@ -22,7 +23,7 @@ class KeyRange:
 def ranges_between(boundaries: list[Key]) -> list[KeyRange]:
     """The ranges that these ascending boundaries cut the whole table into: one more than boundaries."""
     edges: list[Key | None] = [None, *boundaries, None]
-    return [KeyRange(lower, upper) for lower, upper in zip(edges, edges[1:], strict=False)]
+    return [KeyRange(lower, upper) for lower, upper in pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)
