@@ -8,7 +8,8 @@
     │   ├── VectorStoreUnavailable     Qdrant or the platform database does not answer
     │   ├── EmbeddingUnavailable       the provider answers 5xx, or not at all
     │   │   └── EmbeddingRateLimited   the provider answers 429
-    │   └── OrchestratorUnavailable    Dagster does not answer
+    │   ├── OrchestratorUnavailable    Dagster does not answer
+    │   └── CatalogUnavailable         our own control database does not answer
     ├── PermanentError                 stop, tell the user what to do
     │   ├── ConfigurationError         a setting of the installation is wrong
     │   ├── SecretUnreadable           stored credentials do not decrypt with the present keys
@@ -110,6 +111,13 @@ class OrchestratorUnavailable(TransientError):
 
     default_code = "orchestrator_unavailable"
     default_resolution = "The request is recorded; Dagster takes it up when it is back."
+
+
+class CatalogUnavailable(TransientError):
+    """The control database does not answer."""
+
+    default_code = "catalog_unavailable"
+    default_resolution = "Check that PostgreSQL behind EMBEDD_DATABASE_URL is up, then try again."
 
 
 class PermanentError(EmbeddError):

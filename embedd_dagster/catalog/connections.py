@@ -1,0 +1,115 @@
+"""Connections to source databases; their secrets are sealed on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any, Final
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.secrets import SecretBox
+from embedd_dagster.catalog.tables import Connection, Environment, VectorTable
+from embedd_dagster.errors import Conflict, NotFound
+
+SECRET_FIELDS: Final = frozenset({"password", "private_key", "passphrase"})
+"""The fields of credentials that are encrypted and never shown; the others stand in `settings`."""
+
+
+class ConnectionStatus(StrEnum):
+    """The outcome of a connection's last test."""
+
+    PENDING = "pending"
+    CONNECTED = "connected"
+    FAILED = "failed"
+
+
+def create(
+    session: Session,
+    box: SecretBox,
+    environment: Environment,
+    *,
+    name: str,
+    provider: str,
+    mode: str,
+    credentials: Mapping[str, Any],
+) -> Connection:
+    """A new, untested connection. Raises Conflict."""
+    connection = Connection(
+        id=new_id("conn"),
+        org_id=environment.org_id,
+        environment_id=environment.id,
+        name=name,
+        provider=provider,
+        mode=mode,
+        status=ConnectionStatus.PENDING.value,
+        created_at=now(),
+        updated_at=now(),
+    )
+    set_credentials(connection, box, credentials)
+    with name_must_be_free(session, "connection", name):
+        session.add(connection)
+    return connection
+
+
+def set_credentials(connection: Connection, box: SecretBox, credentials: Mapping[str, Any]) -> None:
+    """Replaces settings and secrets; the connection counts as untested."""
+    connection.settings = {name: value for name, value in credentials.items() if name not in SECRET_FIELDS}
+    secrets = {name: value for name, value in credentials.items() if name in SECRET_FIELDS}
+    connection.credentials = box.seal(secrets, row_id=connection.id)
+    connection.status = ConnectionStatus.PENDING.value
+    connection.updated_at = now()
+
+
+def open_credentials(connection: Connection, box: SecretBox) -> dict[str, Any]:
+    """Everything needed to connect, secrets included. Raises SecretUnreadable."""
+    return {**connection.settings, **box.open(connection.credentials, row_id=connection.id)}
+
+
+def record_test(connection: Connection, error: str | None) -> None:
+    """Moves the status by the outcome of a test: `error` is None for a good one."""
+    connection.status = (ConnectionStatus.CONNECTED if error is None else ConnectionStatus.FAILED).value
+    connection.last_error = error
+    connection.tested_at = now()
+
+
+def get(session: Session, environment_id: str, connection_id: str) -> Connection:
+    """The connection. Raises NotFound, also for one of another environment."""
+    connection = session.get(Connection, connection_id)
+    if connection is None or connection.environment_id != environment_id:
+        raise NotFound("connection", connection_id)
+    return connection
+
+
+def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[Connection]:
+    """The environment's connections, newest first."""
+    return fetch_page(
+        session, select(Connection).where(Connection.environment_id == environment_id), Connection, limit, after
+    )
+
+
+def delete(session: Session, environment_id: str, connection_id: str) -> None:
+    """Removes a connection that nothing uses. Raises NotFound, Conflict."""
+    connection = get(session, environment_id, connection_id)
+    users = session.scalars(select(VectorTable.name).where(VectorTable.connection_id == connection_id).limit(4)).all()
+    if users:
+        raise Conflict(
+            f"Connection {connection.name!r} is still used by {describe_users(users)}.",
+            code="connection_conflict",
+            resolution="Delete those vector tables first.",
+        )
+    session.delete(connection)
+
+
+def describe_users(names: Any) -> str:
+    """Up to three vector tables by name, for a conflict's message."""
+    listed = ", ".join(repr(name) for name in names[:3])
+    return (
+        f"vector table {listed}"
+        if len(names) == 1
+        else f"vector tables {listed}{' and others' if len(names) > 3 else ''}"
+    )

@@ -1,0 +1,55 @@
+"""The connection to the catalog: one engine a process, one transaction a unit of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.orm import Session, sessionmaker
+
+from embedd_dagster.errors import CatalogUnavailable
+
+
+class Catalog:
+    """The control database. Safe to use from several threads; connections are pooled and checked before use."""
+
+    def __init__(self, url: str, *, pool_size: int = 10) -> None:
+        address = make_url(url).set(drivername="postgresql+psycopg")
+        self._engine = create_engine(
+            address,
+            pool_size=pool_size,
+            max_overflow=pool_size,
+            pool_pre_ping=True,
+            pool_timeout=10,
+            connect_args={
+                "connect_timeout": 5,
+                "application_name": "embedd-catalog",
+                # a hung statement must not take a worker hostage
+                "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c timezone=UTC",
+            },
+        )
+        self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """One transaction: committed at the end, rolled back on any exception. Raises CatalogUnavailable."""
+        try:
+            with self._sessions.begin() as session:
+                yield session
+        except OperationalError as error:
+            raise CatalogUnavailable("The catalog database does not answer.") from error
+        except DBAPIError as error:
+            if error.connection_invalidated:
+                raise CatalogUnavailable("The connection to the catalog database was lost.") from error
+            raise
+
+    def check(self) -> None:
+        """Returns when the catalog answers."""
+        with self.transaction() as session:
+            session.execute(text("SELECT 1"))
+
+    def close(self) -> None:
+        """Gives connections back."""
+        self._engine.dispose()

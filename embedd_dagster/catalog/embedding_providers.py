@@ -1,0 +1,86 @@
+"""Embedding providers: accounts, their sealed keys and their limits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.connections import describe_users
+from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.secrets import SecretBox
+from embedd_dagster.catalog.tables import EmbeddingProvider, Environment, VectorTable
+from embedd_dagster.errors import Conflict, NotFound
+
+
+def create(
+    session: Session,
+    box: SecretBox,
+    environment: Environment,
+    *,
+    name: str,
+    provider: str,
+    credentials: Mapping[str, Any],
+    limits: Mapping[str, Any],
+) -> EmbeddingProvider:
+    """A new provider. Raises Conflict."""
+    row = EmbeddingProvider(
+        id=new_id("ep"),
+        org_id=environment.org_id,
+        environment_id=environment.id,
+        name=name,
+        provider=provider,
+        limits=dict(limits),
+        created_at=now(),
+        updated_at=now(),
+    )
+    set_credentials(row, box, credentials)
+    with name_must_be_free(session, "embedding provider", name):
+        session.add(row)
+    return row
+
+
+def set_credentials(row: EmbeddingProvider, box: SecretBox, credentials: Mapping[str, Any]) -> None:
+    """Replaces the key and the `base_url`."""
+    row.base_url = credentials.get("base_url")
+    row.credentials = box.seal({k: v for k, v in credentials.items() if k != "base_url"}, row_id=row.id)
+    row.updated_at = now()
+
+
+def open_credentials(row: EmbeddingProvider, box: SecretBox) -> dict[str, Any]:
+    """Everything needed to call the provider, `api_key` and `base_url`. Raises SecretUnreadable."""
+    secrets = box.open(row.credentials, row_id=row.id)
+    return {**secrets, "base_url": row.base_url} if row.base_url else secrets
+
+
+def get(session: Session, environment_id: str, provider_id: str) -> EmbeddingProvider:
+    """The provider. Raises NotFound, also for one of another environment."""
+    row = session.get(EmbeddingProvider, provider_id)
+    if row is None or row.environment_id != environment_id:
+        raise NotFound("embedding_provider", provider_id)
+    return row
+
+
+def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[EmbeddingProvider]:
+    """The environment's providers, newest first."""
+    statement = select(EmbeddingProvider).where(EmbeddingProvider.environment_id == environment_id)
+    return fetch_page(session, statement, EmbeddingProvider, limit, after)
+
+
+def delete(session: Session, environment_id: str, provider_id: str) -> None:
+    """Removes a provider that nothing uses. Raises NotFound, Conflict."""
+    row = get(session, environment_id, provider_id)
+    users = session.scalars(
+        select(VectorTable.name).where(VectorTable.embedding_provider_id == provider_id).limit(4)
+    ).all()
+    if users:
+        raise Conflict(
+            f"Embedding provider {row.name!r} is still used by {describe_users(users)}.",
+            code="embedding_provider_conflict",
+            resolution="Delete those vector tables first.",
+        )
+    session.delete(row)

@@ -1,0 +1,89 @@
+"""Organizations and their environments."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.tables import ApiKey, Connection, EmbeddingProvider, Environment, Organization, VectorTable
+from embedd_dagster.errors import Conflict, NotFound
+
+DEFAULT_ORGANIZATION: Final = "default"
+DEFAULT_ENVIRONMENT: Final = "prod"
+
+
+def ensure_defaults(session: Session) -> Environment:
+    """The environment `prod` of the organization `default`, made where it is missing. Idempotent."""
+    organization = session.scalar(
+        select(Organization).where(Organization.name == DEFAULT_ORGANIZATION).with_for_update()
+    )
+    if organization is None:
+        organization = Organization(id=new_id("org"), name=DEFAULT_ORGANIZATION, created_at=now())
+        session.add(organization)
+        session.flush()
+    environment = find_by_name(session, organization.id, DEFAULT_ENVIRONMENT)
+    return environment or create(session, organization.id, DEFAULT_ENVIRONMENT)
+
+
+def create_organization(session: Session, name: str) -> Organization:
+    """A further organization, with its environment `prod`."""
+    organization = Organization(id=new_id("org"), name=name, created_at=now())
+    session.add(organization)
+    session.flush()
+    create(session, organization.id, DEFAULT_ENVIRONMENT)
+    return organization
+
+
+def create(session: Session, org_id: str, name: str) -> Environment:
+    """A new environment. Raises Conflict."""
+    environment = Environment(id=new_id("env"), org_id=org_id, name=name, created_at=now())
+    with name_must_be_free(session, "environment", name):
+        session.add(environment)
+    return environment
+
+
+def get(session: Session, org_id: str, environment_id: str) -> Environment:
+    """The environment. Raises NotFound, also for one of another organization."""
+    environment = session.get(Environment, environment_id)
+    if environment is None or environment.org_id != org_id:
+        raise NotFound("environment", environment_id)
+    return environment
+
+
+def find_by_name(session: Session, org_id: str, name: str) -> Environment | None:
+    """The organization's environment of this name, or None."""
+    return session.scalar(select(Environment).where(Environment.org_id == org_id, Environment.name == name))
+
+
+def page(session: Session, org_id: str, limit: int, after: Position | None) -> Page[Environment]:
+    """The organization's environments, newest first."""
+    return fetch_page(session, select(Environment).where(Environment.org_id == org_id), Environment, limit, after)
+
+
+def delete(session: Session, org_id: str, environment_id: str) -> None:
+    """Removes an empty environment, with the keys that were good for it alone. Raises NotFound, Conflict."""
+    environment = get(session, org_id, environment_id)
+    used_by = {
+        noun: session.scalar(select(func.count()).select_from(model).where(model.environment_id == environment_id)) or 0
+        for noun, model in (
+            ("connections", Connection),
+            ("embedding providers", EmbeddingProvider),
+            ("vector tables", VectorTable),
+        )
+    }
+    if any(used_by.values()):
+        listed = ", ".join(f"{count} {noun}" for noun, count in used_by.items() if count)
+        raise Conflict(
+            f"Environment {environment.name!r} still holds {listed}.",
+            code="environment_conflict",
+            resolution="Delete what is in it first.",
+        )
+    for key in session.scalars(select(ApiKey).where(ApiKey.environment_id == environment_id)):
+        session.delete(key)
+    session.flush()
+    session.delete(environment)

@@ -1,0 +1,260 @@
+"""Tasks: the outbox of run launches, who owns them, and how they end.
+
+A task is live while `pending` or `running`; a partial unique index allows one live task a vector table. A run *claims*
+its task by compare-and-set; from then on every write it makes is fenced: it fails with RunSuperseded once the task is
+another run's, or nobody's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import func, or_, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog import vector_tables
+from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.tables import Task, VectorTable
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
+from embedd_dagster.errors import Conflict, EmbeddError, NotFound, RunCancelled, RunSuperseded
+
+_LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
+BUILDS = (TaskType.BACKFILL.value, TaskType.REBACKFILL.value)
+
+EMPTY_PROGRESS: dict[str, Any] = {
+    "rows_processed": 0,
+    "total_rows": 0,
+    "rows_failed": 0,
+    "tokens": 0,
+    "last_processed_pk": None,
+}
+
+
+def create(
+    session: Session,
+    table: VectorTable,
+    task_type: TaskType,
+    *,
+    max_attempts: int,
+    total_rows: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Task:
+    """A pending task; a backfill moves its vector table to `backfilling`. Raises Conflict `backfill_in_progress`."""
+    task = Task(
+        id=new_id("task"),
+        org_id=table.org_id,
+        environment_id=table.environment_id,
+        target_id=table.id,
+        task_type=task_type.value,
+        status=TaskStatus.PENDING.value,
+        progress={**EMPTY_PROGRESS, "total_rows": total_rows},
+        options=dict(options or {}),
+        attempts=0,
+        max_attempts=max_attempts,
+        cancel_requested=False,
+        created_at=now(),
+    )
+    try:
+        with session.begin_nested():
+            session.add(task)
+            session.flush()
+    except IntegrityError:
+        live = find_live(session, table.id)
+        doing = "sync" if live is not None and live.task_type == TaskType.SYNC.value else "backfill"
+        raise Conflict(
+            f"A {doing} of {table.name!r} is queued or running" + (f" (task {live.id})." if live else "."),
+            code="backfill_in_progress",
+            resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
+        ) from None
+    if task.task_type in BUILDS:
+        vector_tables.set_status(table, SyncStatus.BACKFILLING)
+        table.total_rows, table.synced_rows = total_rows or table.total_rows, 0
+    return task
+
+
+def get(session: Session, environment_id: str, task_id: str) -> Task:
+    """The task. Raises NotFound, also for one of another environment."""
+    task = session.get(Task, task_id)
+    if task is None or task.environment_id != environment_id:
+        raise NotFound("task", task_id)
+    return task
+
+
+def find(session: Session, task_id: str, *, lock: bool = False) -> Task | None:
+    """The task of any environment, or None."""
+    return session.get(Task, task_id, with_for_update=lock or None, populate_existing=lock)
+
+
+def find_live(session: Session, vector_table_id: str) -> Task | None:
+    """The live task of a vector table, or None."""
+    return session.scalar(select(Task).where(Task.target_id == vector_table_id, Task.status.in_(_LIVE)))
+
+
+def page(
+    session: Session,
+    environment_id: str,
+    limit: int,
+    after: Position | None,
+    *,
+    target_id: str | None,
+    status: str | None,
+) -> Page[Task]:
+    """The environment's tasks, newest first."""
+    statement = select(Task).where(Task.environment_id == environment_id)
+    if target_id is not None:
+        statement = statement.where(Task.target_id == target_id)
+    if status is not None:
+        statement = statement.where(Task.status == status)
+    return fetch_page(session, statement, Task, limit, after)
+
+
+def live_tasks(session: Session) -> list[Task]:
+    """Every task that is pending or running, oldest first."""
+    return list(session.scalars(select(Task).where(Task.status.in_(_LIVE)).order_by(Task.created_at)))
+
+
+def record_launch(session: Session, task_id: str, run_id: str) -> None:
+    """Notes that a run was launched for a pending task: the sensor need not launch another until that one is dead."""
+    session.execute(
+        update(Task)
+        .where(Task.id == task_id, Task.status == TaskStatus.PENDING.value)
+        .values(launched_at=func.now(), dagster_run_id=run_id)
+    )
+
+
+def claim(session: Session, task_id: str, run_id: str) -> Task:
+    """Makes the run the owner of a pending task; idempotent for the same run.
+
+    Raises RunSuperseded where the task is another run's or has ended, RunCancelled where it was asked to end.
+    """
+    task = session.get(Task, task_id, with_for_update=True, populate_existing=True)
+    if task is None:
+        raise RunSuperseded(f"Task {task_id} does not exist (any more).")
+    if task.status == TaskStatus.RUNNING.value and task.dagster_run_id == run_id:
+        return task
+    if task.status != TaskStatus.PENDING.value:
+        raise RunSuperseded(f"Task {task_id} is {task.status} already; this run does not own it.")
+    if task.cancel_requested:
+        raise RunCancelled("The task was cancelled before it began.")
+    _move(task, TaskStatus.RUNNING)
+    task.dagster_run_id = run_id
+    task.attempts += 1
+    task.started_at = task.started_at or now()
+    task.heartbeat_at = now()
+    return task
+
+
+def assert_owner(session: Session, task_id: str, run_id: str) -> None:
+    """Fences the present transaction: returns only while this run owns the task. Raises RunSuperseded, RunCancelled."""
+    found = session.execute(
+        select(Task.cancel_requested)
+        .where(Task.id == task_id, Task.dagster_run_id == run_id, Task.status == TaskStatus.RUNNING.value)
+        .with_for_update(read=True)
+    ).one_or_none()
+    if found is None:
+        raise RunSuperseded(f"Run {run_id} does not own task {task_id} any more.")
+    if found.cancel_requested:
+        raise RunCancelled("The task was cancelled.")
+
+
+def heartbeat(session: Session, task_id: str, run_id: str, progress: Mapping[str, Any]) -> None:
+    """Says that the run is alive, and how far it is. Raises RunSuperseded, RunCancelled."""
+    changed = session.execute(
+        update(Task)
+        .where(Task.id == task_id, Task.dagster_run_id == run_id, Task.status == TaskStatus.RUNNING.value)
+        .values(heartbeat_at=func.clock_timestamp(), progress=dict(progress))
+        .returning(Task.cancel_requested, Task.target_id, Task.task_type)
+    ).one_or_none()
+    if changed is None:
+        raise RunSuperseded(f"Run {run_id} does not own task {task_id} any more.")
+    if changed.task_type in BUILDS:
+        session.execute(
+            update(VectorTable)
+            .where(VectorTable.id == changed.target_id)
+            .values(total_rows=progress["total_rows"], synced_rows=progress["rows_processed"])
+        )
+    if changed.cancel_requested:
+        raise RunCancelled("The task was cancelled.")
+
+
+def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str, Any]) -> None:
+    """Ends the run's task well; the vector table comes to rest. Raises RunSuperseded."""
+    task = _owned(session, task_id, run_id)
+    _move(task, TaskStatus.COMPLETED)
+    task.progress = dict(progress)
+    task.last_error = None
+    task.ended_at = now()
+    table = vector_tables.find(session, task.target_id, lock=True)
+    if table is not None and table.deleted_at is None:
+        table.last_error = table.last_error_at = None
+        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+
+
+def _owned(session: Session, task_id: str, run_id: str) -> Task:
+    task = session.get(Task, task_id, with_for_update=True, populate_existing=True)
+    if task is None or task.dagster_run_id != run_id or task.status != TaskStatus.RUNNING.value:
+        raise RunSuperseded(f"Run {run_id} does not own task {task_id} any more.")
+    return task
+
+
+def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
+    """Ends a live task badly, or puts it back to pending where `retry` is asked for and attempts are left.
+
+    The last error of the vector table is set either way; its status becomes `error` only when the task is given up.
+    """
+    task.last_error = error
+    table = vector_tables.find(session, task.target_id, lock=True)
+    if retry and task.attempts < task.max_attempts and not task.cancel_requested:
+        if task.status == TaskStatus.RUNNING.value:
+            _move(task, TaskStatus.PENDING)
+        task.dagster_run_id = task.launched_at = task.heartbeat_at = None
+        return
+    _move(task, TaskStatus.FAILED)
+    task.ended_at = now()
+    if table is not None and table.deleted_at is None:
+        vector_tables.set_status(table, SyncStatus.ERROR, error)
+
+
+def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
+    """Ends a live task as cancelled; the vector table goes back to what it was."""
+    _move(task, TaskStatus.CANCELLED)
+    task.last_error = reason
+    task.ended_at = now()
+    table = vector_tables.find(session, task.target_id, lock=True)
+    if table is not None and table.deleted_at is None:
+        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+
+
+def request_cancel(session: Session, task: Task) -> None:
+    """Asks a live task to end: a pending one ends at once, a running one when its run notices. Idempotent."""
+    if task.status == TaskStatus.PENDING.value and task.dagster_run_id is None:
+        cancel(session, task)
+    elif task.status in _LIVE:
+        task.cancel_requested = True
+
+
+def silent_since(session: Session, age: timedelta) -> list[Task]:
+    """Running tasks whose run has given no heartbeat for so long, by the database's clock."""
+    statement = select(Task).where(
+        Task.status == TaskStatus.RUNNING.value,
+        or_(Task.heartbeat_at.is_(None), Task.heartbeat_at < func.clock_timestamp() - age),
+    )
+    return list(session.scalars(statement))
+
+
+def purge_ended(session: Session, before: datetime) -> None:
+    """Removes the records of tasks that ended before an instant and whose vector table is gone."""
+    gone = ~select(VectorTable.id).where(VectorTable.id == Task.target_id).exists()
+    for task in session.scalars(select(Task).where(Task.ended_at < before, gone).limit(1000)):
+        session.delete(task)
+
+
+def _move(task: Task, status: TaskStatus) -> None:
+    present = TaskStatus(task.status)
+    if status not in TASK_STATUS_MOVES[present]:
+        raise EmbeddError(f"A task does not go from {present} to {status}.")
+    task.status = status.value

@@ -1,0 +1,265 @@
+"""Vector tables: what should be, the state callers see, and the moves between states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, VectorSetRow, VectorTable
+from embedd_dagster.core.status import SYNC_STATUS_MOVES, SyncStatus
+from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
+from embedd_dagster.errors import Conflict, EmbeddError, NotFound
+
+_PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
+_ID_ATTEMPTS = 20
+
+
+@dataclass(frozen=True, slots=True)
+class NewVectorTable:
+    """A checked request for a vector table."""
+
+    name: str
+    connection_id: str
+    configuration: VectorConfiguration
+    mode: Mode
+    sync_mode: SyncMode
+    sync_schedule: str | None = None
+    sync_interval_seconds: int | None = None
+    platform_schema: str | None = None
+    """Where the platform table's public name will stand, in platform mode."""
+
+
+def create(session: Session, environment: Environment, new: NewVectorTable) -> VectorTable:
+    """A new vector table in status `pending`. Raises Conflict `name_conflict`."""
+    for _attempt in range(_ID_ATTEMPTS):
+        # two tables of one name in two environments may begin with the same 8 characters: then another id is taken
+        vector_table_id = new_id("vt")
+        public_name = storage_name(vector_table_id, new.name, max_length=_PLATFORM_NAME_LENGTH)
+        if session.scalar(select(VectorTable.id).where(VectorTable.storage_name == public_name)) is None:
+            break
+    configuration = new.configuration
+    row = VectorTable(
+        id=vector_table_id,
+        org_id=environment.org_id,
+        environment_id=environment.id,
+        connection_id=new.connection_id,
+        embedding_provider_id=configuration.embedding_provider_id,
+        name=new.name,
+        source_table=configuration.source_table,
+        primary_key_column=configuration.primary_key_column,
+        columns=[column.to_json() for column in configuration.columns],
+        embedding_model=configuration.embedding_model,
+        embedding_dimensions=configuration.embedding_dimensions,
+        mode=new.mode.value,
+        sync_mode=new.sync_mode.value,
+        sync_schedule=new.sync_schedule,
+        sync_interval_seconds=new.sync_interval_seconds,
+        config_version=1,
+        storage_name=public_name,
+        platform_vector_ref=f"{new.platform_schema}.embedd_{public_name}" if new.platform_schema else None,
+        sync_status=SyncStatus.PENDING.value,
+        paused=False,
+        total_rows=0,
+        synced_rows=0,
+        created_at=now(),
+        updated_at=now(),
+    )
+    with name_must_be_free(session, "vector table", new.name):
+        session.add(row)
+    return row
+
+
+def get(session: Session, environment_id: str, vector_table_id: str, *, lock: bool = False) -> VectorTable:
+    """The vector table. Raises NotFound, also for one of another environment or one that is being deleted."""
+    row = session.get(VectorTable, vector_table_id, with_for_update=lock or None, populate_existing=lock)
+    if row is None or row.environment_id != environment_id or row.deleted_at is not None:
+        raise NotFound("vector_table", vector_table_id)
+    return row
+
+
+def find(session: Session, vector_table_id: str, *, lock: bool = False) -> VectorTable | None:
+    """The vector table of any environment, deleted or not, or None."""
+    return session.get(VectorTable, vector_table_id, with_for_update=lock or None, populate_existing=lock)
+
+
+def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[VectorTable]:
+    """The environment's vector tables, newest first."""
+    statement = select(VectorTable).where(
+        VectorTable.environment_id == environment_id, VectorTable.deleted_at.is_(None)
+    )
+    return fetch_page(session, statement, VectorTable, limit, after)
+
+
+def rename(session: Session, row: VectorTable, name: str) -> None:
+    """Another name; the vectors and the names they are stored under stay. Raises Conflict."""
+    if name != row.name:
+        with name_must_be_free(session, "vector table", name):
+            row.name = name
+            row.updated_at = now()
+
+
+def reconfigure(
+    row: VectorTable, *, columns: Sequence[Column], embedding_model: str, embedding_dimensions: int
+) -> bool:
+    """Takes a new configuration; True where it differs, and the vectors have to follow (`pending_rebackfill`).
+
+    A table that never was live stays `pending`: its first backfill takes the new configuration.
+    """
+    stored = [column.to_json() for column in columns]
+    wanted = (stored, embedding_model, embedding_dimensions)
+    if wanted == (row.columns, row.embedding_model, row.embedding_dimensions):
+        return False
+    row.columns, row.embedding_model, row.embedding_dimensions = wanted
+    row.config_version += 1
+    row.updated_at = now()
+    status = SyncStatus(row.sync_status)
+    if row.live_version is not None and status in {SyncStatus.SYNCED, SyncStatus.ERROR}:
+        set_status(row, SyncStatus.PENDING_REBACKFILL)
+    return True
+
+
+def set_status(row: VectorTable, status: SyncStatus, error: str | None = None) -> None:
+    """Moves to a state, or stays in it; an error is kept until the next good run. Raises EmbeddError for a move that is not allowed."""
+    present = SyncStatus(row.sync_status)
+    if status is not present and status not in SYNC_STATUS_MOVES[present]:
+        raise EmbeddError(f"A vector table does not go from {present} to {status}.")
+    row.sync_status = status.value
+    if error is not None:
+        row.last_error, row.last_error_at = error, now()
+    elif status is SyncStatus.SYNCED:
+        row.last_error = row.last_error_at = None
+    row.updated_at = now()
+
+
+def resting_status(session: Session, row: VectorTable) -> SyncStatus:
+    """The state of a vector table that nothing runs on and nothing failed on."""
+    if row.paused:
+        return SyncStatus.PAUSED
+    if row.live_version is None:
+        return SyncStatus.PENDING
+    live = session.get_one(VectorSetRow, (row.id, row.live_version))
+    return SyncStatus.PENDING_REBACKFILL if live.config_version < row.config_version else SyncStatus.SYNCED
+
+
+def mark_deleted(row: VectorTable) -> None:
+    """Gone for callers at once; the reconcile sensor tears the storage down."""
+    row.deleted_at = now()
+    set_status(row, SyncStatus.DELETING)
+
+
+def pause(session: Session, row: VectorTable) -> None:
+    """Nothing syncs or re-backfills by itself any more; queries go on. Raises Conflict `sync_already_paused`."""
+    if row.paused:
+        raise Conflict(
+            f"Sync of {row.name!r} is already paused.", code="sync_already_paused", resolution="Nothing to do."
+        )
+    row.paused = True
+    if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
+        set_status(row, resting_status(session, row))
+
+
+def resume(session: Session, row: VectorTable) -> None:
+    """Ends a pause. Raises Conflict `sync_not_paused`."""
+    if not row.paused:
+        raise Conflict(f"Sync of {row.name!r} is not paused.", code="sync_not_paused", resolution="Nothing to do.")
+    row.paused = False
+    if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
+        set_status(row, resting_status(session, row))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """A vector table with what is needed to reach its source and its provider."""
+
+    vector_table: VectorTable
+    connection: Connection
+    embedding_provider: EmbeddingProvider | None
+
+
+def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
+    """The vector table, its connection and its provider, in one query; None where it is gone."""
+    found = session.execute(
+        select(VectorTable, Connection, EmbeddingProvider)
+        .join(Connection, Connection.id == VectorTable.connection_id)
+        .outerjoin(EmbeddingProvider, EmbeddingProvider.id == VectorTable.embedding_provider_id)
+        .where(VectorTable.id == vector_table_id)
+    ).one_or_none()
+    return None if found is None else Endpoints(*found)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTable:
+    """What a query needs: the vector table, and the set that is live."""
+
+    vector_table: VectorTable
+    live_set: VectorSetRow | None
+    connection: Connection
+    embedding_provider: EmbeddingProvider | None
+
+
+def load_live(session: Session, environment_id: str, vector_table_id: str) -> LiveTable:
+    """The vector table with its live set, in one query. Raises NotFound."""
+    found = session.execute(
+        select(VectorTable, VectorSetRow, Connection, EmbeddingProvider)
+        .join(Connection, Connection.id == VectorTable.connection_id)
+        .outerjoin(EmbeddingProvider, EmbeddingProvider.id == VectorTable.embedding_provider_id)
+        .outerjoin(
+            VectorSetRow,
+            (VectorSetRow.vector_table_id == VectorTable.id) & (VectorSetRow.version == VectorTable.live_version),
+        )
+        .where(
+            VectorTable.id == vector_table_id,
+            VectorTable.environment_id == environment_id,
+            VectorTable.deleted_at.is_(None),
+        )
+    ).one_or_none()
+    if found is None:
+        raise NotFound("vector_table", vector_table_id)
+    table, live_set, connection, provider = found
+    return LiveTable(table, live_set, connection, provider)
+
+
+def partition_keys(session: Session) -> set[str]:
+    """The ids of all vector tables that are not being deleted: Dagster's partitions."""
+    return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))
+
+
+def awaiting_rebackfill(session: Session) -> list[VectorTable]:
+    """Vector tables whose configuration is newer than what is live, and that are not paused."""
+    wanted = SyncStatus.PENDING_REBACKFILL.value
+    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == wanted)))
+
+
+def being_deleted(session: Session) -> list[VectorTable]:
+    """Vector tables whose storage is still to be torn down."""
+    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == SyncStatus.DELETING.value)))
+
+
+def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list[VectorTable]:
+    """Batch tables whose next sync has come, the longest due first; without paused ones and those never built."""
+    statement = (
+        select(VectorTable)
+        .where(
+            VectorTable.next_sync_at <= instant,
+            VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
+            VectorTable.live_version.is_not(None),
+        )
+        .order_by(VectorTable.next_sync_at)
+        .limit(limit)
+    )
+    return list(session.scalars(statement))
+
+
+def remove(session: Session, vector_table_id: str) -> None:
+    """Removes the record of a vector table whose storage is torn down. Idempotent."""
+    row: Any = session.get(VectorTable, vector_table_id)
+    if row is not None:
+        session.delete(row)

@@ -1,0 +1,75 @@
+"""The only reader of the environment: every `EMBEDD_…` variable, its type, its default and its reason."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Annotated
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from embedd_dagster.errors import ConfigurationError
+
+
+class Settings(BaseSettings):
+    """The installation's settings; `embedd up` sets those of its embedded parts itself."""
+
+    model_config = SettingsConfigDict(env_prefix="EMBEDD_", frozen=True, extra="ignore")
+
+    database_url: SecretStr = Field(description="The catalog: postgresql://user:password@host:port/database")
+    encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        description="Comma-separated base64 of 32 bytes each; the first encrypts, all decrypt"
+    )
+    qdrant_url: str = Field(description="Where managed vectors live")
+    qdrant_api_key: SecretStr | None = None
+    dagster_url: str | None = Field(default=None, description="Dagster's webserver; unset, the sensor launches alone")
+
+    api_url: str | None = Field(default=None, description="Where users reach the API; linked from Dagster's metadata")
+    rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
+    redis_url: SecretStr | None = Field(default=None, description="Counts rate limits across processes")
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    deny_private_networks: bool = Field(default=False, description="Refuse sources and providers in private networks")
+
+    max_failed_rows_percent: float = Field(default=5.0, ge=0, le=100)
+    max_task_attempts: int = Field(default=3, ge=1, le=20)
+    shard_count: int = Field(default=2, ge=1, le=64, description="Key ranges of one table that are read at once")
+    heartbeat_seconds: float = Field(default=5.0, gt=0)
+    stale_after_seconds: float = Field(default=30.0, gt=0, description="A run without a heartbeat for so long is dead")
+    retired_set_grace_seconds: float = Field(
+        default=30.0, ge=0, description="How long a replaced vector set outlives the swap, for queries under way"
+    )
+    sync_schedule: str = Field(default="0 * * * *", description="Cron of batch tables that name none")
+    outage_patience_seconds: float = Field(
+        default=600.0, ge=0, description="How long a run waits for a source, store or provider that is down"
+    )
+
+    @field_validator("encryption_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "api_url", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        # compose files pass variables that are not set as ""
+        return None if value == "" else value
+
+
+def read_settings() -> Settings:
+    """The settings of the present environment. Raises ConfigurationError that names each variable at fault."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"EMBEDD_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}" for fault in error.errors()
+        )
+        raise ConfigurationError(
+            f"The environment does not configure embedd: {faults}.",
+            resolution="Set the variables named, or start everything with `embedd up`, which sets them.",
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """The settings of this process, read once."""
+    return read_settings()
