@@ -135,7 +135,10 @@ def _find_root(postgres_dir: Path, account: Account) -> Path:
         return postgres_dir
     # The name says whose it is to a person who finds it; the random part keeps others from putting theirs there first.
     prefix = f"embedd-{hashlib.sha256(str(postgres_dir).encode()).hexdigest()[:8]}-"
-    for parent in _REACHABLE_FOR_ALL:
+    temporary = Path(tempfile.gettempdir()).resolve()
+    # What is temporary stays so.
+    candidates = (temporary,) if temporary in postgres_dir.parents else ()
+    for parent in (*candidates, *_REACHABLE_FOR_ALL):
         if parent.is_dir() and os.access(parent, os.W_OK) and _can_enter(parent, account):
             root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             root.chmod(0o755)

@@ -1,0 +1,375 @@
+"""All of embedd on one machine under one supervisor: `embedd up`, `embedd down`, and the same for programs and tests."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import structlog
+
+from embedd_dagster.errors import EmbeddError
+from embedd_dagster.local import files, installation, process
+from embedd_dagster.local.ports import LOOPBACK, Ports
+from embedd_dagster.local.postgres import EmbeddedPostgres, create_database
+from embedd_dagster.local.services import Services, service_specs
+from embedd_dagster.local.supervisor import ChildSpec, Supervisor
+
+DEFAULT_STATE_DIR = Path(".embedd")
+DOWN_TIMEOUT_SECONDS = 60.0
+
+# Each group is stopped at one moment, after all that use it are gone.
+_STOP_ORDER = (("api", "dagster-webserver", "dagster-daemon"), ("code-server",), ("qdrant",), ("postgres",))
+
+_log = structlog.get_logger(__name__)
+
+
+class StackAlreadyRunning(EmbeddError):
+    """Another live process runs the stack of this state directory; the message holds its URLs."""
+
+    default_resolution = "Use that one, or stop it with `embedd down`."
+
+
+@dataclass(frozen=True, slots=True)
+class StackSettings:
+    """What a test or a demo may want otherwise."""
+
+    code_location_module: str = "embedd_dagster.definitions"
+    extra_env: Mapping[str, str] = field(default_factory=dict)
+    """For every child but PostgreSQL."""
+    replace: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Another command for a child, by its name; `{port}` in it stands for the child's port."""
+    postgres_options: Mapping[str, str] = field(default_factory=dict)
+    migrate: Callable[[str], None] | None = None
+    """Called with the catalog's URL instead of the catalog's own migration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    """Where a running stack is reached."""
+
+    api: str
+    dagster: str
+    qdrant: str
+    database_url: str
+
+
+@dataclass(frozen=True, slots=True)
+class StackStatus:
+    """What is known of a state directory's stack from outside."""
+
+    running: bool
+    state: str
+    pid: int | None
+    endpoints: Endpoints | None
+    children: Mapping[str, Mapping[str, Any]]
+
+
+class Stack:
+    """The stack of one state directory: `up()` until a signal, or `start()` and `stop()` by program."""
+
+    def __init__(self, state_dir: Path = DEFAULT_STATE_DIR, *, settings: StackSettings | None = None) -> None:
+        self.state_dir = state_dir.resolve()
+        self._settings = settings or StackSettings()
+        self._lock = files.OwnerLock(self.state_dir / "stack.lock")
+        self._supervisor = Supervisor(self.state_dir, on_change=self._write_state)
+        self._postgres: EmbeddedPostgres | None = None
+        self._endpoints: Endpoints | None = None
+        self._state = "stopped"
+        self._state_lock = threading.Lock()
+        self._children: list[str] = []
+        self._stop_asked = threading.Event()
+        self._hurry = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def endpoints(self) -> Endpoints:
+        """Where it is reached; known while it runs."""
+        if self._endpoints is None:
+            raise RuntimeError("the stack does not run")
+        return self._endpoints
+
+    def up(self, *, on_ready: Callable[[Endpoints], None] | None = None) -> None:
+        """Runs until SIGINT, SIGTERM or SIGHUP, then stops everything; a second signal makes that a short process.
+
+        Raises:
+            StackAlreadyRunning: It runs already.
+            EmbeddError: It could not be started; what had been started is stopped.
+        """
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        previous = {number: signal.signal(number, self._on_signal) for number in handled}
+        try:
+            self.start()
+            try:
+                if on_ready is not None:
+                    on_ready(self.endpoints)
+                self._stop_asked.wait()
+            finally:
+                self.stop()
+        except EmbeddError:
+            if not self._stop_asked.is_set():  # else the interruption is what was asked for
+                raise
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def start(self) -> Endpoints:
+        """Everything is started and ready.
+
+        Raises:
+            StackAlreadyRunning: It runs already.
+            EmbeddError: It could not be started; what had been started is stopped.
+        """
+        self.state_dir.mkdir(parents=True, exist_ok=True)
+        if not self._lock.acquire():
+            raise StackAlreadyRunning(_describe_running(self.state_dir))
+        began_at = time.monotonic()
+        try:
+            _end_leftovers(self.state_dir)
+            self._state = "starting"
+            self._write_state()
+            self._start_children()
+        except BaseException:
+            self.stop()
+            raise
+        self._state = "ready"
+        self._write_state()
+        files.write_json(self.state_dir / "endpoints.json", _endpoints_as_json(self.endpoints))
+        _log.info("stack_ready", seconds=round(time.monotonic() - began_at, 1), state_dir=str(self.state_dir))
+        return self.endpoints
+
+    def stop(self) -> None:
+        """Everything is gone, in reverse order, also what the children started. Does nothing where nothing runs."""
+        if not self._lock.held:
+            return
+        self._state = "stopping"
+        self._write_state()
+        (self.state_dir / "endpoints.json").unlink(missing_ok=True)
+        for group in _STOP_ORDER:
+            self._supervisor.stop(*(name for name in group if name in self._children), hurry=self._hurry)
+        self._supervisor.close()
+        process.end(process.marked_processes(self.state_dir), grace_seconds=0)
+        if self._postgres is not None:
+            self._postgres.release()
+        self._endpoints = None
+        (self.state_dir / "stack.json").unlink(missing_ok=True)
+        self._supervisor = Supervisor(self.state_dir, on_change=self._write_state)
+        self._children = []
+        self._state = "stopped"
+        self._lock.release()
+
+    def child_pid(self, name: str) -> int | None:
+        """Of a running child: postgres, qdrant, code-server, dagster-webserver, dagster-daemon or api."""
+        return self._supervisor.pid(name)
+
+    def stop_child(self, name: str) -> None:
+        """Down until `start_child`: not restarted."""
+        self._supervisor.stop(name)
+
+    def start_child(self, name: str) -> None:
+        """Up and ready again, also after it was given up."""
+        self._supervisor.start(name)
+        self._supervisor.wait_ready(name)
+
+    def wait_ready(self) -> None:
+        """Every child is ready; after a crash, say."""
+        self._supervisor.wait_ready(*self._children)
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """State, pid, restart count, last problem and log of each child, by name."""
+        return self._supervisor.describe()
+
+    def _start_children(self) -> None:
+        external = installation.External.of_environment()
+        encryption_keys = installation.find_encryption_keys(self.state_dir, external)
+        ports = Ports(self.state_dir / "ports.json")
+        urls = {name: f"http://{LOOPBACK}:{ports.claim(name)}" for name in ("api", "dagster-webserver", "qdrant")}
+        qdrant_url = external.qdrant_url or urls["qdrant"]
+
+        if external.database_url is None:
+            self._postgres = EmbeddedPostgres(self.state_dir, options=self._settings.postgres_options)
+            self._postgres.prepare()
+            database_url = self._postgres.url(installation.CATALOG_DATABASE)
+        else:
+            database_url = installation.driver_url(external.database_url, "postgresql")
+        dagster_database_url = external.dagster_database_url or installation.sibling_database_url(
+            database_url, installation.DAGSTER_DATABASE
+        )
+        self._endpoints = Endpoints(urls["api"], urls["dagster-webserver"], qdrant_url, database_url)
+
+        code_socket = installation.find_code_socket(self.state_dir)
+        environment = installation.child_environment(
+            database_url=database_url,
+            dagster_database_url=dagster_database_url,
+            qdrant_url=qdrant_url,
+            dagster_url=urls["dagster-webserver"],
+            api_url=urls["api"],
+            encryption_keys=encryption_keys,
+            dagster_home=installation.open_dagster_home(self.state_dir),
+            code_socket=code_socket,
+        )
+        services = Services(
+            state_dir=self.state_dir,
+            environment={**environment, **self._settings.extra_env},
+            ports={name: ports.claim(name) for name in urls},
+            code_socket=code_socket,
+            code_location_module=self._settings.code_location_module,
+            dagster_database_url=installation.driver_url(dagster_database_url, "postgresql"),
+            postgres=self._postgres,
+            embedded_qdrant=external.qdrant_url is None,
+            replace=self._settings.replace,
+        )
+        self._run(service_specs(services))
+
+    def _run(self, specs: Mapping[str, ChildSpec]) -> None:
+        """In the order of who needs whom, and side by side where nobody does."""
+        self._children = list(specs)
+        for spec in specs.values():
+            self._supervisor.add(spec)
+        independent = [name for name in ("postgres", "qdrant", "code-server") if name in specs]
+        self._supervisor.start(*independent)
+        if "postgres" in specs:
+            self._supervisor.wait_ready("postgres", interrupted=self._stop_asked)
+        self._create_databases()
+        self._supervisor.start("dagster-webserver", "dagster-daemon")
+        self._migrate(self.endpoints.database_url)
+        self._supervisor.start("api")
+        self._supervisor.wait_ready(*specs, interrupted=self._stop_asked)
+
+    def _create_databases(self) -> None:
+        if self._postgres is not None:
+            self._postgres.ensure_database(installation.CATALOG_DATABASE)
+            self._postgres.ensure_database(installation.DAGSTER_DATABASE)
+        elif installation.External.of_environment().dagster_database_url is None:
+            create_database(self.endpoints.database_url, installation.DAGSTER_DATABASE)
+
+    def _migrate(self, database_url: str) -> None:
+        if self._settings.migrate is not None:
+            self._settings.migrate(database_url)
+            return
+        from embedd_dagster.catalog.migrate import upgrade
+
+        upgrade(database_url)
+
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        if self._stop_asked.is_set():
+            self._hurry.set()
+        self._stop_asked.set()
+
+    def _write_state(self) -> None:
+        with self._state_lock:
+            files.write_json(
+                self.state_dir / "stack.json",
+                {
+                    "pid": os.getpid(),
+                    "create_time": process.create_time(os.getpid()),
+                    "host": socket.gethostname(),
+                    "state": self._state,
+                    "children": self._supervisor.describe(),
+                },
+            )
+
+
+@contextlib.contextmanager
+def running_stack(state_dir: Path = DEFAULT_STATE_DIR, *, settings: StackSettings | None = None) -> Iterator[Endpoints]:
+    """The endpoints of a stack that runs for as long as the block does."""
+    with Stack(state_dir, settings=settings) as stack:
+        yield stack.endpoints
+
+
+def down(state_dir: Path = DEFAULT_STATE_DIR) -> bool:
+    """Nothing of the stack is left; tells whether there was anything.
+
+    Stops a supervisor that lives, and what one that was killed has left behind. The supervisor is the process that called
+    `start`: where that was a program, it gets SIGTERM all the same.
+    """
+    state_dir = state_dir.resolve()
+    if not state_dir.is_dir():
+        return False
+    lock = files.OwnerLock(state_dir / "stack.lock")
+    was_running = not lock.acquire()
+    if was_running:
+        pid = files.read_json(state_dir / "stack.json").get("pid")
+        supervisor = process.find(pid) if isinstance(pid, int) else None
+        if supervisor is not None:
+            process.end([supervisor], grace_seconds=DOWN_TIMEOUT_SECONDS)
+        if not _acquire_soon(lock):
+            raise StackAlreadyRunning(_describe_running(state_dir), resolution="Somebody starts it again and again.")
+    try:
+        return _end_leftovers(state_dir) or was_running
+    finally:
+        lock.release()
+
+
+def status(state_dir: Path = DEFAULT_STATE_DIR) -> StackStatus:
+    """How the stack is, without disturbing it."""
+    state_dir = state_dir.resolve()
+    state = files.read_json(state_dir / "stack.json")
+    running = bool(state) and process.is_alive(int(state["pid"]), float(state["create_time"]))
+    endpoints = files.read_json(state_dir / "endpoints.json") if running else {}
+    return StackStatus(
+        running=running,
+        state=str(state["state"]) if running else "stopped",
+        pid=int(state["pid"]) if running else None,
+        endpoints=Endpoints(**endpoints) if endpoints else None,
+        children=state.get("children", {}) if running else {},
+    )
+
+
+def _end_leftovers(state_dir: Path) -> bool:
+    """Nothing of a killed supervisor's stack is left; tells whether anything was. The caller holds the lock."""
+    found = {one.pid: one for one in process.marked_processes(state_dir)}
+    for name, child in files.read_json(state_dir / "stack.json").get("children", {}).items():
+        pid, create_time = child.get("pid"), child.get("create_time", 0.0)
+        # PostgreSQL, whose environment is unreadable, is ended by its own start; here for `down`.
+        if name == "postgres" and isinstance(pid, int) and process.is_alive(pid, create_time):
+            server = process.find(pid)
+            if server is not None:
+                process.end([server], grace_seconds=15, first=signal.SIGINT)
+    if found:
+        _log.warning("leftovers_ended", pids=sorted(found), reason="the supervisor before was killed")
+        process.end(found.values(), grace_seconds=5)
+    for name in ("stack.json", "endpoints.json"):
+        (state_dir / name).unlink(missing_ok=True)
+    return bool(found)
+
+
+def _acquire_soon(lock: files.OwnerLock) -> bool:
+    deadline = time.monotonic() + 5
+    while not lock.acquire():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _describe_running(state_dir: Path) -> str:
+    present = status(state_dir)
+    where = (
+        "it is starting"
+        if present.endpoints is None
+        else f"API {present.endpoints.api}, Dagster {present.endpoints.dagster}"
+    )
+    return f"embedd is already running from {state_dir} (process {present.pid}): {where}."
+
+
+def _endpoints_as_json(endpoints: Endpoints) -> dict[str, str]:
+    return {
+        "api": endpoints.api,
+        "dagster": endpoints.dagster,
+        "qdrant": endpoints.qdrant,
+        "database_url": endpoints.database_url,
+    }
