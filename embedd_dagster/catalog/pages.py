@@ -27,9 +27,7 @@ class Page(Generic[T]):
     next: Position | None
 
 
-def fetch_page(
-    session: Session, statement: Select[tuple[T]], model: Any, limit: int, after: Position | None
-) -> Page[T]:
+def fetch_page(session: Session, statement: Select[T], model: Any, limit: int, after: Position | None) -> Page[T]:
     """One page of the statement's rows. `model` is the mapped class that has `created_at` and `id`."""
     if after is not None:
         statement = statement.where(tuple_(model.created_at, model.id) < tuple_(after.created_at, after.object_id))

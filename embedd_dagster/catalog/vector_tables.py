@@ -127,7 +127,10 @@ def reconfigure(
 
 
 def set_status(row: VectorTable, status: SyncStatus, error: str | None = None) -> None:
-    """Moves to a state, or stays in it; an error is kept until the next good run. Raises EmbeddError for a move that is not allowed."""
+    """Moves to a state, or stays in it; an error is kept until the next good run.
+
+    Raises EmbeddError for a move that is not allowed.
+    """
     present = SyncStatus(row.sync_status)
     if status is not present and status not in SYNC_STATUS_MOVES[present]:
         raise EmbeddError(f"A vector table does not go from {present} to {status}.")
