@@ -1,0 +1,246 @@
+"""The whole stack, with real PostgreSQL and Dagster; the API and Qdrant are stubs here."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import httpx
+import psycopg
+import pytest
+
+from embedd_dagster.errors import ConfigurationError
+from embedd_dagster.local import installation
+from embedd_dagster.local.postgres import open_temporary_postgres
+from embedd_dagster.local.postgres_place import remove_place
+from embedd_dagster.local.process import marked_processes, working_in
+from embedd_dagster.local.stack import Stack, StackAlreadyRunning, down, running_stack, status
+from embedd_dagster.local.supervisor import ChildFailed
+from tests.support.stub_stack import stub_settings
+
+CHILDREN = {"postgres", "qdrant", "code-server", "dagster-webserver", "dagster-daemon", "api"}
+LAUNCH = """mutation ($job: String!) { launchRun(executionParams: {
+    selector: {repositoryLocationName: "embedd", repositoryName: "__repository__", jobName: $job},
+    runConfigData: {}}) { __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }"""
+STATUS = "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
+
+
+@pytest.fixture(autouse=True)
+def _no_external_parts(monkeypatch):
+    for name in [name for name in os.environ if name.startswith(("EMBEDD_", "DAGSTER_"))]:
+        monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def state_dir():
+    directory = new_state_dir()
+    yield directory
+    discard(directory)
+
+
+@pytest.fixture(scope="module")
+def stack():
+    directory = new_state_dir()
+    with Stack(directory, settings=stub_settings()) as stack:
+        yield stack
+    assert everything_of(directory) == []
+    discard(directory)
+
+
+def new_state_dir():
+    directory = Path(tempfile.mkdtemp(prefix="embedd-test-"))
+    directory.chmod(0o755)
+    return directory
+
+
+def discard(directory):
+    down(directory)
+    remove_place(directory / "postgres")
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def everything_of(state_dir):
+    servers = working_in((state_dir / "postgres" / "data").resolve(), "postgres")
+    return [one.pid for one in (*marked_processes(state_dir), *servers)]
+
+
+def until(condition, timeout_seconds=40):
+    deadline = time.monotonic() + timeout_seconds
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+    return result
+
+
+def graphql(endpoints, query, **variables):
+    answer = httpx.post(f"{endpoints.dagster}/graphql", json={"query": query, "variables": variables}, timeout=20)
+    return answer.json()["data"]
+
+
+def launch(endpoints, job):
+    launched = graphql(endpoints, LAUNCH, job=job)["launchRun"]
+    assert launched["__typename"] == "LaunchRunSuccess", launched
+    return launched["run"]["runId"]
+
+
+def run_status(endpoints, run_id):
+    return graphql(endpoints, STATUS, id=run_id)["runOrError"]["status"]
+
+
+def test_writes_where_it_is_for_its_owner_alone(stack):
+    path = stack.state_dir / "endpoints.json"
+    assert json.loads(path.read_text()) == {
+        "api": stack.endpoints.api,
+        "dagster": stack.endpoints.dagster,
+        "qdrant": stack.endpoints.qdrant,
+        "database_url": stack.endpoints.database_url,
+    }
+    for name in ("endpoints.json", "stack.json", "encryption_keys"):
+        assert (stack.state_dir / name).stat().st_mode & 0o777 == 0o600
+    assert (stack.state_dir / "run").stat().st_mode & 0o777 == 0o700
+    with psycopg.connect(stack.endpoints.database_url) as connection:
+        assert connection.info.dbname == "embedd"
+    seen = status(stack.state_dir)
+    assert (seen.running, seen.state, seen.pid, seen.endpoints) == (True, "ready", os.getpid(), stack.endpoints)
+    assert {name: child["state"] for name, child in seen.children.items()} == dict.fromkeys(CHILDREN, "ready")
+
+
+def test_runs_are_executed(stack):
+    run_id = launch(stack.endpoints, "quick_job")
+    until(lambda: run_status(stack.endpoints, run_id) == "SUCCESS")
+
+
+def test_a_killed_code_server_takes_its_run_workers_along_and_comes_back(stack):
+    run_id = launch(stack.endpoints, "endless_job")
+    until(lambda: run_status(stack.endpoints, run_id) == "STARTED")
+    workers = marked_processes(stack.state_dir, "code-server")
+    assert len(workers) > 1
+    os.kill(stack.child_pid("code-server"), signal.SIGKILL)
+    until(lambda: not any(worker.is_running() for worker in workers))
+    stack.wait_ready()
+    assert stack.describe()["code-server"]["restart_count"] == 1
+
+    def launches_again():
+        return graphql(stack.endpoints, LAUNCH, job="quick_job")["launchRun"].get("run")
+
+    run_id = until(launches_again)["runId"]
+    until(lambda: run_status(stack.endpoints, run_id) == "SUCCESS")
+
+
+@pytest.mark.parametrize("name", sorted(CHILDREN - {"code-server"}))
+def test_any_killed_child_comes_back_and_the_others_bear_it(stack, name):
+    others = {other: stack.child_pid(other) for other in CHILDREN - {name}}
+    killed = stack.child_pid(name)
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: stack.child_pid(name) not in (None, killed))
+    stack.wait_ready()
+    assert {other: stack.child_pid(other) for other in others} == others
+    if name in ("postgres", "dagster-daemon", "dagster-webserver"):
+        run_id = until(lambda: graphql(stack.endpoints, LAUNCH, job="quick_job")["launchRun"].get("run"))["runId"]
+        until(lambda: run_status(stack.endpoints, run_id) == "SUCCESS")
+
+
+def test_a_child_can_be_kept_down(stack):
+    stack.stop_child("api")
+    time.sleep(0.5)
+    assert stack.child_pid("api") is None
+    assert status(stack.state_dir).children["api"]["state"] == "stopped"
+    stack.start_child("api")
+    assert httpx.get(f"{stack.endpoints.api}/health").status_code == 200
+
+
+def test_a_second_one_says_where_the_first_is(stack):
+    with pytest.raises(StackAlreadyRunning, match=stack.endpoints.api):
+        Stack(stack.state_dir, settings=stub_settings()).start()
+
+
+def up(state_dir):
+    return subprocess.Popen([sys.executable, "-m", "tests.support.stub_stack", str(state_dir)], stdout=subprocess.PIPE)
+
+
+def first_url(supervisor):
+    return next(line.decode().strip() for line in supervisor.stdout if line.startswith(b"http"))
+
+
+def test_up_survives_kill_9_of_the_supervisor_and_down_ends_it(state_dir):
+    supervisor = up(state_dir)
+    url = first_url(supervisor)
+    supervisor.kill()
+    supervisor.communicate()
+    again = up(state_dir)  # at once: what is left has to be ended first
+    assert first_url(again) == url  # the port is kept
+    assert len(everything_of(state_dir)) >= len(CHILDREN)
+    assert status(state_dir).pid == again.pid
+    assert down(state_dir)
+    assert again.wait(5) == 0
+    again.communicate()
+    assert everything_of(state_dir) == []
+    assert not (state_dir / "endpoints.json").exists()
+    assert not status(state_dir).running
+    assert not down(state_dir)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the next up or down ends them")
+def test_a_killed_supervisor_leaves_nobody_behind(state_dir):
+    supervisor = up(state_dir)
+    first_url(supervisor)
+    supervisor.kill()
+    supervisor.communicate()
+    until(lambda: everything_of(state_dir) == [])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_in_the_middle_of_the_start_ends_everything(state_dir, number):
+    supervisor = up(state_dir)
+    until(lambda: "dagster-webserver" in status(state_dir).children)
+    supervisor.send_signal(number)
+    assert supervisor.wait(20) == 0
+    supervisor.communicate()
+    assert everything_of(state_dir) == []
+
+
+def test_code_that_does_not_load_is_shown_and_nothing_is_left(state_dir):
+    settings = stub_settings(code_location_module="tests.support.no_such_module")
+    with pytest.raises(ChildFailed, match=r"(?s)code-server .*no_such_module"), running_stack(state_dir, settings=settings):
+        pass
+    assert everything_of(state_dir) == []
+    assert not (state_dir / "endpoints.json").exists()
+
+
+def test_ones_own_database_needs_ones_own_key(state_dir, monkeypatch):
+    monkeypatch.setenv("EMBEDD_DATABASE_URL", "postgresql://somebody@db.example/embedd")
+    with pytest.raises(ConfigurationError, match="EMBEDD_ENCRYPTION_KEYS"):
+        Stack(state_dir, settings=stub_settings()).start()
+    assert not status(state_dir).running
+
+
+def test_ones_own_parts_take_the_place_of_the_embedded_ones(state_dir, monkeypatch):
+    with open_temporary_postgres() as own:
+        monkeypatch.setenv("EMBEDD_DATABASE_URL", own.ensure_database("catalog"))
+        monkeypatch.setenv("EMBEDD_QDRANT_URL", "http://qdrant.example:6333")
+        monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", "a2V5")
+        migrated = []
+        stack = Stack(state_dir, settings=stub_settings(migrate=migrated.append))
+        with stack:
+            assert set(stack.describe()) == CHILDREN - {"postgres", "qdrant"}
+            assert stack.endpoints.database_url == own.url("catalog")
+            assert stack.endpoints.qdrant == "http://qdrant.example:6333"
+        assert migrated == [own.url("catalog")]
+        with psycopg.connect(own.url("dagster")) as connection:
+            assert connection.execute("SELECT to_regclass('runs')").fetchone() != (None,)
+    assert not (state_dir / "encryption_keys").exists()
+
+
+def test_a_deep_state_directory_gets_a_socket_elsewhere(tmp_path):
+    socket_path = installation.find_code_socket(tmp_path / ("deep" * 30))
+    try:
+        assert len(str(socket_path)) <= 100
+        assert socket_path.parent.stat().st_mode & 0o777 == 0o700
+        assert installation.find_code_socket(tmp_path / ("deep" * 30)) == socket_path
+    finally:
+        socket_path.parent.rmdir()
