@@ -83,8 +83,8 @@ def sibling_database_url(url: str, database: str) -> str:
 
 
 def open_dagster_home(state_dir: Path) -> Path:
-    """Dagster's home, with the project's `dagster.yaml` as it is now."""
-    source = PROJECT_ROOT / "dagster.yaml"
+    """Dagster's home, with the project's `deploy/dagster.yaml` as it is now."""
+    source = PROJECT_ROOT / "deploy" / "dagster.yaml"
     if not source.exists():
         raise ConfigurationError(
             f"{source} is missing.", resolution="Run embedd from a checkout of its repository: pip install -e ."

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,28 +13,42 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import psycopg
 import structlog
 
-from embedd_dagster.errors import EmbeddError
+from embedd_dagster.errors import ConfigurationError, EmbeddError
 from embedd_dagster.local import files, installation, process
+from embedd_dagster.local.outside import (
+    DEFAULT_STATE_DIR,
+    Endpoints,
+    StackAlreadyRunning,
+    StackStatus,
+    describe_running,
+    down,
+    end_leftovers,
+    status,
+)
 from embedd_dagster.local.ports import LOOPBACK, Ports
 from embedd_dagster.local.postgres import EmbeddedPostgres, create_database
 from embedd_dagster.local.services import Services, service_specs
 from embedd_dagster.local.supervisor import ChildSpec, Supervisor
 
-DEFAULT_STATE_DIR = Path(".embedd")
-DOWN_TIMEOUT_SECONDS = 60.0
+__all__ = [
+    "DEFAULT_STATE_DIR",
+    "Endpoints",
+    "Stack",
+    "StackAlreadyRunning",
+    "StackSettings",
+    "StackStatus",
+    "down",
+    "running_stack",
+    "status",
+]
 
 # Each group is stopped at one moment, after all that use it are gone.
 _STOP_ORDER = (("api", "dagster-webserver", "dagster-daemon"), ("code-server",), ("qdrant",), ("postgres",))
 
 _log = structlog.get_logger(__name__)
-
-
-class StackAlreadyRunning(EmbeddError):
-    """Another live process runs the stack of this state directory; the message holds its URLs."""
-
-    default_resolution = "Use that one, or stop it with `embedd down`."
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +63,6 @@ class StackSettings:
     postgres_options: Mapping[str, str] = field(default_factory=dict)
     migrate: Callable[[str], None] | None = None
     """Called with the catalog's URL instead of the catalog's own migration."""
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoints:
-    """Where a running stack is reached."""
-
-    api: str
-    dagster: str
-    qdrant: str
-    database_url: str
-
-
-@dataclass(frozen=True, slots=True)
-class StackStatus:
-    """What is known of a state directory's stack from outside."""
-
-    running: bool
-    state: str
-    pid: int | None
-    endpoints: Endpoints | None
-    children: Mapping[str, Mapping[str, Any]]
 
 
 class Stack:
@@ -135,10 +128,10 @@ class Stack:
         """
         self.state_dir.mkdir(parents=True, exist_ok=True)
         if not self._lock.acquire():
-            raise StackAlreadyRunning(_describe_running(self.state_dir))
+            raise StackAlreadyRunning(describe_running(self.state_dir))
         began_at = time.monotonic()
         try:
-            _end_leftovers(self.state_dir)
+            end_leftovers(self.state_dir)
             self._state = "starting"
             self._write_state()
             self._start_children()
@@ -147,7 +140,7 @@ class Stack:
             raise
         self._state = "ready"
         self._write_state()
-        files.write_json(self.state_dir / "endpoints.json", _endpoints_as_json(self.endpoints))
+        files.write_json(self.state_dir / "endpoints.json", dataclasses.asdict(self.endpoints))
         _log.info("stack_ready", seconds=round(time.monotonic() - began_at, 1), state_dir=str(self.state_dir))
         return self.endpoints
 
@@ -195,8 +188,9 @@ class Stack:
     def _start_children(self) -> None:
         external = installation.External.of_environment()
         encryption_keys = installation.find_encryption_keys(self.state_dir, external)
-        ports = Ports(self.state_dir / "ports.json")
-        urls = {name: f"http://{LOOPBACK}:{ports.claim(name)}" for name in ("api", "dagster-webserver", "qdrant")}
+        remembered = Ports(self.state_dir / "ports.json")
+        ports = {name: remembered.claim(name) for name in ("api", "dagster-webserver", "qdrant")}
+        urls = {name: f"http://{LOOPBACK}:{port}" for name, port in ports.items()}
         qdrant_url = external.qdrant_url or urls["qdrant"]
 
         if external.database_url is None:
@@ -224,7 +218,7 @@ class Stack:
         services = Services(
             state_dir=self.state_dir,
             environment={**environment, **self._settings.extra_env},
-            ports={name: ports.claim(name) for name in urls},
+            ports=ports,
             code_socket=code_socket,
             code_location_module=self._settings.code_location_module,
             dagster_database_url=installation.driver_url(dagster_database_url, "postgresql"),
@@ -254,7 +248,18 @@ class Stack:
             self._postgres.ensure_database(installation.CATALOG_DATABASE)
             self._postgres.ensure_database(installation.DAGSTER_DATABASE)
         elif installation.External.of_environment().dagster_database_url is None:
-            create_database(self.endpoints.database_url, installation.DAGSTER_DATABASE)
+            try:
+                create_database(self.endpoints.database_url, installation.DAGSTER_DATABASE)
+            except psycopg.OperationalError as error:
+                raise ConfigurationError(
+                    f"The database that EMBEDD_DATABASE_URL names does not let us in: {error}",
+                    resolution="Check the address and the password, and that it is up.",
+                ) from None
+            except psycopg.errors.InsufficientPrivilege:
+                raise ConfigurationError(
+                    f"The user of EMBEDD_DATABASE_URL may not create the database {installation.DAGSTER_DATABASE!r}.",
+                    resolution="Create it, owned by that user; or name another in EMBEDD_DAGSTER_DATABASE_URL.",
+                ) from None
 
     def _migrate(self, database_url: str) -> None:
         if self._settings.migrate is not None:
@@ -276,7 +281,6 @@ class Stack:
                 {
                     "pid": os.getpid(),
                     "create_time": process.create_time(os.getpid()),
-                    "host": socket.gethostname(),
                     "state": self._state,
                     "children": self._supervisor.describe(),
                 },
@@ -288,88 +292,3 @@ def running_stack(state_dir: Path = DEFAULT_STATE_DIR, *, settings: StackSetting
     """The endpoints of a stack that runs for as long as the block does."""
     with Stack(state_dir, settings=settings) as stack:
         yield stack.endpoints
-
-
-def down(state_dir: Path = DEFAULT_STATE_DIR) -> bool:
-    """Nothing of the stack is left; tells whether there was anything.
-
-    Stops a supervisor that lives, and what one that was killed has left behind. The supervisor is the process that called
-    `start`: where that was a program, it gets SIGTERM all the same.
-    """
-    state_dir = state_dir.resolve()
-    if not state_dir.is_dir():
-        return False
-    lock = files.OwnerLock(state_dir / "stack.lock")
-    was_running = not lock.acquire()
-    if was_running:
-        pid = files.read_json(state_dir / "stack.json").get("pid")
-        supervisor = process.find(pid) if isinstance(pid, int) else None
-        if supervisor is not None:
-            process.end([supervisor], grace_seconds=DOWN_TIMEOUT_SECONDS)
-        if not _acquire_soon(lock):
-            raise StackAlreadyRunning(_describe_running(state_dir), resolution="Somebody starts it again and again.")
-    try:
-        return _end_leftovers(state_dir) or was_running
-    finally:
-        lock.release()
-
-
-def status(state_dir: Path = DEFAULT_STATE_DIR) -> StackStatus:
-    """How the stack is, without disturbing it."""
-    state_dir = state_dir.resolve()
-    state = files.read_json(state_dir / "stack.json")
-    running = bool(state) and process.is_alive(int(state["pid"]), float(state["create_time"]))
-    endpoints = files.read_json(state_dir / "endpoints.json") if running else {}
-    return StackStatus(
-        running=running,
-        state=str(state["state"]) if running else "stopped",
-        pid=int(state["pid"]) if running else None,
-        endpoints=Endpoints(**endpoints) if endpoints else None,
-        children=state.get("children", {}) if running else {},
-    )
-
-
-def _end_leftovers(state_dir: Path) -> bool:
-    """Nothing of a killed supervisor's stack is left; tells whether anything was. The caller holds the lock."""
-    found = {one.pid: one for one in process.marked_processes(state_dir)}
-    for name, child in files.read_json(state_dir / "stack.json").get("children", {}).items():
-        pid, create_time = child.get("pid"), child.get("create_time", 0.0)
-        # PostgreSQL, whose environment is unreadable, is ended by its own start; here for `down`.
-        if name == "postgres" and isinstance(pid, int) and process.is_alive(pid, create_time):
-            server = process.find(pid)
-            if server is not None:
-                process.end([server], grace_seconds=15, first=signal.SIGINT)
-    if found:
-        _log.warning("leftovers_ended", pids=sorted(found), reason="the supervisor before was killed")
-        process.end(found.values(), grace_seconds=5)
-    for name in ("stack.json", "endpoints.json"):
-        (state_dir / name).unlink(missing_ok=True)
-    return bool(found)
-
-
-def _acquire_soon(lock: files.OwnerLock) -> bool:
-    deadline = time.monotonic() + 5
-    while not lock.acquire():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def _describe_running(state_dir: Path) -> str:
-    present = status(state_dir)
-    where = (
-        "it is starting"
-        if present.endpoints is None
-        else f"API {present.endpoints.api}, Dagster {present.endpoints.dagster}"
-    )
-    return f"embedd is already running from {state_dir} (process {present.pid}): {where}."
-
-
-def _endpoints_as_json(endpoints: Endpoints) -> dict[str, str]:
-    return {
-        "api": endpoints.api,
-        "dagster": endpoints.dagster,
-        "qdrant": endpoints.qdrant,
-        "database_url": endpoints.database_url,
-    }

@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
+from dagster import DagsterInstance
+from dagster._core.instance.ref import InstanceRef
 
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import installation
@@ -30,12 +32,6 @@ LAUNCH = """mutation ($job: String!) { launchRun(executionParams: {
 STATUS = "query ($id: ID!) { runOrError(runId: $id) { ... on Run { status } } }"
 
 
-@pytest.fixture(autouse=True)
-def _no_external_parts(monkeypatch):
-    for name in [name for name in os.environ if name.startswith(("EMBEDD_", "DAGSTER_"))]:
-        monkeypatch.delenv(name)
-
-
 @pytest.fixture
 def state_dir():
     directory = new_state_dir()
@@ -46,8 +42,20 @@ def state_dir():
 @pytest.fixture(scope="module")
 def stack():
     directory = new_state_dir()
-    with Stack(directory, settings=stub_settings()) as stack:
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (
+            "EMBEDD_DATABASE_URL",
+            "EMBEDD_QDRANT_URL",
+            "EMBEDD_DAGSTER_DATABASE_URL",
+            "EMBEDD_ENCRYPTION_KEYS",
+        ):
+            patch.delenv(name, raising=False)
+        stack = Stack(directory, settings=stub_settings())
+        stack.start()
+    try:
         yield stack
+    finally:
+        stack.stop()
     assert everything_of(directory) == []
     discard(directory)
 
@@ -140,7 +148,7 @@ def test_any_killed_child_comes_back_and_the_others_bear_it(stack, name):
     until(lambda: stack.child_pid(name) not in (None, killed))
     stack.wait_ready()
     assert {other: stack.child_pid(other) for other in others} == others
-    if name in ("postgres", "dagster-daemon", "dagster-webserver"):
+    if name in ("postgres", "dagster-daemon"):
         run_id = until(lambda: graphql(stack.endpoints, LAUNCH, job="quick_job")["launchRun"].get("run"))["runId"]
         until(lambda: run_status(stack.endpoints, run_id) == "SUCCESS")
 
@@ -194,7 +202,7 @@ def test_a_killed_supervisor_leaves_nobody_behind(state_dir):
     until(lambda: everything_of(state_dir) == [])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
 def test_a_signal_in_the_middle_of_the_start_ends_everything(state_dir, number):
     supervisor = up(state_dir)
     until(lambda: "dagster-webserver" in status(state_dir).children)
@@ -206,7 +214,10 @@ def test_a_signal_in_the_middle_of_the_start_ends_everything(state_dir, number):
 
 def test_code_that_does_not_load_is_shown_and_nothing_is_left(state_dir):
     settings = stub_settings(code_location_module="tests.support.no_such_module")
-    with pytest.raises(ChildFailed, match=r"(?s)code-server .*no_such_module"), running_stack(state_dir, settings=settings):
+    with (
+        pytest.raises(ChildFailed, match=r"(?s)code-server .*no_such_module"),
+        running_stack(state_dir, settings=settings),
+    ):
         pass
     assert everything_of(state_dir) == []
     assert not (state_dir / "endpoints.json").exists()
@@ -217,6 +228,15 @@ def test_ones_own_database_needs_ones_own_key(state_dir, monkeypatch):
     with pytest.raises(ConfigurationError, match="EMBEDD_ENCRYPTION_KEYS"):
         Stack(state_dir, settings=stub_settings()).start()
     assert not status(state_dir).running
+
+
+def test_a_database_that_does_not_answer_is_told(state_dir, monkeypatch):
+    monkeypatch.setenv("EMBEDD_DATABASE_URL", "postgresql://somebody:secret@127.0.0.1:1/embedd")
+    monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", "a2V5")
+    with pytest.raises(ConfigurationError, match="does not let us in") as caught:
+        Stack(state_dir, settings=stub_settings()).start()
+    assert "secret" not in str(caught.value)
+    assert everything_of(state_dir) == []
 
 
 def test_ones_own_parts_take_the_place_of_the_embedded_ones(state_dir, monkeypatch):
@@ -234,6 +254,13 @@ def test_ones_own_parts_take_the_place_of_the_embedded_ones(state_dir, monkeypat
         with psycopg.connect(own.url("dagster")) as connection:
             assert connection.execute("SELECT to_regclass('runs')").fetchone() != (None,)
     assert not (state_dir / "encryption_keys").exists()
+
+
+def test_dagster_dev_in_the_root_needs_no_database(tmp_path):
+    # It reads a dagster.yaml in the working directory even for its temporary instance.
+    reference = InstanceRef.from_dir(str(tmp_path), config_dir=str(installation.PROJECT_ROOT))
+    with DagsterInstance.from_ref(reference) as instance:
+        assert instance.get_runs() == []
 
 
 def test_a_deep_state_directory_gets_a_socket_elsewhere(tmp_path):

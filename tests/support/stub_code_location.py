@@ -16,4 +16,7 @@ def endless() -> None:
         time.sleep(0.2)
 
 
-defs = dg.Definitions(assets=[quick, endless], jobs=[dg.define_asset_job("quick_job", "quick"), dg.define_asset_job("endless_job", "endless")])
+defs = dg.Definitions(
+    assets=[quick, endless],
+    jobs=[dg.define_asset_job("quick_job", "quick"), dg.define_asset_job("endless_job", "endless")],
+)
