@@ -203,6 +203,8 @@ class VectorSetRow(Base):
     digest: Mapped[bytes | None]
     """The source's bucket digests (int64, little-endian) as of the last completed sync, or as of the build's begin."""
     row_count: Mapped[int | None]
+    skipped_count: Mapped[int | None]
+    """Source rows without any text, as of the last completed run: they have no point."""
     created_at: Mapped[datetime]
     live_at: Mapped[datetime | None]
     retired_at: Mapped[datetime | None]

@@ -13,8 +13,8 @@ from embedd_dagster.core.rows import Fingerprint
 class ChangePlan:
     """What makes a store equal to its source."""
 
-    changed: list[Key]
-    """Keys of rows that are new, or whose hash differs: to be read again, then embedded or rewritten."""
+    changed: list[Fingerprint]
+    """Rows of the source that are new, or whose hash differs: to be read again, then embedded or rewritten."""
     deleted: list[Key]
     """Keys of points whose row is gone."""
     unchanged_count: int
@@ -23,12 +23,12 @@ class ChangePlan:
 def plan_changes(source: Iterable[Fingerprint], stored: Iterable[Fingerprint]) -> ChangePlan:
     """The plan for one part of a table. Both sides must be complete for that part: a failed read is not an empty one."""
     left = {encode_key(point.key): point for point in stored}
-    changed: list[Key] = []
+    changed: list[Fingerprint] = []
     unchanged_count = 0
     for row in source:
         point = left.pop(encode_key(row.key), None)
         if point is not None and point.row_hash == row.row_hash and point.bucket == row.bucket:
             unchanged_count += 1
         else:
-            changed.append(row.key)
+            changed.append(row)
     return ChangePlan(changed, [point.key for point in left.values()], unchanged_count)

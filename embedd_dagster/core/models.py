@@ -88,3 +88,8 @@ def check_model(provider: ProviderKind, name: str, dimensions: int, *, own_serve
         raise ValidationFailed(
             f"embedding_dimensions: {name} gives {model.accepted_dimensions} dimensions, not {dimensions}."
         )
+
+
+def find_model_by_name(name: str) -> EmbeddingModel | None:
+    """The catalog's entry of this name, whoever gives it, or None."""
+    return next((model for model in EMBEDDING_MODELS if model.name == name), None)

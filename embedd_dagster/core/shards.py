@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeVar
@@ -56,3 +56,9 @@ def pack_batches(items: Iterable[tuple[T, int, int]], limits: BatchLimits) -> It
         bytes_in_batch += size
     if batch:
         yield batch
+
+
+def in_chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    """Consecutive parts of at most `size` items; none for an empty sequence."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -253,6 +253,7 @@ def upgrade() -> None:
         sa.Column("digest_bits", sa.BigInteger(), nullable=True),
         sa.Column("digest", sa.LargeBinary(), nullable=True),
         sa.Column("row_count", sa.BigInteger(), nullable=True),
+        sa.Column("skipped_count", sa.BigInteger(), nullable=True),
         sa.Column("created_at", postgresql.TIMESTAMP(timezone=True), nullable=False),
         sa.Column("live_at", postgresql.TIMESTAMP(timezone=True), nullable=True),
         sa.Column("retired_at", postgresql.TIMESTAMP(timezone=True), nullable=True),

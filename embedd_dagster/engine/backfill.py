@@ -1,0 +1,250 @@
+"""Building a vector set beside the live one, and the swap.
+
+In order: a version and its shards are recorded with the source's digest → every shard is loaded → what changed in the
+source meanwhile is caught up → the set is indexed → counts are compared → the store publishes it and the catalog marks
+it live. Each step is idempotent and the next run takes up an unfinished build of the same configuration where its
+checkpoints are, so a run may die anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+
+from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.catalog.vector_sets import ShardState
+from embedd_dagster.core.keys import Key
+from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
+from embedd_dagster.core.shards import KeyRange
+from embedd_dagster.core.vector_table import VectorConfiguration
+from embedd_dagster.engine.patience import with_patience
+from embedd_dagster.engine.pipeline import RowCounts, RowPipeline, process_in_order
+from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete
+from embedd_dagster.engine.work import Work
+from embedd_dagster.errors import SourceUnavailable, TooManyFailedRows, VectorStoreRejected
+from embedd_dagster.sources.base import TableReader
+
+_PAGE_ROWS = 2_000
+_PAGE_BYTES = 4 * 2**20
+_MAX_BYTES_IN_FLIGHT = 64 * 2**20
+_CHECKPOINT_SECONDS = 1.0
+_CATCH_UP_ROUNDS = 5
+_VERIFY_ROUNDS = 3
+
+
+def backfill(work: Work) -> RowCounts:
+    """Builds a new set of the present configuration, or goes on with an unfinished one, and makes it live."""
+    configuration = work.table.configuration
+    reader = work.reader(configuration)
+    with work.stage("prepare"):
+        row, resumed = _begin(work, reader)
+        vector_set = work.vector_set(row)
+        work.patiently(lambda: work.store.create(vector_set))
+    pipeline = work.pipeline(row, _reusable_sets(work, row, resumed=resumed))
+    with work.stage("load"):
+        _load(work, reader, pipeline, vector_set)
+    with work.stage("catch_up"):
+        digest = _catch_up(work, reader, pipeline, row)
+    _refuse_many_failures(work, vector_set, digest.row_count)
+    with work.stage("index"):
+        work.patiently(lambda: work.store.finish_load(vector_set))
+    with work.stage("verify"):
+        digest, point_count = _verify(work, reader, pipeline, vector_set, digest)
+    with work.stage("swap"):
+        _swap(work, vector_set, digest, point_count)
+    return work.progress.counts
+
+
+def _begin(work: Work, reader: TableReader) -> tuple[VectorSetRow, bool]:
+    with work.fenced() as session:
+        row = vector_sets.find_resumable(session, work.table)
+    if row is not None:
+        work.log(f"Going on with version {row.version}, which an earlier run began.")
+        work.progress.total_rows = row.row_count or 0
+        return row, True
+    # taken before any row is read: what changes from here on is caught up before the swap
+    row_count = work.patiently(reader.count)
+    digest = work.patiently(lambda: reader.digest(digest_bits(row_count)))
+    if work.table.live_version is not None:
+        with work.runtime.catalog.transaction() as session:
+            live = vector_sets.get(session, work.table.id, work.table.live_version)
+        refuse_mass_delete(work, live.row_count or 0, digest.row_count)
+    ranges = work.patiently(lambda: reader.split(work.settings.shard_count))
+    work.progress.total_rows = digest.row_count
+    with work.fenced() as session:
+        row = vector_sets.begin_build(session, work.table, key_type=reader.key_type, digest=digest, ranges=ranges)
+    work.log(f"Building version {row.version}: {digest.row_count} rows in {len(ranges)} shards.")
+    return row, False
+
+
+def _reusable_sets(work: Work, row: VectorSetRow, *, resumed: bool) -> list[VectorSet]:
+    """Sets in which a row's vector may be found: the live one if its model is the same, and after a death this one."""
+    sets = [work.vector_set(row)] if resumed else []
+    if work.table.live_version is not None:
+        with work.runtime.catalog.transaction() as session:
+            live = vector_sets.get(session, work.table.id, work.table.live_version)
+        old, new = VectorConfiguration.from_json(live.configuration), VectorConfiguration.from_json(row.configuration)
+        if (old.embedding_model, old.embedding_dimensions) == (new.embedding_model, new.embedding_dimensions):
+            sets.append(work.vector_set(live))
+    return sets
+
+
+def _load(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet) -> None:
+    with work.runtime.catalog.transaction() as session:
+        shards = vector_sets.shards(session, vector_set.vector_table_id, vector_set.version)
+    for shard in shards:
+        work.progress.add(RowCounts(**shard.counts))
+    open_shards = [shard for shard in shards if not shard.done]
+    if not open_shards:
+        return
+    with (
+        ThreadPoolExecutor(pipeline.concurrency, thread_name_prefix="batch") as workers,
+        ThreadPoolExecutor(len(open_shards), thread_name_prefix="shard") as readers,
+    ):
+        futures = [
+            readers.submit(_load_shard, work, reader, pipeline, vector_set, shard, workers, len(open_shards))
+            for shard in open_shards
+        ]
+        done, _unfinished = wait(futures, return_when=FIRST_EXCEPTION)
+        failed = next((error for future in done if (error := future.exception()) is not None), None)
+        if failed is not None:
+            work.stop_others(failed)
+            wait(futures)
+            raise failed
+
+
+def _load_shard(
+    work: Work,
+    reader: TableReader,
+    pipeline: RowPipeline,
+    vector_set: VectorSet,
+    shard: ShardState,
+    workers: Executor,
+    shard_count: int,
+) -> None:
+    """Loads what is left of one shard, checkpointing behind the writes at most once a second."""
+    counts = RowCounts(**shard.counts)
+    last_key: Key | None = None
+    checkpointed_at = time.monotonic()
+    outcomes = process_in_order(
+        workers,
+        pipeline,
+        pipeline.batches(_pages(work, reader, shard.remaining)),
+        max_batches=max(2, 2 * pipeline.concurrency // shard_count),
+        max_bytes=_MAX_BYTES_IN_FLIGHT // shard_count,
+        check=work.check,
+    )
+    for outcome in outcomes:
+        counts.add(outcome.counts)
+        last_key = outcome.last_key
+        work.progress.add(outcome.counts, last_key)
+        instant = time.monotonic()
+        if outcome.failures or instant - checkpointed_at >= _CHECKPOINT_SECONDS:
+            with work.fenced() as session:
+                work.record_failures(session, vector_set, outcome.failures)
+                vector_sets.checkpoint_shard(
+                    session, vector_set, shard.ordinal, last_key=last_key, done=False, counts=counts.to_json()
+                )
+            checkpointed_at = instant
+            _refuse_many_failures(work, vector_set, work.progress.total_rows)
+    with work.fenced() as session:
+        vector_sets.checkpoint_shard(
+            session, vector_set, shard.ordinal, last_key=last_key, done=True, counts=counts.to_json()
+        )
+
+
+def _pages(work: Work, reader: TableReader, remaining: KeyRange) -> Iterator[list[SourceRow]]:
+    """The pages of a range; a source that went away is waited for, and read on behind the last page."""
+    while True:
+        try:
+            for page in reader.read(remaining, page_rows=_PAGE_ROWS, page_bytes=_PAGE_BYTES):
+                yield page
+                remaining = KeyRange(page[-1].key, remaining.upper)
+        except SourceUnavailable as error:
+            work.log(f"Reading is interrupted: {error}")
+            with_patience(work.source.check, patience_seconds=work.settings.outage_patience_seconds, check=work.check)
+        else:
+            return
+
+
+def _catch_up(work: Work, reader: TableReader, pipeline: RowPipeline, row: VectorSetRow) -> TableDigest:
+    """Brings what changed since the build began, until nothing does, or for some rounds; gives the digest reached."""
+    vector_set = work.vector_set(row)
+    digest = vector_sets.stored_digest(row)
+    for _round in range(_CATCH_UP_ROUNDS):
+        bits = digest.bits if digest else 0
+        latest = work.patiently(lambda bits=bits: reader.digest(bits))  # type: ignore[misc]
+        changed = latest.changed_buckets(digest)
+        if digest is not None and changed == []:
+            return digest
+        work.log(f"Catching up {len(changed or [])} of {1 << latest.bits} buckets that changed during the build.")
+        work.caught_up.add(apply_changes(work, reader, pipeline, vector_set, latest, changed))
+        digest = latest
+        with work.fenced() as session:
+            vector_sets.set_digest(vector_sets.get(session, row.vector_table_id, row.version), digest)
+    return latest
+
+
+def _refuse_many_failures(work: Work, vector_set: VectorSet, total_rows: int) -> None:
+    percent = work.settings.max_failed_rows_percent
+    failed = _count_failures(work, vector_set)
+    if failed * 100 > percent * max(total_rows, 1):
+        raise TooManyFailedRows(f"{failed} of {total_rows} rows failed, more than {percent:g} percent.")
+
+
+def _count_failures(work: Work, vector_set: VectorSet) -> int:
+    with work.runtime.catalog.transaction() as session:
+        return vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
+
+
+def _verify(
+    work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet, digest: TableDigest
+) -> tuple[TableDigest, int]:
+    """The digest and the number of points of a set whose counts agree with the source.
+
+    A difference is mended by comparing every row. Raises VectorStoreRejected where that does not help although the
+    source is quiet; where it is being written to all the time, the next sync brings what came after the digest.
+    """
+    skipped_count = work.progress.counts.skipped + work.caught_up.skipped
+    for _round in range(_VERIFY_ROUNDS):
+        point_count = work.patiently(lambda: work.store.count(vector_set))
+        failed_count = _count_failures(work, vector_set)
+        if point_count == digest.row_count - skipped_count - failed_count:
+            return digest, point_count
+        work.log(
+            f"{point_count} points for {digest.row_count} rows ({skipped_count} without text, {failed_count} failed): "
+            "comparing every row."
+        )
+        digest = work.patiently(lambda bits=digest.bits: reader.digest(bits))  # type: ignore[misc]
+        compared = apply_changes(work, reader, pipeline, vector_set, digest, None)
+        skipped_count = compared.skipped
+        work.caught_up.add(compared)
+    if work.patiently(lambda: reader.digest(digest.bits)).changed_buckets(digest) == []:
+        raise VectorStoreRejected(
+            f"The built set has {point_count} points for {digest.row_count} rows.",
+            resolution="Start the backfill again; if it happens again, look at the vector store's log.",
+        )
+    return digest, work.patiently(lambda: work.store.count(vector_set))
+
+
+def _swap(work: Work, vector_set: VectorSet, digest: TableDigest, point_count: int) -> None:
+    # the store first: killed between the two, both faces still point at complete sets, and the next run repeats this
+    work.patiently(lambda: work.store.publish(vector_set))
+    with work.fenced() as session:
+        table = vector_tables.find(session, vector_set.vector_table_id, lock=True)
+        if table is None or table.deleted_at is not None:
+            return
+        row = vector_sets.get(session, vector_set.vector_table_id, vector_set.version)
+        row.skipped_count = (
+            digest.row_count
+            - point_count
+            - vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
+        )
+        vector_sets.set_digest(row, digest)
+        vector_sets.mark_live(session, table, row)
+        table.last_sync_at = now()
+        table.total_rows, table.synced_rows = digest.row_count, point_count
+    work.log(f"Version {vector_set.version} is live with {point_count} points.")

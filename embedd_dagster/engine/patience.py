@@ -1,0 +1,45 @@
+"""Waiting out an outside system that is down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+
+from embedd_dagster.errors import TransientError
+
+T = TypeVar("T")
+
+_LONGEST_WAIT_SECONDS = 10.0
+_SLICE_SECONDS = 0.25
+
+
+def with_patience(action: Callable[[], T], *, patience_seconds: float, check: Callable[[], None]) -> T:
+    """The action's result; while it raises TransientError it is tried again, with backoff and full jitter.
+
+    Gives up with the last error after `patience_seconds`. `check` is called several times a second while it waits, and
+    ends the wait by raising. The action must be idempotent.
+    """
+
+    def pause(seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            check()
+            time.sleep(min(left, _SLICE_SECONDS))
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        wanted = error.retry_after_seconds if isinstance(error, TransientError) else None
+        backoff = wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_SECONDS)(state)
+        return backoff if wanted is None else min(max(wanted, backoff), patience_seconds)
+
+    retrying = Retrying(
+        retry=retry_if_exception_type(TransientError),
+        wait=wait,
+        stop=stop_after_delay(patience_seconds),
+        sleep=pause,
+        reraise=True,
+    )
+    return retrying(action)

@@ -1,0 +1,200 @@
+"""One run's work on one vector table: its task, what is open for it, its heartbeat, its progress and its stop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.tables import Task, VectorSetRow
+from embedd_dagster.catalog.vector_sets import RowFailure
+from embedd_dagster.core.keys import Key, render_key
+from embedd_dagster.core.rows import VectorSet
+from embedd_dagster.core.vector_table import Mode, VectorConfiguration
+from embedd_dagster.embedders.pacing import PacedEmbedder
+from embedd_dagster.engine.patience import with_patience
+from embedd_dagster.engine.pipeline import RowCounts, RowPipeline
+from embedd_dagster.engine.reuse import TextMemory
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import RunCancelled, RunSuperseded, TransientError
+from embedd_dagster.sources.base import Selection, Source, TableReader
+from embedd_dagster.stores.base import Store
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is. Safe to use from several threads."""
+
+    total_rows: int = 0
+    counts: RowCounts = field(default_factory=RowCounts)
+    last_key: Key | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, counts: RowCounts, last_key: Key | None = None) -> None:
+        """Adds what became of some rows."""
+        with self._lock:
+            self.counts.add(counts)
+            self.last_key = last_key if last_key is not None else self.last_key
+
+    def to_json(self) -> dict[str, Any]:
+        """The task's `progress` (SPEC §2)."""
+        with self._lock:
+            return {
+                "rows_processed": self.counts.read,
+                "total_rows": max(self.total_rows, self.counts.read),
+                "rows_failed": self.counts.failed,
+                "tokens": self.counts.tokens,
+                "last_processed_pk": None if self.last_key is None else render_key(self.last_key),
+            }
+
+
+class Work:
+    """Everything a run needs for one task; a context manager that gives back what it opened.
+
+    Every catalog write goes through `fenced`, every wait and every batch through `check`: so a run that lost its task,
+    or was asked to end, writes nothing more.
+    """
+
+    def __init__(
+        self, runtime: Runtime, task: Task, run_id: str, *, log: Callable[[str], None], should_stop: Callable[[], bool]
+    ) -> None:
+        self.runtime = runtime
+        self.settings = runtime.settings
+        self.task = task
+        self.run_id = run_id
+        self.log = log
+        self.progress = Progress(total_rows=task.progress.get("total_rows", 0))
+        self.caught_up = RowCounts()
+        """What catching up with the source took, beyond the rows of the load itself."""
+        self.seconds: dict[str, float] = {}
+        self._should_stop = should_stop
+        self._stopped_by: BaseException | None = None
+        self._ended = threading.Event()
+        self._resources = ExitStack()
+        self._embedders: dict[tuple[str | None, str, int], PacedEmbedder] = {}
+        with runtime.catalog.transaction() as session:
+            endpoints = vector_tables.load_endpoints(session, task.target_id)
+        if endpoints is None or endpoints.vector_table.deleted_at is not None:
+            raise RunCancelled("The vector table was deleted.")
+        self.table = endpoints.vector_table
+        self._endpoints = endpoints
+        self.source: Source = self._resources.enter_context(runtime.open_source(endpoints.connection))
+        self.store: Store = self._resources.enter_context(
+            runtime.open_store(Mode(self.table.mode), endpoints.connection)
+        )
+
+    def __enter__(self) -> Self:
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._heart.join()
+        self._resources.close()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(self.settings.heartbeat_seconds):
+            try:
+                with self.runtime.catalog.transaction() as session:
+                    tasks.heartbeat(session, self.task.id, self.run_id, self.progress.to_json())
+            except (RunSuperseded, RunCancelled) as error:
+                self._stopped_by = error
+                return
+            except TransientError as error:
+                self.log(f"Heartbeat not written: {error}")  # the next one may be; too long a silence ends the run
+
+    def check(self) -> None:
+        """Returns while the run may go on. Raises RunSuperseded, RunCancelled."""
+        if self._stopped_by is not None:
+            raise self._stopped_by
+        if self._should_stop():
+            raise RunCancelled("The run was asked to end.")
+
+    def stop_others(self, error: BaseException) -> None:
+        """Makes `check` raise in every thread of this run: one part of it failed."""
+        self._stopped_by = self._stopped_by or RunCancelled(f"Another part of the run failed: {type(error).__name__}")
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Measures a stage of the run, and says in the log when it begins."""
+        self.check()
+        self.log(f"Stage {name} begins.")
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+    @contextmanager
+    def fenced(self) -> Iterator[Session]:
+        """A catalog transaction that commits only while this run owns its task."""
+        with self.runtime.catalog.transaction() as session:
+            tasks.assert_owner(session, self.task.id, self.run_id)
+            yield session
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """The result of an idempotent action on an outside system, waited for while that is down."""
+        return with_patience(action, patience_seconds=self.settings.outage_patience_seconds, check=self.check)
+
+    def reader(self, configuration: VectorConfiguration) -> TableReader:
+        """A reader of the configured table."""
+        selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
+        return self.patiently(lambda: self.source.reader(selection))
+
+    def vector_set(self, row: VectorSetRow) -> VectorSet:
+        """What the store must know of a version of this vector table."""
+        return vector_sets.as_vector_set(row, self.table.storage_name)
+
+    def pipeline(self, row: VectorSetRow, reuse_from: list[VectorSet]) -> RowPipeline:
+        """The pipeline into a version, by the configuration that version is built from."""
+        configuration = VectorConfiguration.from_json(row.configuration)
+        return RowPipeline(
+            vector_set=self.vector_set(row),
+            configuration=configuration,
+            store=self.store,
+            embedder=self.embedder(configuration),
+            reuse_from=reuse_from,
+            memory=TextMemory(),
+            patiently=self.patiently,
+        )
+
+    def embedder(self, configuration: VectorConfiguration) -> PacedEmbedder:
+        """The paced embedder of a configuration; opened once a run."""
+        name = (
+            configuration.embedding_provider_id,
+            configuration.embedding_model,
+            configuration.embedding_dimensions,
+        )
+        if name not in self._embedders:
+            provider = self._endpoints.embedding_provider
+            raw = self._resources.enter_context(self.runtime.open_embedder(provider, name[1], name[2]))
+            self._embedders[name] = PacedEmbedder(
+                raw,
+                limits=provider.limits if provider else {},
+                patience_seconds=self.settings.outage_patience_seconds,
+                check=self.check,
+            )
+        return self._embedders[name]
+
+    def embedder_counters(self) -> tuple[int, int]:
+        """Requests made to the provider in this run, and how many of them were repeats."""
+        counters = [embedder.counters for embedder in self._embedders.values()]
+        return sum(item.requests for item in counters), sum(item.retries for item in counters)
+
+    def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
+        """Keeps failed rows in a fenced transaction, and says so in the log."""
+        if failures:
+            vector_sets.record_failures(session, vector_set, failures)
+            self.log(f"{len(failures)} rows failed at step {failures[0].step}: {failures[0].code}.")
