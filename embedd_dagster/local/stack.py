@@ -102,7 +102,9 @@ class Stack:
             StackAlreadyRunning: It runs already.
             EmbeddError: It could not be started; what had been started is stopped.
         """
-        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        handled = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asked for just that
+            handled.append(signal.SIGHUP)
         previous = {number: signal.signal(number, self._on_signal) for number in handled}
         try:
             self.start()
