@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4, uuid5
@@ -278,18 +279,20 @@ def test_search_equals_brute_force(client: QdrantClient, collection: str) -> Non
 SCALARS: list[Any] = [True, False, 0, 1, 2, -5, 1.0, 2.5, 2**53 + 1, "", "a", "b", "1", "true"]
 KEYS = {"a": ("a",), "m.b": ("m", "b"), 'm."my col"': ("m", "my col"), 'm."x.y"': ("m", "x.y")}
 FIELD = st.sampled_from(sorted(KEYS))
+# What an index serves is what its kind can hold (an integer index takes 1.0 for 1): so there, a column has one kind.
+BY_KIND = [["", "a", "b", "1", "true"], [True, False], [0, 1, 2, -5, 2**53 + 1], [1.0, 2.5, -5.25, 0, 2]]
 BOUND = st.sampled_from([-5, 0, 1, 1.5, 2, 2.5])
 
 
-def random_payload(chooser: random.Random) -> dict[str, Any]:
+def random_payload(chooser: random.Random, kinds: list[list[Any]]) -> dict[str, Any]:
     payload: dict[str, Any] = {}
-    for first, *rest in KEYS.values():
+    for (first, *rest), scalars in zip(KEYS.values(), kinds, strict=True):
         kind = chooser.random()
         if kind < 0.2:
             continue
-        value: Any = chooser.choice(SCALARS)
+        value: Any = chooser.choice(scalars)
         if kind > 0.85:
-            value = chooser.choice([None, [], [None], chooser.sample(SCALARS, 2)])
+            value = chooser.choice([None, [], [None], chooser.sample(scalars, 2)])
         if rest:
             payload.setdefault(first, {})[rest[0]] = value
         else:
@@ -321,7 +324,7 @@ def holds(condition: Any, payload: dict[str, Any]) -> bool:
         enough = least is None or sum(holds(each, payload) for each in least.conditions) >= least.min_count
         return all(must) and (not should or any(should)) and not any(must_not) and enough
     if isinstance(condition, models.IsEmptyCondition):
-        return stored(payload, condition.is_empty.key) in (..., None, [], [None])
+        return stored(payload, condition.is_empty.key) in (..., None, [])
     if isinstance(condition, models.IsNullCondition):
         value = stored(payload, condition.is_null.key)
         return value is None or (isinstance(value, list) and None in value)
@@ -341,7 +344,7 @@ def holds(condition: Any, payload: dict[str, Any]) -> bool:
         case models.MatchAny(any=wanted):
             return any(same(each, one) for each in values for one in wanted)
         case models.MatchExcept(except_=unwanted):
-            return any(not any(same(each, one) for one in unwanted) for each in values)
+            return any(each is not None and not any(same(each, one) for one in unwanted) for each in values)
     raise AssertionError(condition)
 
 
@@ -381,32 +384,40 @@ TREE = st.recursive(
 )
 
 
-@pytest.fixture(scope="module", params=["unindexed", "indexed"])
-def filtered(client: QdrantClient, request: pytest.FixtureRequest) -> tuple[str, list[dict[str, Any]]]:
+@dataclass(repr=False)
+class Filtered:
+    name: str
+    payloads: list[dict[str, Any]]
+
+
+@pytest.fixture(scope="module", params=["unindexed", "indexed", "optimized"])
+def filtered(client: QdrantClient, request: pytest.FixtureRequest) -> Filtered:
     name = f"filtered_{request.param}"
     create(client, name)
     chooser = random.Random(5)
-    payloads = [random_payload(chooser) for _ in range(200)]
+    kinds = [SCALARS] * 4 if request.param == "unindexed" else BY_KIND
+    payloads = [random_payload(chooser, kinds) for _ in range(200)]
     vectors = random_vectors(len(payloads)).tolist()
     client.upsert(name, models.Batch(ids=list(range(200)), vectors=vectors, payloads=payloads))
-    if request.param == "indexed":
-        kinds: list[Any] = [
+    if request.param != "unindexed":
+        schemas: list[Any] = [
             "keyword",
             "bool",
             models.IntegerIndexParams(type="integer", lookup=True, range=True),
             "float",
         ]
-        for key, kind in zip(KEYS, kinds, strict=True):
-            client.create_payload_index(name, key, kind)
-    return name, payloads
+        for key, schema in zip(KEYS, schemas, strict=True):
+            client.create_payload_index(name, key, schema)
+    if request.param == "optimized":
+        client.update_collection(name, optimizers_config=models.OptimizersConfigDiff(indexing_threshold=1))
+        wait_until_green(client, name)
+    return Filtered(name, payloads)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(condition=TREE)
-def test_filters_mean_what_they_say(
-    client: QdrantClient, filtered: tuple[str, list[dict[str, Any]]], condition: Any
-) -> None:
-    name, payloads = filtered
+def test_filters_mean_what_they_say(client: QdrantClient, filtered: Filtered, condition: Any) -> None:
+    name, payloads = filtered.name, filtered.payloads
     page, _ = client.scroll(name, models.Filter(must=[condition]), limit=1000, with_payload=False)
     expected = [n for n, payload in enumerate(payloads) if holds(condition, payload)]
     assert [point.id for point in page] == expected
