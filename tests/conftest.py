@@ -15,7 +15,7 @@ import httpx
 import psycopg
 import pytest
 
-from embedd_dagster.local.postgres import EmbeddedPostgres
+from embedd_dagster.local.postgres import EmbeddedPostgres, open_temporary_postgres
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +27,10 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedPostgres]:
+def postgres() -> Iterator[EmbeddedPostgres]:
     """A running PostgreSQL 18 with pgvector, of this test session alone."""
-    server = EmbeddedPostgres(tmp_path_factory.mktemp("postgres"))
-    server.start()
-    try:
+    with open_temporary_postgres() as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture

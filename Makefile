@@ -1,0 +1,49 @@
+# Two commands do everything: `make demo` and `make test`. The rest is for working on the code.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down test check lint format lock clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: $(VENV)/.ready  ## everything that is needed, into .venv
+
+# with uv where it is there, else with pip; pinned by requirements.lock, compiled so that Dagster starts fast
+$(VENV)/.ready: requirements.lock pyproject.toml
+	@$(PYTHON) scripts/setup.py $(VENV)
+	@touch $@
+
+demo: setup  ## the whole product once, on real data: under three minutes, no key, nothing left behind
+	@$(BIN)/embedd demo
+
+up: setup  ## the stack, until Ctrl-C
+	@$(BIN)/embedd up
+
+down: setup  ## stop what `make up` started
+	@$(BIN)/embedd down
+
+test: setup  ## every test
+	@$(BIN)/pytest
+
+check: lint test  ## what CI runs
+
+lint: setup  ## style, types, import contracts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: setup  ## put the code into its form
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock:  ## pin what pyproject.toml asks for (needs uv)
+	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
+		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
+
+clean: down  ## remove what setup and up made
+	rm -rf $(VENV) .embedd

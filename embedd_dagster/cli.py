@@ -1,0 +1,159 @@
+"""The command line: `embedd up | down | status | demo | keys | migrate`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+
+from embedd_dagster.errors import EmbeddError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+app = typer.Typer(
+    help="Keeps the tables of your database searchable by meaning.", no_args_is_help=True, add_completion=False
+)
+keys_app = typer.Typer(help="API keys, and the key that stored credentials are encrypted with.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+
+StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the embedded stack keeps its state.")]
+_DEFAULT_STATE_DIR = Path(".embedd")
+_console = Console()
+_errors = Console(stderr=True)
+
+
+def _explained(command: Callable[P, R]) -> Callable[P, R]:
+    """Our own errors end a command with their message and what to do, not with a stack trace."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except EmbeddError as error:
+            _errors.print(f"[bold red]Error:[/] {error.message}", highlight=False)
+            _errors.print(f"{error.resolution}", highlight=False)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command()
+@_explained
+def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+    """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant where you name none of your own."""
+    from embedd_dagster.local.outside import Endpoints
+    from embedd_dagster.local.stack import Stack
+
+    def ready(endpoints: Endpoints) -> None:
+        _console.print("[bold green]embedd is up.[/]")
+        _console.print(f"  API      {endpoints.api}/docs")
+        _console.print(f"  Dagster  {endpoints.dagster}")
+        _console.print(f"  Qdrant   {endpoints.qdrant}")
+        _console.print(f"  State    {state_dir.resolve()}   (addresses in endpoints.json, logs in logs/)")
+        _console.print("Make a key with [cyan]embedd keys create[/]. Ctrl-C stops everything.")
+
+    _console.print("Starting …")
+    Stack(state_dir).up(on_ready=ready)
+
+
+@app.command()
+@_explained
+def down(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+    """Stop the stack that `embedd up` started, children included."""
+    from embedd_dagster.local import outside
+
+    stopped = outside.down(state_dir)
+    _console.print("Stopped." if stopped else "Nothing was running.")
+
+
+@app.command()
+@_explained
+def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+    """Show what of the stack runs, and where."""
+    from embedd_dagster.local import outside
+
+    found = outside.status(state_dir)
+    _console.print(f"[bold]{found.state}[/]" + (f" (process {found.pid})" if found.pid else ""))
+    for name, child in found.children.items():
+        _console.print(f"  {name:18} {child['state']}")
+
+
+@app.command()
+@_explained
+def demo() -> None:
+    """Set up everything, embed Python's own documentation, ask it three questions, and shut down again."""
+    from embedd_dagster.local.demo import run_demo
+
+    run_demo(_console)
+
+
+@app.command()
+@_explained
+def migrate() -> None:
+    """Bring the catalog behind EMBEDD_DATABASE_URL up to date; for installations without `embedd up`."""
+    from embedd_dagster.catalog.migrate import upgrade
+    from embedd_dagster.settings import read_settings
+
+    upgrade(read_settings().database_url.get_secret_value())
+    _console.print("The catalog is up to date.")
+
+
+@keys_app.command("create")
+@_explained
+def create_key(
+    environment: Annotated[
+        str | None, typer.Option(help="Make the key good for this environment alone; else it is for all of them.")
+    ] = None,
+    *,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Only GETs and queries.")] = False,
+    name: Annotated[str, typer.Option(help="What the key is for.")] = "command line",
+    state_dir: StateDir = _DEFAULT_STATE_DIR,
+) -> None:
+    """Print a new API key. It is shown this once."""
+    from embedd_dagster.catalog import api_keys, environments
+    from embedd_dagster.catalog.api_keys import Permission
+    from embedd_dagster.catalog.database import Catalog
+    from embedd_dagster.errors import NotFound
+
+    catalog = Catalog(_catalog_url(state_dir), pool_size=1)
+    try:
+        with catalog.transaction() as session:
+            organization_id = environments.ensure_defaults(session).org_id
+            scope = None
+            if environment is not None:
+                scope = environments.find_by_name(session, organization_id, environment)
+                if scope is None:
+                    raise NotFound("environment", environment, resolution="Make it with POST /v1/environments.")
+            permission = Permission.READ_ONLY if read_only else Permission.FULL
+            key = api_keys.create(session, organization_id, scope.id if scope else None, name, permission)
+    finally:
+        catalog.close()
+    # nothing else on standard output: `KEY=$(embedd keys create)` must work
+    sys.stdout.write(key.raw + "\n")
+
+
+@keys_app.command("new-encryption-key")
+def new_encryption_key() -> None:
+    """Print a fresh key for EMBEDD_ENCRYPTION_KEYS."""
+    from embedd_dagster.catalog.secrets import new_encryption_key as make
+
+    sys.stdout.write(make() + "\n")
+
+
+def _catalog_url(state_dir: Path) -> str:
+    """The catalog's URL: of the running stack, else of the environment."""
+    from embedd_dagster.local import outside
+    from embedd_dagster.settings import read_settings
+
+    endpoints = outside.status(state_dir).endpoints
+    return endpoints.database_url if endpoints else read_settings().database_url.get_secret_value()
+
+
+if __name__ == "__main__":
+    app()
