@@ -23,8 +23,7 @@ def encode_key(key: Key) -> str:
     if isinstance(key, str):
         return f"s:{key}"
     if isinstance(key, Decimal):
-        # 1.0 and 1.00 are one key to the database
-        return f"n:{key.normalize():f}" if key.is_finite() else f"n:{key}"
+        return f"n:{_plain(key)}"
     if isinstance(key, UUID):
         return f"u:{key}"
     if isinstance(key, datetime):
@@ -32,6 +31,19 @@ def encode_key(key: Key) -> str:
     if isinstance(key, date):
         return f"d:{key.isoformat()}"
     raise TypeError(f"{type(key).__name__} is no primary key type")
+
+
+def _plain(key: Decimal) -> str:
+    """Digits without exponent or trailing zeros: 1.0 and 1.00 are one key to the database.
+
+    Not `Decimal.normalize`: that rounds to the context's 28 digits.
+    """
+    if not key.is_finite():
+        return str(key)
+    digits = f"{key:f}"
+    if "." in digits:
+        digits = digits.rstrip("0").rstrip(".")
+    return "0" if digits == "-0" else digits
 
 
 _DECODERS: Final[dict[str, Callable[[str], Key]]] = {
@@ -66,7 +78,7 @@ def render_key(key: Key) -> int | float | str:
         if key == key.to_integral_value():
             return int(key)
         as_float = float(key)
-        return as_float if Decimal(repr(as_float)) == key else f"{key.normalize():f}"
+        return as_float if Decimal(repr(as_float)) == key else _plain(key)
     if isinstance(key, UUID):
         return str(key)
     return key.isoformat()

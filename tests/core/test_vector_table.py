@@ -1,0 +1,129 @@
+"""The configuration of a vector table: its order of columns, what a change costs, and its refusals."""
+
+from dataclasses import replace
+
+import pytest
+
+from embedd_dagster.core.ids import new_id
+from embedd_dagster.core.models import ProviderKind, check_model
+from embedd_dagster.core.vector_table import (
+    ChangeCost,
+    Column,
+    ColumnRole,
+    FilterType,
+    VectorConfiguration,
+    change_cost,
+    check_columns,
+    storage_name,
+)
+from embedd_dagster.errors import ValidationFailed
+
+TITLE = Column("TITLE", ColumnRole.EMBEDDING, ordinal=1, name_prefix="title: ")
+BODY = Column("BODY", ColumnRole.EMBEDDING, ordinal=2)
+NOTE = Column("NOTE", ColumnRole.EMBEDDING)
+PRICE = Column("PRICE", ColumnRole.METADATA, filter_type=FilterType.FLOAT)
+CONFIGURATION = VectorConfiguration("products", "ID", (PRICE, NOTE, BODY, TITLE), "m", 384)
+
+
+def test_embedding_columns_stand_by_ordinal_and_those_without_one_last() -> None:
+    assert CONFIGURATION.embedding_columns == (TITLE, BODY, NOTE)
+    assert CONFIGURATION.column_names == ("TITLE", "BODY", "NOTE", "PRICE")
+
+
+def test_a_column_may_stand_in_both_roles_and_is_read_once() -> None:
+    both = replace(CONFIGURATION, columns=(TITLE, Column("TITLE", ColumnRole.METADATA, filter_type=FilterType.KEYWORD)))
+    check_columns(both.columns)
+    assert both.column_names == ("TITLE",)
+
+
+def test_a_configuration_survives_the_catalog() -> None:
+    assert VectorConfiguration.from_json(CONFIGURATION.to_json()) == CONFIGURATION
+
+
+@pytest.mark.parametrize(
+    ("change", "cost"),
+    [
+        ({}, ChangeCost.NOTHING),
+        ({"columns": (TITLE, BODY, NOTE, PRICE)}, ChangeCost.NOTHING),
+        ({"columns": (replace(TITLE, ordinal=0), BODY, NOTE, PRICE)}, ChangeCost.NOTHING),
+        ({"columns": (TITLE, BODY, NOTE)}, ChangeCost.REWRITE),
+        ({"columns": (TITLE, BODY, NOTE, replace(PRICE, filter_type=FilterType.INTEGER))}, ChangeCost.REWRITE),
+        ({"columns": (replace(TITLE, name_prefix=None), BODY, NOTE, PRICE)}, ChangeCost.EMBED),
+        ({"columns": (replace(TITLE, ordinal=3), BODY, NOTE, PRICE)}, ChangeCost.EMBED),
+        ({"columns": (TITLE, BODY, PRICE)}, ChangeCost.EMBED),
+        ({"embedding_model": "other"}, ChangeCost.EMBED),
+        ({"embedding_dimensions": 128}, ChangeCost.EMBED),
+    ],
+)
+def test_what_a_change_costs(change: dict[str, object], cost: ChangeCost) -> None:
+    assert change_cost(CONFIGURATION, replace(CONFIGURATION, **change)) is cost
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        ([PRICE], "at least one column with role `embedding`"),
+        ([], "at least one column with role `embedding`"),
+        ([TITLE, TITLE], "'TITLE' is given twice"),
+        ([TITLE, replace(PRICE, filter_type=None)], "columns[1].filter_type"),
+        ([replace(TITLE, filter_type=FilterType.FLOAT)], "columns[0].filter_type"),
+        ([TITLE, replace(PRICE, name_prefix="x")], "columns[1]"),
+        ([replace(TITLE, name=f"c{number}") for number in range(201)], "at most 200 columns"),
+    ],
+)
+def test_columns_that_make_no_vector_table_are_named(columns: list[Column], named: str) -> None:
+    with pytest.raises(ValidationFailed) as refused:
+        check_columns(columns)
+    assert named in refused.value.message
+
+
+def test_the_storage_name_is_the_seeds() -> None:
+    assert storage_name("vt_abc12345xyz", "product-search") == "vt_abc12345_product-search"
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ('"; drop table x; --', "drop-table-x"),
+        ("🦄", "table"),
+        ("a/b c", "a-b-c"),
+        ("-", "table"),
+        ("x" * 100, "x" * 44),
+    ],
+)
+def test_a_hostile_name_makes_a_harmless_storage_name(name: str, slug: str) -> None:
+    assert storage_name("vt_abc12345xyz", name, max_length=56) == f"vt_abc12345_{slug}"
+
+
+def test_ids_sort_by_their_second_and_differ_within_it() -> None:
+    first = [new_id("vt", 1_700_000_000) for _ in range(1000)]
+    assert len(set(first)) == 1000
+    assert max(first) < min(new_id("vt", 1_700_000_001) for _ in range(10))
+    assert len({identifier[:11] for identifier in first}) > 1, "the seed's 8 characters differ within a second"
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "dimensions", "own_server", "accepted"),
+    [
+        (ProviderKind.OPENAI, "text-embedding-3-small", 1536, False, True),
+        (ProviderKind.OPENAI, "text-embedding-3-small", 512, False, True),
+        (ProviderKind.OPENAI, "text-embedding-3-small", 1537, False, False),
+        (ProviderKind.OPENAI, "text-embedding-ada-002", 512, False, False),
+        (ProviderKind.OPENAI, "nomic-embed", 768, False, False),
+        (ProviderKind.OPENAI, "nomic-embed", 768, True, True),
+        (ProviderKind.OPENAI, "nomic-embed", 0, True, False),
+        (ProviderKind.OPENAI, "nomic-embed", 16_001, True, False),
+        (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 384, False, True),
+        (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 128, False, False),
+        (ProviderKind.VOYAGE, "voyage-3.5", 2048, False, True),
+        (ProviderKind.VOYAGE, "voyage-3.5", 300, False, False),
+    ],
+)
+def test_dimensions_that_a_model_gives(
+    provider: ProviderKind, model: str, dimensions: int, own_server: bool, accepted: bool
+) -> None:
+    if accepted:
+        check_model(provider, model, dimensions, own_server=own_server)
+    else:
+        with pytest.raises(ValidationFailed, match="embedding_"):
+            check_model(provider, model, dimensions, own_server=own_server)
