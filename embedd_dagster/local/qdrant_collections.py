@@ -127,8 +127,13 @@ class Collection:
             return False
         old_shard, old_path = self.shard, self.path
         self.shard, self.path = shard, path
+        try:
+            self._catalog.save()
+        except BaseException:
+            self.shard, self.path = old_shard, old_path
+            shard.close()
+            raise
         self._settled, self._deleted = settled, 0
-        self._catalog.save()
         old_shard.close()
         shutil.rmtree(old_path, ignore_errors=True)
         return True

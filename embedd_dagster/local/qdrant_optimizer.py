@@ -61,7 +61,8 @@ def optimize(collection: Collection) -> bool:
             shard.flush()
             return collection.switch(shard, aside, settled=info.points_count - info.indexed_vectors_count)
     finally:
-        collection.touched = None
+        with collection.write_lock:
+            collection.touched = None
         if collection.path != aside:
             shutil.rmtree(aside, ignore_errors=True)
 
