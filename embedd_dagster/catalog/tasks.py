@@ -212,6 +212,8 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
         if task.status == TaskStatus.RUNNING.value:
             _move(task, TaskStatus.PENDING)
         task.dagster_run_id = task.launched_at = task.heartbeat_at = None
+        if table is not None:
+            table.last_error, table.last_error_at = error, now()
         return
     _move(task, TaskStatus.FAILED)
     task.ended_at = now()

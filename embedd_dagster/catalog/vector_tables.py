@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
-from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, VectorSetRow, VectorTable
-from embedd_dagster.core.status import SYNC_STATUS_MOVES, SyncStatus
+from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 
@@ -247,15 +247,39 @@ def being_deleted(session: Session) -> list[VectorTable]:
 
 
 def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list[VectorTable]:
-    """Batch tables whose next sync has come, the longest due first; without paused ones and those never built."""
+    """Batch tables whose next sync has come, the longest due first.
+
+    Without paused ones, those never built, and those with a live task: they are due until that has ended.
+    """
     statement = (
         select(VectorTable)
         .where(
             VectorTable.next_sync_at <= instant,
             VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
             VectorTable.live_version.is_not(None),
+            ~_has_live_task(),
         )
         .order_by(VectorTable.next_sync_at)
+        .limit(limit)
+    )
+    return list(session.scalars(statement))
+
+
+def _has_live_task() -> ColumnElement[bool]:
+    live = [status.value for status in LIVE_TASK_STATUSES]
+    return select(Task.id).where(Task.target_id == VectorTable.id, Task.status.in_(live)).exists()
+
+
+def without_next_sync(session: Session, limit: int = 1000) -> list[VectorTable]:
+    """Batch tables that are live and not yet on the schedule: newly built ones, and those whose schedule was changed."""
+    statement = (
+        select(VectorTable)
+        .where(
+            VectorTable.next_sync_at.is_(None),
+            VectorTable.live_version.is_not(None),
+            VectorTable.sync_mode == SyncMode.BATCH.value,
+            VectorTable.deleted_at.is_(None),
+        )
         .limit(limit)
     )
     return list(session.scalars(statement))

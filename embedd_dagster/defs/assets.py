@@ -1,0 +1,153 @@
+"""The one asset, and the external one that it is made from."""
+
+from collections.abc import Iterator
+from enum import Enum
+
+import dagster as dg
+from pydantic import Field
+
+from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
+from embedd_dagster.defs import partitions
+from embedd_dagster.defs.failures import as_failure
+from embedd_dagster.defs.materialization import data_version, describe_report
+from embedd_dagster.defs.resources import RuntimeResource
+from embedd_dagster.defs.stopping import stop_signal
+from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.engine.run import RunReport, run_task
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
+
+GROUP = "vector_tables"
+OWNERS = ["team:data-engineering"]
+
+source_table = dg.AssetSpec(
+    "source_table",
+    description="A table or view in somebody's database: the rows that a vector table is made from. Not ours to build.",
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"table"},
+)
+
+
+class RunMode(Enum):
+    """The kinds of materialization. Lower case, because Dagster's run config goes by the names of an Enum."""
+
+    backfill = "backfill"
+    sync = "sync"
+
+
+class VectorTableConfig(dg.Config):
+    """What a materialization is to do; a run that was launched for a task does what the task says instead."""
+
+    mode: RunMode = Field(
+        default=RunMode.backfill,
+        description="backfill: build a new set of vectors and switch to it. sync: bring what is live up to date.",
+    )
+    full: bool = Field(default=False, description="sync: compare every row, also where the digests agree")
+    retry_failed: bool = Field(default=False, description="sync: try failed rows again, though they are the same")
+    confirm_mass_delete: bool = Field(default=False, description="sync: the source is emptied on purpose")
+
+
+@dg.asset(
+    partitions_def=partitions.vector_tables,
+    deps=[source_table],
+    group_name=GROUP,
+    owners=OWNERS,
+    kinds={"qdrant", "postgres"},
+    tags={"domain": "vector-search"},
+    code_version="1",
+    output_required=False,  # a run that finds its task done elsewhere materializes nothing, and has not failed
+    description=(
+        "The vectors of one source table, searchable by meaning. A partition is a vector table of the API; its "
+        "materialization is a backfill (built beside the live vectors, then switched to in one step) or a sync. "
+        "Materializing it here does the same as the API: it is recorded as a task, and refused while one is live."
+    ),
+)
+def vector_table(
+    context: dg.AssetExecutionContext, config: VectorTableConfig, runtime: RuntimeResource
+) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
+    """One backfill or sync, for the task named in the run's tag or for one that it makes."""
+    run_id = context.run.run_id
+    instance = context.instance
+
+    def cancelled() -> bool:
+        record = instance.get_run_by_id(run_id)
+        return record is not None and record.status in (
+            dg.DagsterRunStatus.CANCELING,
+            dg.DagsterRunStatus.CANCELED,
+        )
+
+    try:
+        opened = runtime.open()
+        # the API launches a table's first run maybe before the sensor has added its partition
+        instance.add_dynamic_partitions("vector_tables", [context.partition_key])
+        task_id = find_or_create_task(opened, context, config)
+        with stop_signal(cancelled) as should_stop:
+            report = run_task(opened, task_id, run_id, log=context.log.info, should_stop=should_stop)
+    except RunSuperseded as superseded:
+        context.log.warning("Nothing to do: %s", superseded)
+        instance.add_run_tags(run_id, {OUTCOME_TAG: "superseded"})
+        return
+    except RunCancelled as error:
+        context.log.info(str(error))
+        if not cancelled():  # it was asked for through the API: without this Dagster would call it a failure
+            instance.report_run_canceling(context.run, message=str(error))
+        raise dg.DagsterExecutionInterruptedError from None
+    except Exception as error:  # noqa: BLE001 - every error is translated, so that no row's content is shown
+        raise as_failure(error) from None
+    yield dg.MaterializeResult(
+        metadata=describe_report(report, opened.settings.api_url),
+        data_version=_data_version(context, report),
+    )
+
+
+def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, config: VectorTableConfig) -> str:
+    """The id of the run's task; one of its own for a materialization asked for in the UI.
+
+    Raises Conflict while another task of the vector table is live, NotFound, and NotReady for a sync of what never was
+    built.
+    """
+    named = context.run.tags.get(TASK_TAG)
+    with runtime.catalog.transaction() as session:
+        if named is not None:
+            task = tasks.find(session, named)
+            # "re-execute" in the UI copies the tags of a run whose task has ended: it means the same work again
+            ended = task is None or task.status not in LIVE_TASK_STATUSES
+            if not (ended and context.run.parent_run_id):
+                return named
+        table = vector_tables.find(session, context.partition_key, lock=True)
+        if table is None or table.deleted_at is not None:
+            raise NotFound("vector_table", context.partition_key)
+        built = table.live_version is not None
+        if config.mode is RunMode.sync:
+            if not built:
+                raise NotReady(
+                    f"{table.name!r} was never built, so there is nothing to sync.",
+                    resolution="Materialize it with mode `backfill` first.",
+                )
+            task_type = TaskType.SYNC
+        else:
+            task_type = TaskType.REBACKFILL if built else TaskType.BACKFILL
+        chosen = config.model_dump(include={"full", "retry_failed", "confirm_mass_delete"})
+        task = tasks.create(
+            session,
+            table,
+            task_type,
+            max_attempts=runtime.settings.max_task_attempts,
+            options={name: value for name, value in chosen.items() if value},
+        )
+        tasks.record_launch(session, task.id, context.run.run_id)
+        task_id = task.id
+    context.instance.add_run_tags(context.run.run_id, {TASK_TAG: task_id})
+    return task_id
+
+
+def _data_version(context: dg.AssetExecutionContext, report: RunReport) -> dg.DataVersion:
+    """The one before, where the run changed nothing."""
+    before = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[context.partition_key]), limit=1
+    )
+    materialization = before.records[0].asset_materialization if before.records else None
+    tags = materialization.tags if materialization else None
+    return data_version(report, (tags or {}).get("dagster/data_version"))

@@ -1,0 +1,133 @@
+"""Carries out a plan of `reconcile`: each part by itself, each checked again under a lock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import dagster as dg
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog.tables import Task
+from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
+from embedd_dagster.defs.tags import TASK_TAG
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import CatalogUnavailable, Conflict
+
+
+@dataclass(frozen=True, slots=True)
+class Enactor:
+    """Access to both sides, for one tick."""
+
+    instance: dg.DagsterInstance
+    runtime: Runtime
+    log: Callable[[str], None]
+
+    def enact(self, plan: Plan) -> list[dg.RunRequest]:
+        """Does what is planned, and gives the runs to launch. What fails for one table is left for the next tick.
+
+        Raises CatalogUnavailable: without the catalog nothing can be done for any table.
+        """
+        requests = []
+        for decision in plan.tasks:
+            if decision.verdict is Verdict.LAUNCH:
+                fact = decision.task
+                requests.append(
+                    run_request(fact.task_id, fact.vector_table_id, fact.task_type, decision.run_key or fact.task_id)
+                )
+            else:
+                self._alone(lambda decision=decision: self._settle(decision), decision.task.vector_table_id)
+        for run in plan.runs:
+            self._alone(lambda run=run: self._end(run), f"run {run.run_id}")
+        for vector_table_id in plan.rebackfills:
+            request = self._alone(lambda key=vector_table_id: self._begin_rebackfill(key), vector_table_id)
+            if request is not None:
+                requests.append(request)
+        return requests
+
+    def _alone(self, action: Callable[[], dg.RunRequest | None], subject: str) -> dg.RunRequest | None:
+        try:
+            return action()
+        except CatalogUnavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 - one vector table must not stop the others
+            self.log(f"{subject}: {type(error).__name__}; tried again at the next tick.")
+            return None
+
+    def _settle(self, decision: TaskDecision) -> None:
+        fact = decision.task
+        with self.runtime.catalog.transaction() as session:
+            task = tasks.find(session, fact.task_id, lock=True)
+            if task is None or not _unchanged(task, fact):
+                return  # it went on by itself since it was observed
+            if decision.ends is not None:
+                self._end(decision.ends)  # before the commit: died in between, the next tick finds the task as it was
+            _apply(session, task, decision)
+        self.log(f"{fact.vector_table_id}, task {fact.task_id}: {decision.verdict.value}. {decision.reason}")
+
+    def _end(self, decision: RunDecision) -> None:
+        run = self.instance.get_run_by_id(decision.run_id)
+        if run is None or run.status not in IN_FLIGHT:
+            return
+        # where its process is there after all, it is told; where it is not, this fails in one of several ways
+        with suppress(Exception):
+            self.instance.run_coordinator.cancel_run(decision.run_id)
+        run = self.instance.get_run_by_id(decision.run_id)
+        if run is None or run.status not in IN_FLIGHT:
+            return
+        if decision.cancelled:
+            self.instance.report_run_canceled(run, message=decision.reason)
+        else:
+            self.instance.report_run_failed(run, message=decision.reason)
+
+    def _begin_rebackfill(self, vector_table_id: str) -> dg.RunRequest | None:
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.find(session, vector_table_id, lock=True)
+            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value:
+                return None
+            try:
+                task = tasks.create(
+                    session, table, TaskType.REBACKFILL, max_attempts=self.runtime.settings.max_task_attempts
+                )
+            except Conflict:
+                return None  # somebody was faster
+            task_id = task.id
+        return run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")
+
+
+def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key: str) -> dg.RunRequest:
+    """A run of the job for a task."""
+    mode = "sync" if task_type is TaskType.SYNC else "backfill"
+    return dg.RunRequest(
+        run_key=run_key,
+        partition_key=vector_table_id,
+        tags={TASK_TAG: task_id},
+        run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
+    )
+
+
+def _apply(session: Session, task: Task, decision: TaskDecision) -> None:
+    match decision.verdict:
+        case Verdict.REQUEUE:
+            tasks.fail(session, task, decision.reason, retry=True)
+        case Verdict.GIVE_UP:
+            tasks.fail(session, task, decision.reason, retry=False)
+        case Verdict.CANCEL:
+            tasks.cancel(session, task, decision.reason)
+        case Verdict.ASK_TO_END:
+            tasks.request_cancel(session, task)
+        case Verdict.LAUNCH:
+            pass
+
+
+def _unchanged(task: Task, fact: TaskFact) -> bool:
+    return (task.status, task.dagster_run_id, task.attempts, task.heartbeat_at, task.cancel_requested) == (
+        fact.status.value,
+        fact.run_id,
+        fact.attempts,
+        fact.heartbeat_at,
+        fact.cancel_requested,
+    )

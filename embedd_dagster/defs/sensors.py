@@ -1,0 +1,128 @@
+"""What watches the catalog. Level-triggered, without cursors: what one tick misses, the next one sees."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import dagster as dg
+
+from embedd_dagster.catalog import vector_tables
+from embedd_dagster.defs.enact import Enactor
+from embedd_dagster.defs.jobs import vector_table_job
+from embedd_dagster.defs.observe import Memory, observe
+from embedd_dagster.defs.partitions import vector_tables as partitions
+from embedd_dagster.defs.reconcile import Limits, plan
+from embedd_dagster.defs.resources import RuntimeResource
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.engine.teardown import drop_retired_sets, teardown
+from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
+
+_INTERVAL_SECONDS = 2  # the daemon's own loop makes it five
+_CLEANUP_SECONDS = 20.0  # of a tick's sixty
+_LONGEST_DELAY_SECONDS = 300.0
+
+_memory = Memory()
+
+
+@dg.sensor(
+    job=vector_table_job,
+    minimum_interval_seconds=_INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description=(
+        "Makes Dagster what the catalog says: partitions are the vector tables, a task without a run gets one, a task "
+        "whose run died is queued again, a configuration newer than what is live is built."
+    ),
+)
+def reconcile_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SensorResult | dg.SkipReason:
+    """Observe, plan, enact; the decisions are in `reconcile`. Never talks to a source or a store."""
+    return reconcile(context.instance, runtime.open, _memory, context.log.info)
+
+
+def reconcile(
+    instance: dg.DagsterInstance, open_runtime: Callable[[], Runtime], memory: Memory, log: Callable[[str], None]
+) -> dg.SensorResult | dg.SkipReason:
+    """One tick."""
+    try:
+        runtime = open_runtime()
+        limits = Limits(stale_after=timedelta(seconds=runtime.settings.stale_after_seconds))
+        planned = plan(observe(instance, runtime, memory), limits)
+        requests = Enactor(instance, runtime, log).enact(planned)
+    except (CatalogUnavailable, ConfigurationError) as error:
+        memory.note_failure(time.monotonic())
+        return dg.SkipReason(f"{error.message} {error.resolution}")
+    changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
+    if planned.partitions_to_add:
+        changes.append(partitions.build_add_request(planned.partitions_to_add))
+    if planned.partitions_to_delete:
+        changes.append(partitions.build_delete_request(planned.partitions_to_delete))
+    if not requests and not changes:
+        return dg.SkipReason("The catalog and Dagster agree.")
+    return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=changes)
+
+
+@dataclass(slots=True)
+class Delays:
+    """When to try again what failed: doubling, kept in memory only."""
+
+    _failures: dict[str, tuple[int, float]] = field(default_factory=dict)
+
+    def is_due(self, name: str, instant: float) -> bool:
+        """Whether it may be tried."""
+        return instant >= self._failures.get(name, (0, 0.0))[1]
+
+    def note(self, name: str, instant: float, *, succeeded: bool) -> None:
+        """Remembers how a try went."""
+        if succeeded:
+            self._failures.pop(name, None)
+            return
+        count = self._failures.get(name, (0, 0.0))[0] + 1
+        self._failures[name] = (count, instant + min(2.0**count, _LONGEST_DELAY_SECONDS))
+
+
+_delays = Delays()
+
+
+@dg.sensor(
+    minimum_interval_seconds=_INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Drops what nobody needs: the storage of deleted vector tables, and sets that were replaced.",
+)
+def cleanup_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
+    """Apart from `reconcile_sensor`, since a store that hangs must not keep runs from being launched."""
+    return clean_up(runtime.open, _delays, context.log.info)
+
+
+def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[[str], None]) -> dg.SkipReason:
+    """One tick; it launches nothing, so it tells what it did as its reason."""
+    try:
+        runtime = open_runtime()
+        with runtime.catalog.transaction() as session:
+            deleted = [table.id for table in vector_tables.being_deleted(session)]
+    except (CatalogUnavailable, ConfigurationError) as error:
+        return dg.SkipReason(f"{error.message} {error.resolution}")
+    work: list[tuple[str, Callable[[], int]]] = [
+        (vector_table_id, lambda key=vector_table_id: int(teardown(runtime, key)))  # type: ignore[misc]
+        for vector_table_id in deleted
+    ]
+    work.append(("replaced sets", lambda: drop_retired_sets(runtime)))
+    begun = time.monotonic()
+    done: list[str] = []
+    for name, drop in work:
+        if time.monotonic() - begun > _CLEANUP_SECONDS:
+            break
+        if delays.is_due(name, time.monotonic()) and (dropped := _try(name, drop, delays, log)):
+            done.append(name if name in deleted else f"{dropped} {name}")
+    return dg.SkipReason(f"Dropped {', '.join(done)}." if done else "Nothing to drop.")
+
+
+def _try(name: str, drop: Callable[[], int], delays: Delays, log: Callable[[str], None]) -> int:
+    try:
+        dropped = drop()
+    except Exception as error:  # noqa: BLE001 - one store must not stop the others
+        told = f"{error.message} {error.resolution}" if isinstance(error, EmbeddError) else type(error).__name__
+        log(f"{name}: {told}")
+        delays.note(name, time.monotonic(), succeeded=False)
+        return 0
+    delays.note(name, time.monotonic(), succeeded=True)
+    return dropped

@@ -1,0 +1,51 @@
+"""How a run learns that it is to end: asked by somebody in the UI, or because its process is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from embedd_dagster.errors import TransientError
+
+
+class WorkerStopped(TransientError):
+    """The run's process was told to stop, as in a restart; nobody asked for the task to end, so it is done again."""
+
+
+@contextmanager
+def stop_signal(cancelled: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
+    """What tells the engine, at its next check, whether to stop: True where `cancelled` says that somebody wants it.
+
+    The callable raises WorkerStopped where the process is told to stop without that. A second signal is not held back.
+    Without this, Dagster would raise in the midst of whatever the main thread does, such as a commit.
+    """
+    told = threading.Event()
+
+    def should_stop() -> bool:
+        if not told.is_set():
+            return False
+        if cancelled():
+            return True
+        raise WorkerStopped("The process of the run was told to stop.")
+
+    if threading.current_thread() is not threading.main_thread():  # Python hears signals in the main thread alone
+        yield should_stop
+        return
+    previous: dict[signal.Signals, Any] = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if told.is_set() and callable(previous[signal.Signals(number)]):
+            previous[signal.Signals(number)](number, frame)
+        told.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, hear)
+    try:
+        yield should_stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
