@@ -20,8 +20,8 @@ from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.local.stack import Stack, StackSettings
-from tests.support.e2e import Embedd
-from tests.support.openai_server import OpenAIServer, run_openai_server
+from tests.support.e2e import API_KEY, Embedd
+from tests.support.openai_server import RunningServer, running_openai_server
 
 
 @pytest.fixture(scope="session")
@@ -54,14 +54,14 @@ def api(stack: Stack) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
-def provider() -> Iterator[OpenAIServer]:
+def provider() -> Iterator[RunningServer]:
     """A loopback server that speaks OpenAI's embeddings protocol; its behaviour can be changed while it runs."""
-    with run_openai_server() as server:
+    with running_openai_server(api_key=API_KEY) as server:
         yield server
 
 
 @pytest.fixture
-def embedd(stack: Stack, api: httpx.Client, provider: OpenAIServer) -> Iterator[Embedd]:
+def embedd(stack: Stack, api: httpx.Client, provider: RunningServer) -> Iterator[Embedd]:
     """The product as a user has it: a database of their own, a connection, a provider, and the API."""
     name = f"customer_{uuid4().hex[:8]}"
     address = make_url(stack.endpoints.database_url)

@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.support.e2e import Embedd
+from tests.support.e2e import API_KEY, Embedd
 
 pytestmark = pytest.mark.e2e
 
@@ -33,7 +33,7 @@ def _assert_settled(embedd: Embedd, vector_table_id: str, rows: int) -> None:
 
 def _start_slow_backfill(embedd: Embedd, eventually: Callable[..., Any], mode: str = "managed") -> tuple[str, str]:
     """A vector table and its backfill's task, which is in the middle of the rows."""
-    embedd.provider_server.set_behaviour(latency_seconds=SLOW_SECONDS)
+    embedd.provider_server.behave(latency_seconds=SLOW_SECONDS)
     embedd.create_source(ROWS)
     vector_table_id = embedd.create_vector_table(mode)
     task_id = embedd.backfill(vector_table_id)
@@ -57,7 +57,7 @@ def test_a_killed_worker_is_resumed_and_little_is_paid_twice(embedd: Embedd, eve
     vector_table_id, task_id = _start_slow_backfill(embedd, eventually)
     run_id = embedd.task(task_id)["dagster_run_id"]
     os.kill(_worker_of(run_id).pid, signal.SIGKILL)
-    embedd.provider_server.set_behaviour(latency_seconds=0)
+    embedd.provider_server.behave(latency_seconds=0)
     task = embedd.wait_for_task(task_id)
     assert task["status"] == "completed"
     assert task["attempts"] == 2
@@ -66,7 +66,7 @@ def test_a_killed_worker_is_resumed_and_little_is_paid_twice(embedd: Embedd, eve
     assert embedd.run_status(task["dagster_run_id"]) == "SUCCESS"
     _assert_settled(embedd, vector_table_id, ROWS)
     stats = embedd.provider_server.stats()
-    in_flight = stats["max_in_flight"] * stats["max_texts"]
+    in_flight = stats["max_in_flight"] * stats["max_items"]
     assert stats["texts"] <= ROWS + in_flight, "more than the batches in flight was embedded again"
 
 
@@ -79,7 +79,7 @@ def test_a_run_terminated_in_the_ui_is_a_cancelled_task(embedd: Embedd, eventual
     assert task["status"] == "cancelled"
     assert embedd.table(vector_table_id)["sync_status"] == "pending"
     eventually(lambda: embedd.run_status(run_id) == "CANCELED")
-    embedd.provider_server.set_behaviour(latency_seconds=0)
+    embedd.provider_server.behave(latency_seconds=0)
     embedd.build(vector_table_id)
     _assert_settled(embedd, vector_table_id, ROWS)
 
@@ -98,7 +98,7 @@ def test_a_provider_that_refuses_the_key_stops_the_table_and_says_so(
 ) -> None:
     embedd.create_source(10)
     vector_table_id = embedd.create_vector_table()
-    embedd.provider_server.set_behaviour(api_key="another key")
+    embedd.provider_server.behave(api_key="another key")
     task = embedd.wait_for_task(embedd.backfill(vector_table_id))
     assert (task["status"], task["attempts"]) == ("failed", 1)
     table = embedd.table(vector_table_id)
@@ -107,7 +107,7 @@ def test_a_provider_that_refuses_the_key_stops_the_table_and_says_so(
     assert "key" in status["last_error"]
     assert "another key" not in status["last_error"]
     eventually(lambda: embedd.run_status(task["dagster_run_id"]) == "FAILURE")
-    embedd.provider_server.set_behaviour(api_key=embedd.provider_server.api_key)
+    embedd.provider_server.behave(api_key=API_KEY)
     embedd.build(vector_table_id)
     _assert_settled(embedd, vector_table_id, 10)
 
@@ -132,7 +132,7 @@ def test_a_store_or_the_database_that_is_down_for_a_while_is_waited_for(
     embedd: Embedd, eventually: Callable[..., Any], part: str
 ) -> None:
     vector_table_id, task_id = _start_slow_backfill(embedd, eventually)
-    embedd.provider_server.set_behaviour(latency_seconds=0.1)
+    embedd.provider_server.behave(latency_seconds=0.1)
     embedd.stack.stop_child(part)
     try:
         import time
@@ -177,14 +177,14 @@ def test_of_two_backfills_at_once_one_is_refused(embedd: Embedd) -> None:
 def test_a_materialization_clicked_in_the_ui_is_a_backfill_and_refused_while_one_is_live(
     embedd: Embedd, eventually: Callable[..., Any]
 ) -> None:
-    embedd.provider_server.set_behaviour(latency_seconds=SLOW_SECONDS)
+    embedd.provider_server.behave(latency_seconds=SLOW_SECONDS)
     embedd.create_source(ROWS)
     vector_table_id = embedd.create_vector_table()
     first = eventually(lambda: _click_materialize(embedd, vector_table_id))
     task = eventually(lambda: next(iter(embedd.get(f"/v1/tasks?target_id={vector_table_id}")["data"]), None), within=30)
     assert (task["task_type"], embedd.table(vector_table_id)["sync_status"]) == ("backfill", "backfilling")
     second = _click_materialize(embedd, vector_table_id)
-    embedd.provider_server.set_behaviour(latency_seconds=0)
+    embedd.provider_server.behave(latency_seconds=0)
     assert embedd.wait_for_task(task["id"])["status"] == "completed"
     eventually(lambda: embedd.run_status(first) == "SUCCESS")
     # Dagster queues the second behind the first (one run a partition); what it does then is a re-backfill of its own

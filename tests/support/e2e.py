@@ -11,9 +11,10 @@ import psycopg
 from sqlalchemy import URL
 
 from embedd_dagster.local.stack import Stack
-from tests.support.openai_server import OpenAIServer
+from tests.support.openai_server import RunningServer
 
 DIMENSIONS = 64
+API_KEY = "sk-loopback"
 COLUMNS = [
     {"name": "title", "role": "embedding", "ordinal": 1, "name_prefix": "title: "},
     {"name": "body", "role": "embedding", "ordinal": 2},
@@ -25,7 +26,7 @@ COLUMNS = [
 class Embedd:
     """One customer: a database of their own beside the stack's, one connection a mode, one provider."""
 
-    def __init__(self, stack: Stack, api: httpx.Client, provider: OpenAIServer, database: URL) -> None:
+    def __init__(self, stack: Stack, api: httpx.Client, provider: RunningServer, database: URL) -> None:
         self.stack = stack
         self.api = api
         self.provider_server = provider
@@ -51,7 +52,7 @@ class Embedd:
             {
                 "name": f"provider-{self._suffix}",
                 "provider": "openai",
-                "credentials": {"api_key": provider.api_key, "base_url": provider.base_url},
+                "credentials": {"api_key": API_KEY, "base_url": provider.base_url},
             },
         )["id"]
 
