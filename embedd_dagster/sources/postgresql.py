@@ -1,0 +1,138 @@
+"""PostgreSQL 14 and newer as a source: introspection here, reading in `postgresql_reader`.
+
+Only reads, without locks, temporary tables or writes, so a read-only replica and a pooler in session mode will do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self
+
+import psycopg
+from psycopg.sql import SQL
+
+from embedd_dagster.errors import SourceRejected
+from embedd_dagster.sources.base import Selection, SourceTable
+from embedd_dagster.sources.postgresql_catalog import (
+    ColumnInfo,
+    Relation,
+    find_relation,
+    identifier,
+    list_tables,
+    row_estimate,
+)
+from embedd_dagster.sources.postgresql_connections import Connections, Credentials
+from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_reader import PostgresTableReader
+
+
+class PostgresSource:
+    """One PostgreSQL database, read as one user. Connects when first used."""
+
+    def __init__(
+        self,
+        credentials: Mapping[str, Any],
+        *,
+        statement_timeout_seconds: float,
+        connect_timeout_seconds: int,
+        deny_private_networks: bool,
+    ) -> None:
+        """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
+        self._connections = Connections(
+            Credentials.parse(credentials),
+            statement_timeout_seconds=statement_timeout_seconds,
+            connect_timeout_seconds=connect_timeout_seconds,
+            deny_private_networks=deny_private_networks,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives connections back. Idempotent."""
+        self._connections.close()
+
+    def check(self) -> None:
+        """Returns when the database answers to these credentials."""
+        with self._connection() as connection:
+            connection.execute("SELECT 1")
+
+    def tables(self, limit: int) -> list[SourceTable]:
+        """Up to `limit` tables and views that may be read, by name; not system ones, extensions' or single partitions."""
+        with self._connection() as connection:
+            return list_tables(connection, limit)
+
+    def describe(self, table: str) -> SourceTable:
+        """The table's columns, spelled as the database does."""
+        with self._connection(table) as connection:
+            relation = find_relation(connection, table, self._connections.server)
+            return relation.described(None if relation.is_plain_view else row_estimate(connection, relation))
+
+    def check_key(self, table: str, column: str) -> None:
+        """Returns when the column is unique and not null: by its constraints, else by one scan of its rows."""
+        with self._connection(table) as connection:
+            relation = find_relation(connection, table, self._connections.server)
+            key = relation.key(column)
+            relation.require_readable([key], self._connections.server)
+            is_unique = bool(connection.execute(_UNIQUE, [relation.oid, key.number]).fetchone())
+            if not (is_unique and key.not_null):
+                _check_key_by_rows(connection, relation, key)
+
+    def reader(self, selection: Selection) -> PostgresTableReader:
+        """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""
+        server = self._connections.server
+        with self._connection(selection.table) as connection:
+            relation = find_relation(connection, selection.table, server)
+            # All at once, so that an error names every missing column.
+            relation.find_columns((selection.primary_key_column, *selection.columns))
+            key = relation.key(selection.primary_key_column)
+            columns = relation.find_columns(selection.columns)
+            relation.require_readable([key, *columns], server)
+        return PostgresTableReader(self._connections, relation, key, columns)
+
+    @contextmanager
+    def _connection(self, table: str | None = None) -> Iterator[psycopg.Connection[Any]]:
+        with translated(self._connections.server, relation=table), self._connections.borrow() as connection:
+            yield connection
+
+
+# An index on this column alone, over all rows, that holds at every instant: not one still being built, not a partial or
+# a deferrable one.
+_UNIQUE = """
+SELECT 1 FROM pg_catalog.pg_index
+WHERE indrelid = %s::pg_catalog.oid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indnkeyatts = 1
+  AND indkey[0] = %s
+LIMIT 1
+"""
+
+_COUNT_KEYS = """
+SELECT COALESCE(pg_catalog.sum(n) FILTER (WHERE k IS NULL), 0)::pg_catalog.int8,
+       COALESCE(pg_catalog.sum(n) FILTER (WHERE k IS NOT NULL), 0)::pg_catalog.int8, pg_catalog.count(k)
+FROM (SELECT t.{column} AS k, pg_catalog.count(*) AS n FROM {table} AS t GROUP BY t.{column}) AS s
+"""
+
+
+def _check_key_by_rows(connection: psycopg.Connection[Any], relation: Relation, key: ColumnInfo) -> None:
+    statement = SQL(_COUNT_KEYS).format(column=identifier(key.name), table=relation.identifier)
+    row = connection.execute(statement, []).fetchone()
+    without_key, with_key, distinct = row or (0, 0, 0)
+    faults = []
+    if without_key:
+        faults.append(f"{without_key} {'row has' if without_key == 1 else 'rows have'} no value in it")
+    if with_key > distinct:
+        repeated = with_key - distinct
+        faults.append(
+            f"it is not unique: {repeated} {'row repeats' if repeated == 1 else 'rows repeat'} another's value"
+        )
+    if faults:
+        raise SourceRejected(
+            f"Column {key.name!r} of {relation.label} is no primary key: {'; '.join(faults)}.",
+            resolution="Choose a column that is unique and never null, or correct these rows and add a constraint.",
+        )

@@ -1,0 +1,383 @@
+"""What PostgreSQL's system catalog says of a table: found by the name a user gave, with its columns and rights."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from itertools import product
+from typing import Any, Final
+from uuid import UUID
+
+import psycopg
+from psycopg import sql
+
+from embedd_dagster.core.vector_table import FilterType
+from embedd_dagster.errors import SourceRejected, SourceTableNotFound
+from embedd_dagster.sources.base import SourceColumn, SourceTable
+from embedd_dagster.sources.postgresql_errors import Server, access_denied, quoted
+
+# base type → the Python type of its keys. Any enum is a key too, as text.
+_KEY_TYPES: Final[dict[str, type]] = {
+    "int2": int, "int4": int, "int8": int, "numeric": Decimal, "uuid": UUID,
+    "text": str, "varchar": str, "bpchar": str, "citext": str,
+    "date": date, "timestamp": datetime, "timestamptz": datetime,
+}  # fmt: skip
+_INTEGERS: Final = frozenset({"int2", "int4", "int8"})
+_NUMBERS: Final = _INTEGERS | {"float4", "float8", "numeric"}
+# PostgreSQL's own categories: boolean, date, enum, network, numeric, string, timespan; uuid has none of its own.
+_SCALAR_CATEGORIES: Final = frozenset("BDEINST")
+
+
+def identifier(*names: str) -> sql.Identifier:
+    """The name in a statement that is executed with parameters (be it none), where a `%` is doubled."""
+    return sql.Identifier(*(name.replace("%", "%%") for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnInfo:
+    """A column; a domain is seen through to its base type."""
+
+    number: int
+    name: str
+    declared_type: str
+    not_null: bool
+    readable: bool
+    base_name: str
+    """Empty for a type that somebody defined, which may have any name; but for citext."""
+    base_schema: str
+    base_kind: str
+    category: str
+    ddl_type: str
+    """The base type with its length or precision: good in DDL."""
+    bare_type: str
+    """The base type without them: good for a cast that must not cut a value off."""
+    type_modifier: int
+    array_of: int
+    """The element type's OID of a true array, else 0."""
+    type_oid: int
+
+    @property
+    def key_type(self) -> type | None:
+        """The Python type of keys of this column, or None where it can be no key."""
+        return str if self.base_kind == "e" else _KEY_TYPES.get(self.base_name)
+
+    @property
+    def filter_types(self) -> frozenset[FilterType]:
+        """The filter types that can hold its values."""
+        if self.array_of or (self.category not in _SCALAR_CATEGORIES and self.base_name != "uuid"):
+            return frozenset()
+        held = {FilterType.KEYWORD}
+        if self.base_name in _NUMBERS:
+            held.add(FilterType.FLOAT)
+        if self.base_name in _INTEGERS or (self.base_name == "numeric" and self._has_no_fraction):
+            held.add(FilterType.INTEGER)
+        if self.base_name == "bool":
+            held.add(FilterType.BOOLEAN)
+        return frozenset(held)
+
+    @property
+    def _has_no_fraction(self) -> bool:
+        if self.type_modifier < 0:
+            return False
+        scale = (self.type_modifier - 4) & 0x7FF  # 11 bits, signed
+        return scale == 0 or scale >= 0x400
+
+    def output(self, expression: sql.Composable) -> sql.Composable:
+        """The expression, of this column's type, in the form that is read."""
+        if self.base_name == "bpchar":  # the cast drops the padding, which PostgreSQL itself does not regard
+            return sql.SQL("{}::pg_catalog.text").format(expression)
+        if self.array_of and (self.base_name == "_bpchar" or self.type_oid not in _DRIVER_ARRAYS):
+            return sql.SQL("{}::pg_catalog.text[]").format(expression)
+        return expression
+
+    def parameter(self, *, array: bool = False) -> sql.Composable:
+        """A placeholder for a key of this column (or a list of them), of a type that lets its index be used."""
+        if self.base_name in _INTEGERS:
+            name = "pg_catalog.int8"  # compares with every integer by index, and holds every value that is asked for
+        elif self.base_name in ("text", "varchar"):
+            name = "pg_catalog.text"
+        else:
+            name = self.bare_type
+        # The type's name is from format_type, which quotes what needs quotes.
+        name = name.replace("%", "%%")
+        return sql.SQL("%s::" + name + ("[]" if array else ""))
+
+    def operator(self, symbol: str) -> sql.Composable:
+        """The comparison that the column's index is made for, whatever operators the search path leads to."""
+        schema = self.base_schema if self.base_name == "citext" else "pg_catalog"
+        return sql.SQL("OPERATOR({}.{})").format(identifier(schema), sql.SQL(symbol))
+
+    def described(self) -> SourceColumn:
+        """The column as the Protocol gives it."""
+        return SourceColumn(
+            self.name, self.declared_type, not self.not_null, self.filter_types, self.key_type is not None
+        )
+
+
+_DRIVER_ARRAYS: Final = frozenset(info.array_oid for info in psycopg.adapters.types if info.array_oid)
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """A table, view or the like."""
+
+    oid: int
+    schema: str
+    name: str
+    kind: str
+    """`pg_class.relkind`: r table, p partitioned, v view, m materialized view, f foreign."""
+    visible: bool
+    columns: tuple[ColumnInfo, ...]
+
+    @property
+    def identifier(self) -> sql.Identifier:
+        """Its qualified name in a statement that is executed with parameters."""
+        return identifier(self.schema, self.name)
+
+    @property
+    def label(self) -> str:
+        """Its qualified name in a message."""
+        return f"{quoted(self.schema)}.{quoted(self.name)}"
+
+    @property
+    def is_view(self) -> bool:
+        """Whether it is a view, materialized or not."""
+        return self.kind in "vm"
+
+    @property
+    def is_plain_view(self) -> bool:
+        """Whether its rows are computed at each read."""
+        return self.kind == "v"
+
+    def described(self, estimate: int | None) -> SourceTable:
+        """The table as the Protocol gives it."""
+        name = _spelling(self.schema, self.name, visible=self.visible)
+        return SourceTable(name, tuple(column.described() for column in self.columns), self.is_view, estimate)
+
+    def find_columns(self, names: tuple[str, ...]) -> list[ColumnInfo]:
+        """The columns of these names, each exactly or folded as PostgreSQL folds. Names all that are missing."""
+        by_name = {column.name: column for column in self.columns}
+        found = [by_name.get(name) or by_name.get(_folded(name)) for name in names]
+        missing = list(dict.fromkeys(name for name, column in zip(names, found, strict=True) if column is None))
+        if missing:
+            listed = ", ".join(repr(name) for name in missing)
+            raise SourceTableNotFound(
+                f"Table {self.label} has no column {listed}.",
+                resolution=_suggestion(missing, list(by_name)) or SourceTableNotFound.default_resolution,
+                columns=missing,
+            )
+        return [column for column in found if column is not None]
+
+    def require_readable(self, columns: list[ColumnInfo], server: Server) -> None:
+        """Raises SourceAccessDenied with the GRANT that is missing for these columns."""
+        denied = list(dict.fromkeys(column.name for column in columns if not column.readable))
+        if not denied:
+            return
+        listed = ", ".join(map(quoted, denied))
+        what = f"({listed}) " if len(denied) < len(self.columns) else ""
+        grant = f"GRANT SELECT {what}ON {self.label} TO {quoted(server.user)};"
+        raise access_denied(server, self.label, grant=grant)
+
+    def key(self, name: str) -> ColumnInfo:
+        """The primary key column. Raises SourceTableNotFound, SourceRejected."""
+        column = self.find_columns((name,))[0]
+        if column.key_type is None:
+            raise SourceRejected(
+                f"Column {column.name!r} of {self.label} is of type {column.declared_type}, which can be no primary key.",
+                resolution="Choose a column of an integer, text, uuid, numeric, date, timestamp or enum type.",
+            )
+        return column
+
+
+_RELATIONS: Final = """
+SELECT c.oid, n.nspname, c.relname, c.relkind::pg_catalog.text, pg_catalog.pg_table_is_visible(c.oid),
+       pg_catalog.has_schema_privilege(n.oid, 'USAGE'), pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[])
+  AND (c.relname = ANY (%(names)s::pg_catalog.text[]) AND pg_catalog.pg_table_is_visible(c.oid)
+       OR EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest(%(schemas)s::pg_catalog.text[]),
+                                         pg_catalog.unnest(%(tables)s::pg_catalog.text[])) AS g(s, t)
+                  WHERE g.s = n.nspname AND g.t = c.relname))
+"""
+
+_COLUMNS: Final = """
+WITH RECURSIVE base(number, type_oid, modifier) AS (
+    SELECT attnum, atttypid, atttypmod FROM pg_catalog.pg_attribute
+    WHERE attrelid = %(oid)s::pg_catalog.oid AND attnum > 0 AND NOT attisdropped
+    UNION ALL
+    SELECT b.number, t.typbasetype, CASE WHEN t.typtypmod <> -1 THEN t.typtypmod ELSE b.modifier END
+    FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.type_oid WHERE t.typtype = 'd'
+)
+SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull OR d.typnotnull,
+       pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
+       CASE WHEN n.nspname = 'pg_catalog' OR t.typname = 'citext' THEN t.typname::pg_catalog.text ELSE '' END,
+       n.nspname, t.typtype::pg_catalog.text, t.typcategory::pg_catalog.text,
+       pg_catalog.format_type(t.oid, b.modifier), pg_catalog.format_type(t.oid, -1), b.modifier,
+       CASE WHEN t.typcategory = 'A' AND t.typlen = -1 THEN t.typelem::pg_catalog.int8 ELSE 0 END,
+       t.oid::pg_catalog.int8
+FROM pg_catalog.pg_attribute a
+JOIN pg_catalog.pg_type d ON d.oid = a.atttypid
+JOIN base b ON b.number = a.attnum
+JOIN pg_catalog.pg_type t ON t.oid = b.type_oid AND t.typtype <> 'd'
+JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
+WHERE a.attrelid = %(oid)s::pg_catalog.oid
+ORDER BY a.attnum
+"""
+
+# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null where nothing is known.
+_ESTIMATE: Final = """
+SELECT CASE WHEN pg_catalog.bool_and(known) THEN pg_catalog.sum(rows)::pg_catalog.int8 END
+FROM (
+    SELECT c.reltuples >= 0 AND (c.relpages > 0 OR pages = 0 OR c.relkind = 'f') AS known,
+           CASE WHEN c.relpages > 0 AND c.relkind <> 'f' THEN c.reltuples / c.relpages * pages ELSE c.reltuples END AS rows
+    FROM pg_catalog.pg_class c,
+         LATERAL (SELECT pg_catalog.pg_relation_size(c.oid)
+                         / pg_catalog.current_setting('block_size')::pg_catalog.int8) AS size(pages)
+    WHERE c.relkind = ANY ('{r,m,f}'::pg_catalog."char"[])
+      AND c.oid IN (SELECT %(oid)s::pg_catalog.oid
+                    UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s) WHERE isleaf)
+) AS leaves
+"""
+
+_PAGES: Final = """
+SELECT pg_catalog.sum(pg_catalog.pg_relation_size(o) / pg_catalog.current_setting('block_size')::pg_catalog.int8)
+FROM (SELECT %(oid)s::pg_catalog.oid UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s) WHERE isleaf) AS l(o)
+"""
+
+_TABLES: Final = """
+SELECT n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
+       CASE WHEN c.reltuples >= 0 AND c.relkind <> 'v' THEN c.reltuples::pg_catalog.int8 END
+FROM pg_catalog.pg_class c
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace,
+LATERAL (SELECT pg_catalog.pg_table_is_visible(c.oid)) AS v(visible)
+WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[]) AND NOT c.relispartition
+  AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
+  AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
+  AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend p
+                  WHERE p.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND p.objid = c.oid AND p.deptype = 'e')
+ORDER BY CASE WHEN v.visible THEN c.relname::pg_catalog.text
+              ELSE pg_catalog.concat(n.nspname, '.', c.relname) END COLLATE pg_catalog."C"
+LIMIT %s
+"""
+
+
+def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceTable]:
+    """Up to `limit` readable tables, by name, without columns."""
+    rows = connection.execute(_TABLES, [limit]).fetchall()
+    return [
+        SourceTable(_spelling(schema, name, visible=visible), (), kind in "vm", estimate)
+        for schema, name, kind, visible, estimate in rows
+    ]
+
+
+def row_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int | None:
+    """About how many rows the table has, or None where the database does not know."""
+    row = connection.execute(_ESTIMATE, {"oid": relation.oid}).fetchone()
+    return row[0] if row else None
+
+
+def page_count(connection: psycopg.Connection[Any], relation: Relation) -> int:
+    """How many pages the table, with its partitions, has now."""
+    row = connection.execute(_PAGES, {"oid": relation.oid}).fetchone()
+    return int(row[0]) if row and row[0] else 0
+
+
+def planner_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int:
+    """How many rows the planner expects: also of views, and of tables that were never analyzed."""
+    row = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(relation.identifier), []).fetchone()
+    return int(row[0][0]["Plan"]["Plan Rows"]) if row else 0
+
+
+def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
+    """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
+    candidates = _readings(given)
+    qualified = [(schema, name) for schema, name in candidates if schema is not None]
+    found = connection.execute(
+        _RELATIONS,
+        {
+            "names": [name for schema, name in candidates if schema is None],
+            "schemas": [schema for schema, _ in qualified],
+            "tables": [name for _, name in qualified],
+        },
+    ).fetchall()
+    for schema, name in candidates:
+        for oid, row_schema, row_name, kind, visible, schema_usage, readable in found:
+            if row_name != name or (not visible if schema is None else row_schema != schema):
+                continue
+            label = f"{quoted(row_schema)}.{quoted(row_name)}"
+            grants = [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(row_schema)} TO {quoted(server.user)};"]
+            if not readable:
+                grants.append(f"GRANT SELECT ON {label} TO {quoted(server.user)};")
+            if grants:
+                raise access_denied(server, label, grant=" ".join(grants))
+            columns = connection.execute(_COLUMNS, {"oid": oid}).fetchall()
+            return Relation(oid, row_schema, row_name, kind, visible, tuple(ColumnInfo(*column) for column in columns))
+    known = [table.name for table in list_tables(connection, 2000)]
+    raise SourceTableNotFound(
+        f"There is no table {given!r} in database {server.database!r}.",
+        resolution=_suggestion([given], known) or SourceTableNotFound.default_resolution,
+        table=given,
+    )
+
+
+_PART: Final = r'"(?:[^"\x00]|"")+"'
+_QUOTED_NAME: Final = re.compile(rf'({_PART}|[^".]+)(?:\.({_PART}|[^".]+))?')
+_PLAIN: Final = re.compile(r'[^".\x00]+')
+
+
+def _readings(given: str) -> list[tuple[str | None, str]]:
+    """(schema, table) pairs that this text may mean, the likeliest first; a schema of None is the search path.
+
+    Plain names are taken exactly first, then folded to lower case: users copy names from where they are shown, and type
+    them as in SQL. Quotes are only for names that plain text cannot say.
+    """
+    if "\x00" in given or not given:
+        return []
+    if '"' in given:
+        match = _QUOTED_NAME.fullmatch(given)
+        if match is None:
+            return [(None, given)]
+        spellings = [_spellings(part) for part in match.groups() if part is not None]
+        if len(spellings) == 1:
+            return [(None, name) for name in spellings[0]]
+        return [(schema, name) for schema, name in product(*spellings)]
+    dots = [index for index, character in enumerate(given) if character == "."][:8]
+    exact: list[tuple[str | None, str]] = [(None, given)]
+    exact += [(given[:dot], given[dot + 1 :]) for dot in dots if 0 < dot < len(given) - 1]
+    mixed = [
+        (schema, name)
+        for pair in exact
+        for schema in ([None] if pair[0] is None else _spellings(pair[0]))
+        for name in _spellings(pair[1])
+    ]
+    return list(dict.fromkeys([*exact, *mixed]))
+
+
+def _spellings(part: str) -> list[str]:
+    if part.startswith('"'):
+        return [part[1:-1].replace('""', '"')]
+    return list(dict.fromkeys([part, _folded(part)]))
+
+
+def _folded(name: str) -> str:
+    # As the server does in a multi-byte encoding: ASCII letters only.
+    return "".join(character.lower() if character.isascii() else character for character in name)
+
+
+def _spelling(schema: str, name: str, *, visible: bool) -> str:
+    parts = [name] if visible else [schema, name]
+    return ".".join(part if _PLAIN.fullmatch(part) else quoted(part) for part in parts)
+
+
+def _suggestion(missing: list[str], known: list[str]) -> str | None:
+    by_lower = {name.lower(): name for name in reversed(known)}
+    near: list[str] = []
+    for name in missing:
+        found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
+        near += [by_lower[match] for match in found]
+    if not near:
+        return None
+    return f"Did you mean {' or '.join(repr(name) for name in dict.fromkeys(near))}?"

@@ -1,0 +1,226 @@
+"""Connections to somebody's PostgreSQL: how one is opened, what its session is set to, and the few that are kept.
+
+Not psycopg_pool: it connects in the background and reports a wrong password as a timeout, half a minute later. Here the
+thread that needs a connection opens it, and gets the real error at once.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+import psycopg
+from psycopg import pq
+from psycopg.adapt import Buffer, Loader
+from psycopg.types.json import set_json_loads
+from psycopg.types.string import TextLoader
+
+from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
+from embedd_dagster.sources.network import allowed_addresses
+from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
+
+_SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_KEPT: Final = 4  # idle connections; as many as there are threads at work are open
+_OLDEST_VERSION: Final = 140000  # bit_xor, and the last release that its makers support
+
+# Row hashes are made of the text of values: whatever a role, a database or the server sets, that text must be the same.
+_SESSION: Final = {
+    "TimeZone": "UTC",
+    "DateStyle": "ISO, YMD",
+    "IntervalStyle": "postgres",
+    "extra_float_digits": "1",
+    "bytea_output": "hex",
+    "lc_monetary": "C",
+    "xmlbinary": "base64",
+    "quote_all_identifiers": "off",
+    "standard_conforming_strings": "on",
+    "jit": "off",  # compiling costs a page of 1,000 rows three times its reading
+    "lock_timeout": "30s",  # behind an ALTER TABLE: say so, instead of hanging until the statement timeout
+    "default_transaction_read_only": "on",
+}
+# Types that psycopg makes objects of, where the database's own text is what users know.
+_AS_TEXT: Final = (
+    "inet", "cidr",
+    "int4range", "int8range", "numrange", "daterange", "tsrange", "tstzrange",
+    "int4multirange", "int8multirange", "nummultirange", "datemultirange", "tsmultirange", "tstzmultirange",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """How to reach a database; `repr` leaves the password out."""
+
+    server: Server
+    password: str = field(repr=False)
+    ssl_mode: str
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Self:
+        """Of a connection's stored credentials. Raises ConfigurationError, naming the field."""
+        for name in ("host", "database", "user"):
+            value = given.get(name)
+            if not isinstance(value, str) or not value or "\x00" in value:
+                raise ConfigurationError(f"credentials.{name}: a non-empty text is required.")
+        password = given.get("password")
+        if password is not None and (not isinstance(password, str) or "\x00" in password):
+            raise ConfigurationError("credentials.password: a text is required.")
+        if "," in given["host"]:  # libpq takes that for a list of hosts
+            raise ConfigurationError("credentials.host: exactly one host is accepted.")
+        port = given.get("port", 5432)
+        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
+            raise ConfigurationError("credentials.port: a number from 1 to 65535 is required.")
+        ssl_mode = given.get("ssl_mode") or "prefer"
+        if ssl_mode not in _SSL_MODES:
+            raise ConfigurationError(f"credentials.ssl_mode: one of {', '.join(_SSL_MODES)} is required.")
+        return cls(Server(given["host"], port, given["database"], given["user"]), password or "", ssl_mode)
+
+
+class Connections:
+    """The open connections to one database. Safe to use from several threads."""
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        statement_timeout_seconds: float,
+        connect_timeout_seconds: int,
+        deny_private_networks: bool,
+    ) -> None:
+        self.server = credentials.server
+        self._credentials = credentials
+        self._statement_timeout_seconds = statement_timeout_seconds
+        self._connect_timeout_seconds = connect_timeout_seconds
+        self._deny_private_networks = deny_private_networks
+        self._lock = threading.Lock()
+        self._idle: list[psycopg.Connection[Any]] = []
+        self._closed = False
+        self.may_hold_invalid_text = False
+        """Whether the database is of no encoding, so that text may be any bytes; known from the first connection on."""
+
+    @contextmanager
+    def borrow(self) -> Iterator[psycopg.Connection[Any]]:
+        """A working connection, in autocommit; closed instead of kept when the block raises or leaves a statement open."""
+        connection = self._take()
+        try:
+            yield connection
+        except EmbeddError:  # what we found out by it, not what befell it
+            self._give_back(connection)
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(connection)
+
+    def close(self) -> None:
+        """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def _take(self) -> psycopg.Connection[Any]:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise SourceUnavailable(f"The source {self.server} has been closed.")
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._open()
+            try:
+                connection.execute("")  # it may have died unnoticed since
+            except psycopg.Error:
+                connection.close()
+            else:
+                return connection
+
+    def _give_back(self, connection: psycopg.Connection[Any]) -> None:
+        usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
+        with self._lock:
+            if usable and not self._closed and len(self._idle) < _KEPT:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _open(self) -> psycopg.Connection[Any]:
+        credentials, server = self._credentials, self.server
+        try:
+            connection = psycopg.connect(
+                **self._addresses(),
+                dbname=server.database,
+                user=server.user,
+                password=credentials.password,
+                sslmode=credentials.ssl_mode,
+                connect_timeout=self._connect_timeout_seconds,
+                application_name="embedd",
+                client_encoding="UTF8",
+                options="",  # else PGOPTIONS of our own environment would count
+                gssencmode="disable",
+                keepalives=1,
+                keepalives_idle=30,
+                keepalives_interval=10,
+                keepalives_count=3,
+                autocommit=True,
+                prepare_threshold=None,  # a pooler such as PgBouncer may stand between
+            )
+        except psycopg.Error as error:
+            raise connect_error(error, server, credentials.password) from None
+        try:
+            with translated(server):
+                self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _addresses(self) -> dict[str, Any]:
+        server = self.server
+        if server.host.startswith(("/", "@")):
+            if self._deny_private_networks:
+                raise SourceRejected("The host is a local socket, to which this service does not connect.")
+            return {"host": server.host, "port": server.port}
+        found = allowed_addresses(server.host, server.port, deny_private_networks=self._deny_private_networks)
+        # The name stays beside each address: the server's certificate is checked against it.
+        return {"host": ",".join([server.host] * len(found)), "hostaddr": ",".join(found), "port": server.port}
+
+    def _prepare(self, connection: psycopg.Connection[Any]) -> None:
+        if connection.info.server_version < _OLDEST_VERSION:
+            version = connection.info.server_version // 10000
+            raise SourceRejected(
+                f"PostgreSQL at {self.server} is version {version}; version 14 or newer is needed.",
+                resolution="Upgrade the server, or replicate the table to a newer one.",
+            )
+        settings = {**_SESSION, "statement_timeout": str(round(self._statement_timeout_seconds * 1000))}
+        connection.execute(
+            "SELECT " + ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings)),
+            [part for setting in settings.items() for part in setting],
+        )
+        for name in _AS_TEXT:
+            connection.adapters.register_loader(name, TextLoader)
+        set_json_loads(_load_json, connection)
+        if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
+            self.may_hold_invalid_text = True
+            # Only here, as each value costs a call into Python.
+            for name in ("text", "varchar", "bpchar", "name", "unknown"):
+                connection.adapters.register_loader(name, _ReplacingTextLoader)
+            connection.adapters.register_loader(0, _ReplacingTextLoader)
+
+
+class _ReplacingTextLoader(Loader):
+    """Text, with U+FFFD for what is not UTF-8."""
+
+    def load(self, data: Buffer) -> str:
+        return bytes(data).decode(errors="replace")
+
+
+def _load_json(data: str | bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):  # numbers of thousands of digits, thousands of brackets
+        with suppress(UnicodeDecodeError):
+            return data if isinstance(data, str) else bytes(data).decode()
+        return bytes(data).decode(errors="replace")  # type: ignore[arg-type]
