@@ -18,7 +18,8 @@ def now() -> datetime:
 
 def database_now(session: Session) -> datetime:
     """The present instant by the catalog's clock, which heartbeats are written by."""
-    return session.execute(select(func.clock_timestamp())).scalar_one()
+    instant: datetime = session.execute(select(func.clock_timestamp())).scalar_one()
+    return instant
 
 
 def new_id(prefix: str) -> str:

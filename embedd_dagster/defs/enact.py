@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import dagster as dg
@@ -13,7 +13,7 @@ from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
-from embedd_dagster.defs.tags import TASK_TAG
+from embedd_dagster.defs.tags import PARTITION_TAG, TASK_TAG
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, Conflict
 
@@ -31,7 +31,7 @@ class Enactor:
 
         Raises CatalogUnavailable: without the catalog nothing can be done for any table.
         """
-        requests = []
+        requests: list[dg.RunRequest] = []
         for decision in plan.tasks:
             if decision.verdict is Verdict.LAUNCH:
                 fact = decision.task
@@ -39,23 +39,24 @@ class Enactor:
                     run_request(fact.task_id, fact.vector_table_id, fact.task_type, decision.run_key or fact.task_id)
                 )
             else:
-                self._alone(lambda decision=decision: self._settle(decision), decision.task.vector_table_id)
+                with self._alone(decision.task.vector_table_id):
+                    self._settle(decision)
         for run in plan.runs:
-            self._alone(lambda run=run: self._end(run), f"run {run.run_id}")
+            with self._alone(f"run {run.run_id}"):
+                self._end(run)
         for vector_table_id in plan.rebackfills:
-            request = self._alone(lambda key=vector_table_id: self._begin_rebackfill(key), vector_table_id)
-            if request is not None:
-                requests.append(request)
+            with self._alone(vector_table_id):
+                requests += self._begin_rebackfill(vector_table_id)
         return requests
 
-    def _alone(self, action: Callable[[], dg.RunRequest | None], subject: str) -> dg.RunRequest | None:
+    @contextmanager
+    def _alone(self, subject: str) -> Iterator[None]:
         try:
-            return action()
+            yield
         except CatalogUnavailable:
             raise
         except Exception as error:  # noqa: BLE001 - one vector table must not stop the others
             self.log(f"{subject}: {type(error).__name__}; tried again at the next tick.")
-            return None
 
     def _settle(self, decision: TaskDecision) -> None:
         fact = decision.task
@@ -83,19 +84,19 @@ class Enactor:
         else:
             self.instance.report_run_failed(run, message=decision.reason)
 
-    def _begin_rebackfill(self, vector_table_id: str) -> dg.RunRequest | None:
+    def _begin_rebackfill(self, vector_table_id: str) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id, lock=True)
             if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value:
-                return None
+                return []
             try:
                 task = tasks.create(
                     session, table, TaskType.REBACKFILL, max_attempts=self.runtime.settings.max_task_attempts
                 )
             except Conflict:
-                return None  # somebody was faster
+                return []  # somebody was faster
             task_id = task.id
-        return run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")
+        return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")]
 
 
 def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key: str) -> dg.RunRequest:
@@ -104,7 +105,8 @@ def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key
     return dg.RunRequest(
         run_key=run_key,
         partition_key=vector_table_id,
-        tags={TASK_TAG: task_id},
+        # with Dagster's own tag it is taken as it is: one whose partition has just gone would fail the tick for all
+        tags={TASK_TAG: task_id, PARTITION_TAG: vector_table_id},
         run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
     )
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dagster as dg
 
 from embedd_dagster.defs.assets import vector_table
-from embedd_dagster.defs.partitions import vector_tables
 
 vector_table_job = dg.define_asset_job(
     "vector_table_job",
     selection=dg.AssetSelection.assets(vector_table),  # with its checks
-    partitions_def=vector_tables,
     executor_def=dg.in_process_executor,  # a step in a process of its own costs two seconds, and gains nothing
     description="Backfills or syncs one vector table, then checks it.",
 )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 import dagster as dg
-from croniter import CroniterError, croniter
+from croniter import CroniterError, croniter  # type: ignore[import-untyped]
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import tasks, vector_tables

@@ -53,9 +53,9 @@ def reconcile(
         return dg.SkipReason(f"{error.message} {error.resolution}")
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if planned.partitions_to_add:
-        changes.append(partitions.build_add_request(planned.partitions_to_add))
+        changes.append(partitions.build_add_request(list(planned.partitions_to_add)))
     if planned.partitions_to_delete:
-        changes.append(partitions.build_delete_request(planned.partitions_to_delete))
+        changes.append(partitions.build_delete_request(list(planned.partitions_to_delete)))
     if not requests and not changes:
         return dg.SkipReason("The catalog and Dagster agree.")
     return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=changes)

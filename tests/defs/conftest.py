@@ -10,6 +10,7 @@ from datetime import datetime
 
 import dagster as dg
 import pytest
+from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
 from embedd_dagster.catalog import connections, environments, migrate, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
@@ -44,6 +45,15 @@ def runtime(database_url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runt
     get_settings.cache_clear()
 
 
+ORIGIN = RemoteJobOrigin(
+    RemoteRepositoryOrigin(
+        GrpcServerCodeLocationOrigin(host="localhost", port=1, location_name="embedd"), "__repository__"
+    ),
+    "vector_table_job",
+)
+"""Only a run with one may be queued."""
+
+
 @dataclass
 class Tables:
     """Vector tables as the API would leave them, and tasks in every state."""
@@ -55,13 +65,19 @@ class Tables:
         with self.runtime.catalog.transaction() as session:
             environment = environments.ensure_defaults(session)
             connection = connections.create(
-                session, self.runtime.box, environment,
-                name=f"c-{name}", provider="postgresql", mode="managed", credentials={"host": "127.0.0.1"},
+                session,
+                self.runtime.box,
+                environment,
+                name=f"c-{name}",
+                provider="postgresql",
+                mode="managed",
+                credentials={"host": "127.0.0.1"},
             )
             configuration = VectorConfiguration("public.t", "id", (Column("a", ColumnRole.EMBEDDING),), "m", 3)
             session.flush()
             table = vector_tables.create(
-                session, environment,
+                session,
+                environment,
                 vector_tables.NewVectorTable(
                     name, connection.id, configuration, Mode.MANAGED, SyncMode.BATCH, sync_schedule=sync_schedule
                 ),
@@ -70,8 +86,13 @@ class Tables:
             if live:
                 session.add(
                     VectorSetRow(
-                        vector_table_id=table.id, version=1, state=VectorSetState.BUILDING.value, config_version=1,
-                        configuration=configuration.to_json(), key_type="integer", created_at=now(),
+                        vector_table_id=table.id,
+                        version=1,
+                        state=VectorSetState.BUILDING.value,
+                        config_version=1,
+                        configuration=configuration.to_json(),
+                        key_type="integer",
+                        created_at=now(),
                     )
                 )
                 session.flush()
@@ -89,7 +110,9 @@ class Tables:
         with self.runtime.catalog.transaction() as session:
             vector_tables.mark_deleted(vector_tables.find(session, vector_table_id))
 
-    def task(self, vector_table_id: str, task_type: TaskType = TaskType.BACKFILL, *, created_at: datetime | None = None) -> str:
+    def task(
+        self, vector_table_id: str, task_type: TaskType = TaskType.BACKFILL, *, created_at: datetime | None = None
+    ) -> str:
         with self.runtime.catalog.transaction() as session:
             made = tasks.create(session, vector_tables.find(session, vector_table_id), task_type, max_attempts=3)
             made.created_at = created_at or now().replace(year=2020)
@@ -139,7 +162,8 @@ def make_run(instance: dg.DagsterInstance) -> Callable[..., str]:
 
     def make(status: dg.DagsterRunStatus, vector_table_id: str, task_id: str | None = None) -> str:
         tags = {"dagster/partition": vector_table_id} | ({"embedd/task_id": task_id} if task_id else {})
-        run = instance.create_run_for_job(job, status=status, tags=tags)
+        queued = {"remote_job_origin": ORIGIN, "job_code_origin": None} if status is dg.DagsterRunStatus.QUEUED else {}
+        run = instance.create_run_for_job(job, status=status, tags=tags, **queued)
         return run.run_id
 
     return make

@@ -38,10 +38,16 @@ def run(status: Status, run_id: str = "r1", *, task: str | None = "task_1", ende
     return RunFact(run_id, status, task, "vt_1", None if ended is None else ago(ended))
 
 
-def seen(*tasks: TaskFact, flying: tuple[RunFact, ...] = (), ended: tuple[RunFact, ...] = (), **others: object) -> Observation:
+def seen(
+    *tasks: TaskFact, flying: tuple[RunFact, ...] = (), ended: tuple[RunFact, ...] = (), **others: object
+) -> Observation:
     keys = frozenset({"vt_1"})
     facts = Observation(
-        now=NOW, vector_table_ids=keys, partition_keys=keys, tasks=tasks, runs_in_flight=flying,
+        now=NOW,
+        vector_table_ids=keys,
+        partition_keys=keys,
+        tasks=tasks,
+        runs_in_flight=flying,
         runs_ended={"task_1": ended} if ended else {},
     )
     return replace(facts, **others)
@@ -166,7 +172,9 @@ def test_partitions(wanted: set[str], existing: set[str], in_flight: set[str | N
 def test_rebackfills_begin_where_nothing_runs() -> None:
     everyone = frozenset({"vt_1", "vt_2", "vt_3"})
     observation = seen(RUNNING, flying=(run(Status.STARTED),), vector_table_ids=everyone, partition_keys=everyone)
-    assert plan(replace(observation, awaiting_rebackfill=("vt_1", "vt_2", "vt_gone")), LIMITS) == Plan(rebackfills=("vt_2",))
+    assert plan(replace(observation, awaiting_rebackfill=("vt_1", "vt_2", "vt_gone")), LIMITS) == Plan(
+        rebackfills=("vt_2",)
+    )
 
 
 def test_a_tick_launches_so_much_and_no_more() -> None:

@@ -1,0 +1,494 @@
+"""Every rule of the sensors and of the schedule, over a real catalog and real run records."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import pytest
+from dagster import DagsterRunStatus as Status
+
+from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.definitions import defs
+from embedd_dagster.defs import resources, sensors
+from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.resources import RuntimeResource
+from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs
+from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import CatalogUnavailable, VectorStoreUnavailable
+from embedd_dagster.settings import get_settings
+
+
+def long_ago() -> datetime:
+    return now() - timedelta(minutes=5)
+
+
+@pytest.fixture
+def log() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def tick(
+    instance: dg.DagsterInstance, runtime: Runtime, log: list[str]
+) -> Callable[..., dg.SensorResult | dg.SkipReason]:
+    memory = Memory()
+
+    def run(*, apply: bool = True, memory: Memory = memory) -> dg.SensorResult | dg.SkipReason:
+        result = reconcile(instance, lambda: runtime, memory, log.append)
+        if apply and isinstance(result, dg.SensorResult):  # what the daemon does
+            for change in result.dynamic_partitions_requests or ():
+                if isinstance(change, dg.AddDynamicPartitionsRequest):
+                    instance.add_dynamic_partitions("vector_tables", change.partition_keys)
+                else:
+                    for key in change.partition_keys:
+                        instance.delete_dynamic_partition("vector_tables", key)
+        return result
+
+    return run
+
+
+def requests(result: dg.SensorResult | dg.SkipReason) -> list[dg.RunRequest]:
+    return list(result.run_requests or ()) if isinstance(result, dg.SensorResult) else []
+
+
+def test_partitions_follow_the_catalog(tick: Any, tables: Any, instance: dg.DagsterInstance, make_run: Any) -> None:
+    first, second = tables.create("a"), tables.create("b")
+    tick()
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {first, second}
+    assert isinstance(tick(), dg.SkipReason)
+    run_id = make_run(Status.STARTED, first)
+    tables.delete(first)
+    tables.delete(second)
+    tick()
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {first}, "a run of it is in flight"
+    instance.report_run_failed(instance.get_run_by_id(run_id))
+    tick()
+    assert not instance.get_dynamic_partitions("vector_tables")
+
+
+def test_a_catalog_that_cannot_be_read_is_not_an_empty_one(
+    tick: Any, tables: Any, instance: dg.DagsterInstance, log: list[str]
+) -> None:
+    key = tables.create("a")
+    tick()
+    down = Catalog("postgresql://nobody@127.0.0.1:1/none")
+    broken = Runtime(tables.runtime.settings, down, tables.runtime.box)
+    result = reconcile(instance, lambda: broken, Memory(), log.append)
+    assert isinstance(result, dg.SkipReason)
+    assert "catalog" in (result.skip_message or "")
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {key}
+
+
+def test_a_task_without_a_run_gets_one(tick: Any, tables: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    (request,) = requests(tick())
+    assert (request.partition_key, request.run_key) == (key, f"{task_id}:0")
+    assert request.tags["embedd/task_id"] == task_id
+    assert request.run_config == {"ops": {"vector_table": {"config": {"mode": "backfill"}}}}
+    assert requests(tick())[0].run_key == request.run_key, "the same until Dagster has the run"
+
+
+def test_the_api_is_left_a_moment_to_launch(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key, created_at=now())
+    assert not requests(tick())
+    make_run(Status.QUEUED, key, task_id)
+    tables.change_task(task_id, created_at=long_ago())
+    assert not requests(tick())
+
+
+def test_a_task_whose_launched_run_died_gets_another(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.change_task(task_id, dagster_run_id=make_run(Status.FAILURE, key, task_id), launched_at=long_ago())
+    (request,) = requests(tick())
+    assert request.run_key == f"{task_id}:1"
+
+
+def test_a_task_whose_runs_never_begin_is_given_up(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    for _ in range(3):
+        make_run(Status.FAILURE, key, task_id)
+    assert not requests(tick())
+    assert tables.get_task(task_id).status == "failed"
+    assert tables[key].sync_status == "error"
+    assert "before they could begin" in tables[key].last_error
+
+
+def test_a_queued_run_that_was_cancelled_in_the_ui_is_a_cancelled_task(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a", live=True)
+    task_id = tables.task(key)
+    make_run(Status.CANCELED, key, task_id)
+    tick()
+    assert (tables.get_task(task_id).status, tables[key].sync_status) == ("cancelled", "synced")
+
+
+@pytest.mark.parametrize(
+    ("ended", "status", "sync_status"),
+    [
+        (Status.FAILURE, "pending", "backfilling"),
+        (Status.SUCCESS, "pending", "backfilling"),
+        (Status.CANCELED, "cancelled", "pending"),
+    ],
+)
+def test_a_running_task_whose_run_has_ended(
+    tick: Any, tables: Any, make_run: Any, ended: Status, status: str, sync_status: str
+) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.claim(task_id, make_run(ended, key, task_id))
+    tick()
+    assert (tables.get_task(task_id).status, tables[key].sync_status) == (status, sync_status)
+    if status == "pending":
+        (request,) = requests(tick())
+        assert request.run_key == f"{task_id}:1"
+        assert tables[key].last_error
+
+
+def test_attempts_come_to_an_end(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.change_task(task_id, attempts=2)
+    tables.claim(task_id, make_run(Status.FAILURE, key, task_id))
+    tick()
+    assert (tables.get_task(task_id).status, tables[key].sync_status) == ("failed", "error")
+
+
+def test_a_silent_run_is_failed_and_its_task_queued_again(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance
+) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    run_id = make_run(Status.STARTED, key, task_id)
+    tables.claim(task_id, run_id)
+    tick()
+    assert instance.get_run_by_id(run_id).status is Status.STARTED
+    tables.change_task(task_id, heartbeat_at=long_ago())
+    tick()
+    assert instance.get_run_by_id(run_id).status is Status.FAILURE
+    assert tables.get_task(task_id).status == "pending"
+    assert "no heartbeat" in tables.get_task(task_id).last_error
+    assert len(requests(tick())) == 1
+
+
+def test_silence_during_an_outage_is_forgiven(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.claim(task_id, make_run(Status.STARTED, key, task_id), heartbeat_at=long_ago())
+    memory = Memory()
+    memory.note_failure(time.monotonic() - 1)
+    tick(memory=memory)
+    assert tables.get_task(task_id).status == "running"
+    memory.watching_since -= 60
+    tick(memory=memory)
+    assert tables.get_task(task_id).status == "pending"
+
+
+def test_a_gap_in_ticking_is_an_outage_too() -> None:
+    memory = Memory()
+    memory.note_read(100, 15)
+    assert memory.has_watched_for(100, 30)
+    memory.note_read(110, 15)
+    assert memory.has_watched_for(110, 30)
+    memory.note_read(200, 15)
+    assert not memory.has_watched_for(210, 30)
+    assert memory.has_watched_for(231, 30)
+
+
+def test_a_cancelled_task_takes_its_queued_run_along(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    run_id = make_run(Status.QUEUED, key, task_id)
+    tables.change_task(task_id, cancel_requested=True, dagster_run_id=run_id)
+    tick()
+    assert tables.get_task(task_id).status == "cancelled"
+    assert instance.get_run_by_id(run_id).status is Status.CANCELED
+
+
+def test_a_run_whose_process_is_gone_gives_its_slot_back(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance
+) -> None:
+    key = tables.create("a")
+    run_id = make_run(Status.STARTED, key)
+    memory = Memory()
+    tick(memory=memory)
+    assert instance.get_run_by_id(run_id).status is Status.STARTED
+    memory.idle_since[run_id] -= 301
+    tick(memory=memory)
+    assert instance.get_run_by_id(run_id).status is Status.FAILURE
+    tick(memory=memory)
+    assert not memory.idle_since
+
+
+def test_runs_of_other_code_locations_are_left_alone(tick: Any, tables: Any, instance: dg.DagsterInstance) -> None:
+    @dg.op
+    def other_op() -> None: ...
+
+    @dg.job
+    def other_job() -> None:
+        other_op()
+
+    run = instance.create_run_for_job(other_job, status=Status.STARTED)
+    memory = Memory()
+    tick(memory=memory)
+    assert run.run_id not in memory.idle_since
+
+
+def test_a_newer_configuration_is_built(tick: Any, tables: Any) -> None:
+    key = tables.create("a", live=True)
+    tables.reconfigure(key)
+    assert tables[key].sync_status == "pending_rebackfill"
+    (request,) = requests(tick())
+    task = tables.live_task(key)
+    assert (task.task_type, request.run_key) == ("rebackfill", f"{task.id}:0")
+    assert tables[key].sync_status == "backfilling"
+    (again,) = requests(tick(apply=False)) or [None]
+    assert again is None or again.run_key == request.run_key
+
+
+@pytest.mark.parametrize("kind", ["paused", "busy"])
+def test_a_newer_configuration_waits(tick: Any, tables: Any, kind: str) -> None:
+    key = tables.create("a", live=True)
+    if kind == "busy":
+        tables.task(key, TaskType.SYNC, created_at=now())
+    else:
+        from embedd_dagster.catalog import vector_tables
+
+        with tables.runtime.catalog.transaction() as session:
+            vector_tables.pause(session, vector_tables.find(session, key))
+    tables.reconfigure(key)
+    assert not requests(tick())
+
+
+def test_a_deleted_table_ends_its_run_then_goes(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance
+) -> None:
+    key = tables.create("a", live=True)
+    tick()
+    task_id = tables.task(key)
+    run_id = make_run(Status.STARTED, key, task_id)
+    tables.claim(task_id, run_id)
+    tables.delete(key)
+    tick()
+    assert tables.get_task(task_id).cancel_requested
+    assert tables.get_task(task_id).status == "running"
+    instance.report_run_canceled(instance.get_run_by_id(run_id))
+    tick()
+    assert tables.get_task(task_id).status == "cancelled"
+    assert tables[key].sync_status == "deleting"
+    assert not instance.get_dynamic_partitions("vector_tables")
+
+
+def test_one_table_that_fails_does_not_stop_the_others(
+    tick: Any, tables: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    ids = [tables.create(name) for name in "ab"]
+    task_ids = [tables.task(key) for key in ids]
+    for key, task_id in zip(ids, task_ids, strict=True):
+        tables.claim(task_id, make_run(Status.CANCELED, key, task_id))
+    cancel = tasks.cancel
+
+    def fails_once(session: Any, task: Any, reason: str) -> None:
+        if task.id == task_ids[0]:
+            raise ValueError("secret")
+        cancel(session, task, reason)
+
+    monkeypatch.setattr(tasks, "cancel", fails_once)
+    tick()
+    assert [tables.get_task(task_id).status for task_id in task_ids] == ["running", "cancelled"]
+    assert "secret" not in " ".join(log)
+    assert any("ValueError" in line for line in log)
+    monkeypatch.setattr(tasks, "cancel", cancel)
+    tick()
+    assert tables.get_task(task_ids[0]).status == "cancelled"
+
+
+def test_what_went_on_by_itself_meanwhile_is_left_alone(
+    tick: Any, tables: Any, make_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    run_id = make_run(Status.SUCCESS, key, task_id)
+    tables.claim(task_id, run_id)
+    observe = sensors.observe
+
+    def then_it_completes(*arguments: Any) -> Any:
+        seen = observe(*arguments)
+        with tables.runtime.catalog.transaction() as session:
+            tasks.complete(session, task_id, run_id, tasks.EMPTY_PROGRESS)
+        return seen
+
+    monkeypatch.setattr(sensors, "observe", then_it_completes)
+    tick()
+    assert tables.get_task(task_id).status == "completed"
+
+
+def test_the_tick_of_ten_thousand_tables_is_short(
+    tick: Any, tables: Any, runtime: Runtime, instance: dg.DagsterInstance
+) -> None:
+    from sqlalchemy import text
+
+    tables.create("a")
+    with runtime.catalog.transaction() as session:
+        columns = [
+            row[0]
+            for row in session.execute(
+                text("SELECT column_name FROM information_schema.columns WHERE table_name = 'vector_tables'")
+            )
+        ]
+        given = {"id": "'vt_' || n", "name": "'t' || n", "storage_name": "'s' || n"}
+        picked = ", ".join(given.get(name, f'"{name}"') for name in columns)
+        names = ", ".join(f'"{name}"' for name in columns)
+        session.execute(
+            text(f"INSERT INTO vector_tables ({names}) SELECT {picked} FROM vector_tables, generate_series(1, 9999) n")
+        )
+    tick()
+    assert len(instance.get_dynamic_partitions("vector_tables")) == 10_000
+    begun = time.perf_counter()
+    assert isinstance(tick(), dg.SkipReason)
+    assert time.perf_counter() - begun < 2
+
+
+# the sensors and the schedule as Dagster calls them
+
+
+def evaluate(sensor: dg.SensorDefinition, instance: dg.DagsterInstance) -> Any:
+    resources = {"runtime": RuntimeResource()}
+    with dg.build_sensor_context(instance=instance, resources=resources, definitions=defs) as context:
+        return sensor.evaluate_tick(context)
+
+
+def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    data = evaluate(reconcile_sensor, instance)
+    assert data.dynamic_partitions_requests[0].partition_keys == [key]
+    (request,) = data.run_requests
+    assert request.tags["dagster/partition"] == key
+    assert request.tags["embedd/task_id"] == task_id
+    assert evaluate(cleanup_sensor, instance).skip_message == "Nothing to drop."
+
+
+def test_without_settings_the_ticks_skip_and_say_why(instance: dg.DagsterInstance) -> None:
+    get_settings.cache_clear()
+    resources._process_runtime.cache_clear()
+    for sensor in (reconcile_sensor, cleanup_sensor):
+        assert "EMBEDD_DATABASE_URL" in evaluate(sensor, instance).skip_message
+    skipped = schedule_syncs(RuntimeResource().open, now(), print)
+    assert "EMBEDD_DATABASE_URL" in (skipped.skip_message or "")
+
+
+def test_definitions_are_loadable_without_settings() -> None:
+    dg.Definitions.validate_loadable(defs)
+    job = defs.resolve_job_def("vector_table_job")
+    assert job.executor_def.name == "in_process"
+    assert {node.name for node in job.graph.nodes} == {"vector_table", "vector_table_checks"}
+
+
+# cleaning up
+
+
+def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
+    runtime: Runtime, tables: Any, monkeypatch: pytest.MonkeyPatch, log: list[str]
+) -> None:
+    ids = [tables.create(name) for name in "ab"]
+    for key in ids:
+        tables.delete(key)
+    calls: list[str] = []
+
+    def teardown(_runtime: Runtime, key: str) -> bool:
+        calls.append(key)
+        if key == ids[0]:
+            raise VectorStoreUnavailable("Qdrant does not answer.")
+        return True
+
+    monkeypatch.setattr(sensors, "teardown", teardown)
+    monkeypatch.setattr(sensors, "drop_retired_sets", lambda _runtime: 2)
+    delays = Delays()
+    skipped = clean_up(lambda: runtime, delays, log.append)
+    assert skipped.skip_message == f"Dropped {ids[1]}, 2 replaced sets."
+    assert "Qdrant does not answer." in log[0]
+    clean_up(lambda: runtime, delays, log.append)
+    assert calls.count(ids[0]) == 1, "it is tried again after a while"
+    assert delays.is_due(ids[0], time.monotonic() + 3)
+
+
+def test_cleaning_up_needs_the_catalog(runtime: Runtime) -> None:
+    def down() -> Runtime:
+        raise CatalogUnavailable("The catalog database does not answer.")
+
+    assert "does not answer" in (clean_up(down, Delays(), print).skip_message or "")
+
+
+# the schedule
+
+NOON = datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("0 * * * *", NOON + timedelta(hours=1)),
+        ("*/15 * * * *", NOON + timedelta(minutes=15)),
+        ("0 3 * * *", NOON + timedelta(hours=15)),
+    ],
+)
+def test_the_next_sync(schedule: str, expected: datetime) -> None:
+    assert next_sync_at(schedule, NOON) == expected
+    assert next_sync_at(schedule, NOON.astimezone()) == expected
+
+
+def test_a_newly_live_table_gets_on_the_schedule_and_then_syncs_once_a_time(
+    runtime: Runtime, tables: Any, log: list[str], tick: Any
+) -> None:
+    key = tables.create("a", live=True)
+    never_built = tables.create("b")
+    quarterly = tables.create("c", live=True, sync_schedule="*/15 * * * *")
+    at = NOON
+
+    def go(minutes: int) -> str:
+        nonlocal at
+        at += timedelta(minutes=minutes)
+        return schedule_syncs(lambda: runtime, at, log.append).skip_message or ""
+
+    assert go(0) == "No sync is due."
+    assert tables[key].next_sync_at == NOON + timedelta(hours=1)
+    assert tables[never_built].next_sync_at is None
+    assert go(16) == f"1 syncs begin: {quarterly}."
+    assert tables[quarterly].next_sync_at == NOON + timedelta(minutes=30)
+    assert go(16) == "No sync is due.", "no second one while the first is live"
+    task = tables.live_task(quarterly)
+    assert task.task_type == "sync"
+    tables.change_task(task.id, created_at=long_ago())
+    (request,) = requests(tick())
+    assert request.run_config == {"ops": {"vector_table": {"config": {"mode": "sync"}}}}
+    tables.claim(task.id, "r")
+    with runtime.catalog.transaction() as session:
+        tasks.complete(session, task.id, "r", tasks.EMPTY_PROGRESS)
+    assert go(0) == f"1 syncs begin: {quarterly}.", "it was due meanwhile"
+    assert go(600) == f"1 syncs begin: {key}.", "one sync after ten hours of nothing"
+    assert go(1) == "No sync is due."
+
+
+def test_paused_and_misconfigured_tables_do_not_sync(runtime: Runtime, tables: Any, log: list[str]) -> None:
+    past = NOON - timedelta(hours=1)
+    paused = tables.create("a", live=True)
+    tables.change(paused, next_sync_at=past, paused=True, sync_status="paused")
+    wrong = tables.create("b", live=True, sync_schedule="whenever")
+    good = tables.create("c", live=True)
+    for key in (wrong, good):
+        tables.change(key, next_sync_at=past)
+    assert schedule_syncs(lambda: runtime, NOON, log.append).skip_message == f"1 syncs begin: {good}."
+    assert "whenever" in log[0]
