@@ -1,1 +1,53 @@
-"""Vector stores, one file each; `open_store` is the registry."""
+"""Vector stores, one backend each; `open_qdrant` and `open_platform_store` are the registry.
+
+A backend's SDK is imported when one of it is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from embedd_dagster.errors import ConfigurationError
+from embedd_dagster.stores.base import PlatformStore, Store
+
+
+def open_qdrant(url: str, api_key: str | None = None) -> Store:
+    """Our own Qdrant (managed mode), which is connected to when it is first used; to be closed.
+
+    Raises ConfigurationError for what is no URL.
+    """
+    from embedd_dagster.stores.qdrant import QdrantStore
+
+    return QdrantStore(url, api_key)
+
+
+def open_platform_store(provider: str, credentials: Mapping[str, Any], schema: str | None = None) -> PlatformStore:
+    """The store inside a source database (platform mode), which is connected to when it is first used; to be closed.
+
+    Args:
+        provider: One of `PLATFORM_PROVIDERS`.
+        credentials: As the API takes them for this provider.
+        schema: Where new vector tables go; by default the first schema of the search path that may be written.
+
+    Raises:
+        ConfigurationError: The provider has no platform store, or a credential is missing.
+    """
+    if provider not in _PLATFORM_STORES:
+        raise ConfigurationError(
+            f"{provider!r} has no platform store.", resolution=f"Known providers: {', '.join(PLATFORM_PROVIDERS)}."
+        )
+    return _PLATFORM_STORES[provider](credentials, schema)
+
+
+def _open_pgvector(credentials: Mapping[str, Any], schema: str | None) -> PlatformStore:
+    from embedd_dagster.stores.pgvector import PgvectorStore
+
+    return PgvectorStore(credentials, schema)
+
+
+_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None], PlatformStore]]] = {
+    "postgresql": _open_pgvector,
+}
+PLATFORM_PROVIDERS: Final = tuple(_PLATFORM_STORES)
+"""The source providers whose database can hold vectors."""

@@ -63,7 +63,11 @@ class Store(Protocol):
         min_similarity_score: float | None = None,
         filters: Filter | None = None,
     ) -> list[Hit]:
-        """The nearest points by cosine, highest first, among exactly those the filter matches; `vector` is (dimensions,)."""
+        """The nearest points by cosine, highest first, among exactly those the filter matches; `vector` is (dimensions,).
+
+        As many as `limit` where so many match. A vector of zeros has no direction: none is found, and it finds none.
+        Raises VectorStoreUnavailable where the set is not there: another one has most likely replaced it just now.
+        """
         ...
 
     def publish(self, vector_set: VectorSet) -> None:
@@ -95,3 +99,12 @@ class Store(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+class PlatformStore(Store, Protocol):
+    """A store inside a source database."""
+
+    @property
+    def schema(self) -> str:
+        """The schema in which new vector tables are made, for `platform_vector_ref`."""
+        ...

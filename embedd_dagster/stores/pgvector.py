@@ -1,0 +1,401 @@
+"""Vectors in the user's own PostgreSQL: a table a set, a view for the public name.
+
+The view is what users join and search: its columns and their types are the same for every version, so that it is replaced
+in one statement under their own views. `embedding` has no dimension there, and still finds the index (PostgreSQL looks
+through a cast that changes nothing).
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Final, Self
+
+import psycopg
+from psycopg import sql
+
+from embedd_dagster.core.filters import Filter
+from embedd_dagster.core.keys import Key
+from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
+from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.stores.pgvector_database import (
+    Connection,
+    Database,
+    Place,
+    TableMissing,
+    check_owned,
+    dependents,
+    find_place,
+)
+from embedd_dagster.stores.pgvector_index import build_indexes, index_kind
+from embedd_dagster.stores.pgvector_rows import (
+    COPIED_COLUMNS,
+    KeyType,
+    copy_body,
+    load_key,
+    load_metadata,
+    load_vector,
+    resolve_key_type,
+)
+from embedd_dagster.stores.pgvector_search import SearchQuery, find_nearest
+from embedd_dagster.stores.ranking import bucket_ranges, rank
+
+_KEYS_PER_STATEMENT: Final = 10_000
+_PAGE: Final = 10_000
+_INLINE_DIMENSIONS: Final = range(400, 1801)
+"""Vectors of these sizes fit into a page, and do not by themselves: kept inline they are written a fifth faster."""
+
+
+class PgvectorStore:
+    """An open platform store. Safe to use from several threads.
+
+    Its tables carry the comment `embedd:<vector table id>`; what does not is somebody else's and never touched. A vector of
+    zeros has no direction: it is stored and counted, and never found.
+    """
+
+    def __init__(self, credentials: Mapping[str, Any], schema: str | None = None) -> None:
+        """`schema` is where new vector tables go: by default the first of the search path that may be written."""
+        self._database = Database(credentials)
+        self._wanted_schema = schema
+        self._lock = threading.Lock()
+        self._found_place: Place | None = None
+        self._homes: dict[str, str] = {}
+        self._key_types: dict[str, KeyType] = {}
+
+    @property
+    def schema(self) -> str:
+        """The schema in which new vector tables are made."""
+        return self._place().schema
+
+    def check(self) -> None:
+        """Returns when tables with vectors could be made. Raises with the SQL that an administrator has to run first."""
+        with self._database.connection() as connection, connection.transaction(force_rollback=True):
+            find_place(connection, self._database, self._wanted_schema)
+
+    def create(self, vector_set: VectorSet) -> None:
+        """An empty table with nothing but its primary key; one that is there is kept with its rows."""
+        place = self._place()
+        schema, name, mark = self._home(vector_set.vector_table_id), table_name(vector_set), _mark(vector_set)
+
+        def make(connection: Connection) -> None:
+            if check_owned(connection, schema, name, mark):
+                return
+            key_type = resolve_key_type(connection, vector_set.key_type)
+            inline = vector_set.dimensions in _INLINE_DIMENSIONS
+            table = sql.Identifier(schema, name)
+            connection.execute(
+                sql.SQL(
+                    "CREATE TABLE IF NOT EXISTS {table} (pk_value {key_type} PRIMARY KEY,"
+                    " embedding {vectors}.vector({dimensions}) NOT NULL, embedded_text text NOT NULL,"
+                    " metadata jsonb NOT NULL, row_hash bigint NOT NULL, text_hash bigint NOT NULL,"
+                    " bucket integer NOT NULL, updated_at timestamptz NOT NULL DEFAULT now()) {options}"
+                ).format(
+                    table=table,
+                    key_type=sql.SQL(key_type.sql_name),  # as the server itself wrote it
+                    vectors=sql.Identifier(place.vector_schema),
+                    dimensions=sql.Literal(vector_set.dimensions),
+                    options=sql.SQL("WITH (toast_tuple_target = 8160)" if inline else ""),
+                )
+            )
+            if inline:
+                connection.execute(sql.SQL("ALTER TABLE {} ALTER embedding SET STORAGE MAIN").format(table))
+            connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(mark)))
+
+        self._database.with_locks(make)
+        with self._lock:
+            self._homes[vector_set.vector_table_id] = schema
+
+    def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
+        """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
+
+        The removal costs a bulk load some 5 % where it finds nothing; to merge from a staging table costs 30 %.
+        """
+        if not len(points):
+            return
+        key_type = self._key_type(vector_set)
+        body = copy_body(points, key_type)
+        table = self._table(vector_set)
+        copy = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, sql.SQL(COPIED_COLUMNS))
+
+        def write(connection: Connection) -> None:
+            _delete(connection, table, key_type, points.keys)
+            with connection.cursor().copy(copy) as writer:
+                writer.write(body)
+
+        self._database.retrying_conflicts(write)
+
+    def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
+        """Removes the points of these keys."""
+        key_type, table = self._key_type(vector_set), self._table(vector_set)
+        for start in range(0, len(keys), _KEYS_PER_STATEMENT):
+            part = list(keys[start : start + _KEYS_PER_STATEMENT])
+            self._database.retrying_conflicts(
+                lambda connection, part=part: _delete(connection, table, key_type, part)  # type: ignore[misc]
+            )
+
+    def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
+        """The fingerprint of every point whose `bits`-bit bucket is among `buckets` (None: of every point).
+
+        Streamed out of one transaction, which ends with the iteration.
+        """
+        query = sql.SQL("SELECT {key}, row_hash, bucket FROM {table}").format(
+            key=_key_column(self._key_type(vector_set)), table=self._table(vector_set)
+        )
+        if buckets is not None:
+            ranges = bucket_ranges(buckets, bits, BUCKET_BITS)
+            if not ranges:
+                return
+            query += sql.SQL(
+                " JOIN unnest({}::integer[], {}::integer[]) AS r (low, high) ON bucket BETWEEN low AND high"
+            ).format(sql.Literal([low for low, _high in ranges]), sql.Literal([high for _low, high in ranges]))
+        with (
+            self._database.transaction() as connection,
+            connection.cursor("embedd_fingerprints", binary=True) as cursor,
+        ):
+            cursor.execute(query)
+            while page := cursor.fetchmany(_PAGE):
+                for key, row_hash, bucket in page:
+                    yield Fingerprint(load_key(key), row_hash, bucket)
+
+    def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
+        """For each of these keys that has a point: its text hash and its vector."""
+        key_type = self._key_type(vector_set)
+        query = sql.SQL("SELECT {key}, text_hash, embedding FROM {table} WHERE pk_value = ANY(%s::{array}[])").format(
+            key=_key_column(key_type),
+            table=self._table(vector_set),
+            array=sql.SQL(key_type.base_name),
+        )
+        found: dict[Key, tuple[int, Vectors]] = {}
+        with self._database.transaction() as connection, connection.cursor(binary=True) as cursor:
+            for start in range(0, len(keys), _KEYS_PER_STATEMENT):
+                cursor.execute(query, [list(keys[start : start + _KEYS_PER_STATEMENT])])
+                for key, text_hash, raw in cursor:
+                    found[load_key(key)] = (text_hash, load_vector(raw))
+        return found
+
+    def finish_load(self, vector_set: VectorSet) -> None:
+        """Builds the indexes that are not there yet and gathers statistics; returns when the table is fast to search."""
+        build_indexes(
+            self._database,
+            vector_set,
+            schema=self._home(vector_set.vector_table_id),
+            table_name=table_name(vector_set),
+            vector_schema=self._place().vector_schema,
+        )
+
+    def count(self, vector_set: VectorSet) -> int:
+        """The exact number of points; 0 where the table does not exist."""
+        query = sql.SQL("SELECT count(*) FROM {}").format(self._table(vector_set))
+        try:
+            with self._database.transaction() as connection:
+                return int(connection.execute(query).fetchall()[0][0])
+        except TableMissing:
+            return 0
+
+    def search(
+        self,
+        vector_set: VectorSet,
+        vector: Vectors,
+        *,
+        limit: int,
+        min_similarity_score: float | None = None,
+        filters: Filter | None = None,
+    ) -> list[Hit]:
+        """The nearest points by cosine, highest first, among exactly those the filter matches."""
+        if not vector.any():
+            return []
+        query = SearchQuery(
+            table=self._table(vector_set),
+            vector_schema=self._place().vector_schema,
+            key_column=_key_column(self._key_type(vector_set)),
+            vector=vector,
+            limit=limit,
+            filters=filters,
+        )
+        try:
+            rows = find_nearest(self._database, query)
+        except TableMissing as error:
+            raise VectorStoreUnavailable(f"The vectors that were asked were just replaced: {error.message}") from None
+        hits = (
+            Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
+            for key, distance, metadata, text in rows
+            if not math.isnan(distance)
+        )
+        return rank(hits, limit, min_similarity_score)
+
+    def publish(self, vector_set: VectorSet) -> None:
+        """Makes the view show this set, in one transaction. Views and grants of users on it stay."""
+        schema = self._home(vector_set.vector_table_id)
+        name, mark = view_name(vector_set.public_name), _mark(vector_set)
+        view = sql.Identifier(schema, name)
+        define = sql.SQL(
+            " VIEW {view} AS SELECT pk_value, embedding::{vectors}.vector AS embedding, embedded_text, metadata, row_hash,"
+            " text_hash, bucket, updated_at FROM {table}"
+        ).format(view=view, vectors=sql.Identifier(self._place().vector_schema), table=self._table(vector_set))
+
+        def switch(connection: Connection) -> None:
+            check_owned(connection, schema, name, mark)
+            try:
+                with connection.transaction():
+                    connection.execute(sql.SQL("CREATE OR REPLACE") + define)
+            except psycopg.errors.InvalidTableDefinition:  # the primary key is of another type now
+                _refuse_dependents(dependents(connection, view), schema, name)
+                connection.execute(sql.SQL("DROP VIEW {}").format(view))
+                connection.execute(sql.SQL("CREATE") + define)
+            connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(view, sql.Literal(mark)))
+
+        self._database.with_locks(switch)
+
+    def versions(self, vector_table_id: str) -> list[int]:
+        """The versions of this vector table that have a table, ascending."""
+        prefix = f"embedd_{vector_table_id}_v"
+        with self._database.connection() as connection:
+            names = _relations(connection, vector_table_id)
+        numbers = (name.removeprefix(prefix) for _schema, name in names)
+        return sorted({int(number) for number in numbers if number.isdecimal()})
+
+    def drop(self, vector_table_id: str, version: int) -> None:
+        """Removes a table, with the public view where that shows it; views of users over the table are in the way."""
+        schema, name = self._home(vector_table_id), f"embedd_{vector_table_id}_v{version}"
+        table, mark = sql.Identifier(schema, name), f"embedd:{vector_table_id}"
+
+        def remove(connection: Connection) -> None:
+            if not check_owned(connection, schema, name, mark):
+                return
+            views = dependents(connection, table)
+            _refuse_dependents([view for view in views if view[2] != mark], schema, name)
+            for view_schema, view, _comment in views:
+                _drop_view(connection, view_schema, view)
+            connection.execute(sql.SQL("DROP TABLE {}").format(table))
+
+        self._database.with_locks(remove)
+
+    def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
+        """Removes the view; views of users over it are in the way."""
+        schema, name = self._home(vector_table_id), view_name(public_name)
+
+        def remove(connection: Connection) -> None:
+            if check_owned(connection, schema, name, f"embedd:{vector_table_id}"):
+                _drop_view(connection, schema, name)
+
+        self._database.with_locks(remove)
+
+    def info(self, vector_set: VectorSet) -> Mapping[str, str | int]:
+        """Where the set is, its size, and its index's state."""
+        table = self._table(vector_set)
+        with self._database.transaction() as connection:
+            row = connection.execute(
+                "SELECT c.reltuples::bigint, pg_total_relation_size(c.oid), (SELECT i.indisvalid FROM pg_index i"
+                " JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = %s)"
+                " FROM pg_class c WHERE c.oid = to_regclass(%s)",
+                [f"{table_name(vector_set)}_hnsw", table.as_string(connection)],
+            ).fetchone()
+        if row is None:
+            raise TableMissing(f"There is no table {table_name(vector_set)} in {self._database.address}.")
+        kind = index_kind(vector_set.dimensions)
+        schema = self._home(vector_set.vector_table_id)
+        return {
+            "store": "pgvector",
+            "address": self._database.address,
+            "table": f"{schema}.{table_name(vector_set)}",
+            "view": f"{schema}.{view_name(vector_set.public_name)}",
+            "points_estimate": max(0, row[0]),
+            "bytes": row[1],
+            "index": f"none: {kind}" if kind.startswith("exact") else f"{kind}: {'ready' if row[2] else 'not built'}",
+        }
+
+    def close(self) -> None:
+        """Gives connections back. Idempotent."""
+        self._database.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _place(self) -> Place:
+        with self._lock:
+            if self._found_place is None:
+                with self._database.connection() as connection:
+                    self._found_place = find_place(connection, self._database, self._wanted_schema)
+            return self._found_place
+
+    def _home(self, vector_table_id: str) -> str:
+        """The schema of the vector table's objects: where they are, whatever the search path has become since."""
+        home = self._homes.get(vector_table_id)
+        if home is not None:
+            return home
+        with self._database.connection() as connection:
+            found = _relations(connection, vector_table_id)
+        if not found:
+            return self._place().schema
+        self._homes[vector_table_id] = found[0][0]
+        return found[0][0]
+
+    def _table(self, vector_set: VectorSet) -> sql.Identifier:
+        return sql.Identifier(self._home(vector_set.vector_table_id), table_name(vector_set))
+
+    def _key_type(self, vector_set: VectorSet) -> KeyType:
+        name = vector_set.versioned_name
+        if name not in self._key_types:
+            with self._database.connection() as connection:
+                self._key_types[name] = resolve_key_type(connection, vector_set.key_type)
+        return self._key_types[name]
+
+
+def table_name(vector_set: VectorSet) -> str:
+    """The name of a set's table: at most 47 characters."""
+    return f"embedd_{vector_set.versioned_name}"
+
+
+def view_name(public_name: str) -> str:
+    """The name of the view that users see: `embedd_vt_<8>_<slug>`, within PostgreSQL's 63 bytes."""
+    return f"embedd_{public_name}"[:63]
+
+
+def platform_vector_ref(schema: str, public_name: str) -> str:
+    """The view as the API shows it: `public.embedd_vt_<8>_<slug>`."""
+    return f"{schema}.{view_name(public_name)}"
+
+
+def _mark(vector_set: VectorSet) -> str:
+    return f"embedd:{vector_set.vector_table_id}"
+
+
+def _key_column(key_type: KeyType) -> sql.SQL:
+    return sql.SQL("pk_value::text" if key_type.is_read_as_text else "pk_value")
+
+
+def _delete(connection: Connection, table: sql.Identifier, key_type: KeyType, keys: list[Key]) -> None:
+    array = sql.SQL(key_type.base_name)
+    connection.execute(sql.SQL("DELETE FROM {} WHERE pk_value = ANY(%s::{}[])").format(table, array), [keys])
+
+
+def _drop_view(connection: Connection, schema: str, name: str) -> None:
+    view = sql.Identifier(schema, name)
+    _refuse_dependents(dependents(connection, view), schema, name)
+    connection.execute(sql.SQL("DROP VIEW {}").format(view))
+
+
+def _refuse_dependents(views: list[tuple[str, str, str | None]], schema: str, name: str) -> None:
+    if views:
+        listed = ", ".join(f"{view_schema}.{view}" for view_schema, view, _comment in views)
+        raise VectorStoreRejected(
+            f"{schema}.{name} cannot be replaced or removed, as views were made over it: {listed}.",
+            resolution="Drop those views, then try again.",
+        )
+
+
+def _relations(connection: Connection, vector_table_id: str) -> list[tuple[str, str]]:
+    """Schema and name of every table and view of a vector table."""
+    return connection.execute(
+        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE c.relkind IN ('r', 'v') AND starts_with(c.relname, 'embedd_vt_')"
+        " AND obj_description(c.oid, 'pg_class') = %s ORDER BY c.relkind, c.oid",
+        [f"embedd:{vector_table_id}"],
+    ).fetchall()

@@ -1,0 +1,328 @@
+"""The user's own PostgreSQL as a place for vectors: connections, what it allows, whose objects are whose, and its errors.
+
+Not psycopg_pool: it connects in the background and reports a wrong password as a timeout. Here the thread that needs a
+connection opens it, and gets the real error at once.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
+
+import psycopg
+from psycopg import pq, sql
+
+from embedd_dagster.errors import (
+    ConfigurationError,
+    EmbeddError,
+    SourceAccessDenied,
+    VectorStoreRejected,
+    VectorStoreUnavailable,
+)
+
+Result = TypeVar("Result")
+Connection = psycopg.Connection[Any]
+
+_KEPT: Final = 8  # idle connections; as many as there are threads at work are open
+_CONNECT_SECONDS: Final = 10
+_LOCK_SECONDS: Final = 2
+_LOCK_PATIENCE_SECONDS: Final = 30.0
+_CONFLICT_ATTEMPTS: Final = 12
+
+# By SQLSTATE or by its class: what passes by itself.
+_TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
+# Needs somebody: a full disk, a limit of the configuration, a database that was dropped.
+_NOT_TRANSIENT: Final = frozenset({"53100", "53400", "57P04"})
+# libpq gives no SQLSTATE for a connection that cannot be made, only English text
+_DENIED: Final = ("authentication failed", "no password supplied", 'role "', "pg_hba.conf", "not permitted to log in")
+_REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not currently accepting")
+
+
+class TableMissing(VectorStoreRejected):
+    """The table of a vector set is not there (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where sets are made, and where pgvector's own names are."""
+
+    schema: str
+    vector_schema: str
+
+
+class Database:
+    """Connections to one database. Safe to use from several threads; nothing is connected to before the first use."""
+
+    def __init__(self, credentials: Mapping[str, Any]) -> None:
+        try:
+            self._parameters: dict[str, Any] = {
+                "host": credentials["host"],
+                "port": credentials.get("port") or 5432,
+                "dbname": credentials["database"],
+                "user": credentials["user"],
+                "password": credentials.get("password") or "",
+                "sslmode": credentials.get("ssl_mode") or "prefer",
+            }
+        except KeyError as error:
+            raise ConfigurationError(f"credentials.{error.args[0]}: required.") from None
+        self.user = str(self._parameters["user"])
+        self.address = "{host}:{port}/{dbname}".format(**self._parameters)
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A working connection, in autocommit. psycopg's errors leave the block as ours, and close it."""
+        connection = self._take()
+        try:
+            yield connection
+        except EmbeddError:
+            self._give_back(connection)
+            raise
+        except psycopg.Error as error:
+            self._give_back(connection)
+            raise self.translate(error) from None
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(connection)
+
+    @contextmanager
+    def transaction(
+        self, *, timeout_seconds: float = 0, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[Connection]:
+        """A transaction of its own: committed at the end of the block, rolled back when it raises.
+
+        Without a timeout, statements may take as long as they need, whatever the role's own setting. `settings` of the
+        server hold until its end.
+        """
+        with self.connection() as connection, connection.transaction():
+            set_local(connection, {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings})
+            yield connection
+
+    def with_locks(self, action: Callable[[Connection], Result]) -> Result:
+        """The result of a transaction that needs a table's or view's lock.
+
+        It waits only moments for the lock, as queries queue up behind it, and tries again for half a minute.
+        """
+        deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
+        while True:
+            with self.connection() as connection:
+                try:
+                    with connection.transaction():
+                        set_local(connection, {"lock_timeout": f"{_LOCK_SECONDS}s", "statement_timeout": "0"})
+                        return action(connection)
+                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
+                    if time.monotonic() > deadline:
+                        raise
+            time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - jitter, no secret
+
+    def retrying_conflicts(self, action: Callable[[Connection], Result]) -> Result:
+        """The result of a transaction that another writer of the same keys may disturb."""
+        for attempt in range(1, _CONFLICT_ATTEMPTS + 1):
+            with self.connection() as connection:
+                try:
+                    with connection.transaction():
+                        return action(connection)
+                except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
+                    if attempt == _CONFLICT_ATTEMPTS:
+                        raise
+            time.sleep(random.uniform(0, 0.02 * attempt))  # noqa: S311 - jitter, no secret
+        raise AssertionError("unreachable")
+
+    def close(self) -> None:
+        """Idle connections are closed now, borrowed ones when they come back. Idempotent."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+
+    def translate(self, error: psycopg.Error) -> EmbeddError:
+        """Our error for one of psycopg's. A server's text may quote a row, so only the name of the error is passed on."""
+        state = error.sqlstate
+        if not state:
+            if isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
+                return VectorStoreUnavailable(f"The connection to PostgreSQL at {self.address} was lost.")
+            return VectorStoreRejected(f"PostgreSQL at {self.address}: {type(error).__name__}.")
+        name = f"{type(error).__name__}, SQLSTATE {state}"
+        if state == "42P01":
+            return TableMissing(f"A vector set's table is not in the database {self.address} ({name}).")
+        if state == "42501":
+            return access_denied(self.user, self.address, "the objects of its vector tables")
+        if not {state, state[:2]} & _TRANSIENT or state in _NOT_TRANSIENT:
+            return VectorStoreRejected(
+                f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
+            )
+        return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
+
+    def _take(self) -> Connection:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise VectorStoreUnavailable("The vector store has been closed.")
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._open()
+            try:
+                connection.execute("")  # it may have died unnoticed since
+            except psycopg.Error:
+                connection.close()
+            else:
+                return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
+        with self._lock:
+            if usable and not self._closed and len(self._idle) < _KEPT:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _open(self) -> Connection:
+        try:
+            return psycopg.connect(
+                **self._parameters,
+                connect_timeout=_CONNECT_SECONDS,
+                application_name="embedd",
+                client_encoding="UTF8",
+                options="",  # else PGOPTIONS of our own environment would count
+                gssencmode="disable",
+                keepalives=1,
+                keepalives_idle=30,
+                keepalives_interval=10,
+                keepalives_count=3,
+                autocommit=True,
+                prepare_threshold=None,  # a pooler such as PgBouncer may stand between; plans must follow a growing table
+            )
+        except psycopg.Error as error:
+            raise self._connect_error(error) from None
+
+    def _connect_error(self, error: psycopg.Error) -> EmbeddError:
+        text = str(error)
+        if any(part in text for part in _DENIED):
+            return SourceAccessDenied(
+                f"PostgreSQL at {self.address} does not let user {self.user!r} in.",
+                resolution="Check the connection's user and password, and that pg_hba.conf lets them in.",
+            )
+        kind = VectorStoreRejected if any(part in text for part in _REJECTED) else VectorStoreUnavailable
+        reason = (text.strip().splitlines() or ["no answer"])[0].removeprefix("connection failed: ").rstrip(".")
+        password = self._parameters["password"]
+        if password and password in reason:
+            reason = "no answer"
+        return kind(f"No connection to PostgreSQL at {self.address}: {reason}.")
+
+
+def set_local(connection: Connection, settings: Mapping[str, str]) -> None:
+    """Sets these server settings until the end of the transaction, in one round trip."""
+    calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
+    connection.execute(f"SELECT {calls}", [part for setting in settings.items() for part in setting])
+
+
+def access_denied(user: str, address: str, what: str, grant: str | None = None) -> SourceAccessDenied:
+    """A missing right; the resolution is the statement that gives it, where it is known."""
+    return SourceAccessDenied(
+        f"The user {user!r} may not write {what} in {address}.",
+        resolution=f"Run as the owner or an administrator: {grant}" if grant else None,
+    )
+
+
+def quoted(identifier: str) -> str:
+    """The identifier as SQL text for people; statements that are run use psycopg.sql."""
+    return '"' + identifier.replace('"', '""') + '"'
+
+
+def find_place(connection: Connection, database: Database, schema: str | None) -> Place:
+    """Where sets can be made: in `schema`, or the first of the search path that may be written; pgvector is made if need be.
+
+    Raises SourceAccessDenied or VectorStoreRejected with the SQL that an administrator has to run.
+    """
+    row = connection.execute(
+        """
+        SELECT nspname, has_schema_privilege(oid, 'CREATE')
+        FROM pg_namespace, coalesce(array_position(current_schemas(false), nspname), 0) AS position
+        WHERE CASE WHEN %(schema)s::text IS NULL THEN position > 0 ELSE nspname = %(schema)s::text END
+        ORDER BY has_schema_privilege(oid, 'CREATE') DESC, position LIMIT 1
+        """,
+        {"schema": schema},
+    ).fetchone()
+    if row is None:
+        raise VectorStoreRejected(
+            f"There is no schema {schema or 'in the search path'} in {database.address} to write vectors to."
+        )
+    found, writable = row
+    if not writable:
+        grant = f"GRANT USAGE, CREATE ON SCHEMA {quoted(found)} TO {quoted(database.user)};"
+        raise access_denied(database.user, database.address, f"tables to schema {found!r}", grant)
+    return Place(found, _vector_schema(connection, database))
+
+
+def _vector_schema(connection: Connection, database: Database) -> str:
+    for _attempt in range(2):
+        row = connection.execute(
+            "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
+            " WHERE e.extname = 'vector'"
+        ).fetchone()
+        if row is None:
+            _create_extension(connection, database)
+            continue
+        version = tuple(int(part) for part in row[1].split(".")[:2] if part.isdigit())
+        if version < (0, 8):  # filters need its iterative scans
+            raise VectorStoreRejected(
+                f"pgvector in {database.address} is version {row[1]}; 0.8 or newer is needed.",
+                resolution="Install a newer pgvector, then run: ALTER EXTENSION vector UPDATE;",
+            )
+        return str(row[0])
+    raise VectorStoreRejected(f"pgvector could not be installed in {database.address}.")
+
+
+def _create_extension(connection: Connection, database: Database) -> None:
+    if not connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone():
+        raise VectorStoreRejected(
+            f"PostgreSQL at {database.address} does not have the pgvector extension.",
+            resolution="Install pgvector 0.8 or newer on the database server, then run: CREATE EXTENSION vector;",
+        )
+    try:
+        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+    except psycopg.errors.InsufficientPrivilege:
+        raise access_denied(
+            database.user, database.address, "the extension pgvector", "CREATE EXTENSION vector;"
+        ) from None
+    except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateObject):
+        return  # somebody else made it just now
+
+
+def check_owned(connection: Connection, schema: str, name: str, mark: str) -> bool:
+    """Whether the relation is there and ours, told by its comment. Raises VectorStoreRejected for somebody else's."""
+    row = connection.execute(
+        "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
+        " WHERE n.nspname = %s AND c.relname = %s",
+        [schema, name],
+    ).fetchone()
+    if row is not None and row[0] != mark:
+        raise VectorStoreRejected(
+            f"There is something else called {schema}.{name}, which is not of this vector table (its comment says so).",
+            resolution=f"Rename it or move it to another schema: ALTER TABLE {quoted(schema)}.{quoted(name)} RENAME TO …;",
+        )
+    return row is not None
+
+
+def dependents(connection: Connection, relation: sql.Composable) -> list[tuple[str, str, str | None]]:
+    """The views over a relation: schema, name and comment of each."""
+    return connection.execute(
+        """
+        SELECT DISTINCT n.nspname, v.relname, obj_description(v.oid, 'pg_class')
+        FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class
+        JOIN pg_namespace n ON n.oid = v.relnamespace
+        WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
+          AND d.refobjid = to_regclass(%s) AND v.oid <> d.refobjid
+        """,
+        [relation.as_string(connection)],
+    ).fetchall()

@@ -1,0 +1,125 @@
+"""The indexes of a set's table, built once it is loaded: an HNSW index over rows that are there takes a fraction of the time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import psycopg
+from psycopg import sql
+
+from embedd_dagster.core.rows import VectorSet
+from embedd_dagster.stores.pgvector_database import Connection, Database, set_local
+from embedd_dagster.stores.pgvector_filters import range_expression, ranged_columns
+
+_MAX_VECTOR: Final = 2_000
+_MAX_HALFVEC: Final = 4_000
+"""pgvector's limits of dimensions for HNSW over `vector` and over `halfvec`."""
+_LINKS_BYTES: Final = 600
+"""Of one point in the graph that pgvector builds in memory, beside its vector."""
+_MEGABYTE: Final = 2**20
+_LEAST_MEMORY_MB: Final = 64
+_MOST_MEMORY_MB: Final = 4096
+
+
+def index_kind(dimensions: int) -> str:
+    """`hnsw`, `hnsw on halfvec`, or why there is none."""
+    if dimensions <= _MAX_VECTOR:
+        return "hnsw"
+    if dimensions <= _MAX_HALFVEC:
+        return "hnsw on halfvec"
+    return f"exact search, as pgvector indexes at most {_MAX_HALFVEC} dimensions"
+
+
+def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Composable) -> sql.Composable:
+    """What to order by, so that the index serves it. `vectors` is pgvector's schema, `asked` the vector asked for."""
+    return sql.SQL("{} OPERATOR({}.<=>) {}").format(
+        _indexed(dimensions, vectors), vectors, _as_indexed(asked, dimensions, vectors)
+    )
+
+
+def build_indexes(
+    database: Database, vector_set: VectorSet, *, schema: str, table_name: str, vector_schema: str
+) -> None:
+    """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one."""
+    table, vectors = sql.Identifier(schema, table_name), sql.Identifier(vector_schema)
+    # rows of unchanged buckets are told from the index alone, without the wide table
+    wanted: list[tuple[str, sql.Composable]] = [
+        ("bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)")),
+    ]
+    if vector_set.filter_types:
+        wanted.append(("metadata", sql.SQL("USING gin (metadata jsonb_path_ops)")))
+    for position, column in enumerate(ranged_columns(vector_set.filter_types)):
+        wanted.append((f"range{position}", sql.SQL("({})").format(range_expression(column))))
+    if vector_set.dimensions <= _MAX_HALFVEC:
+        operators = "vector_cosine_ops" if vector_set.dimensions <= _MAX_VECTOR else "halfvec_cosine_ops"
+        by_distance = sql.SQL("USING hnsw (({}) {}.{})").format(
+            _indexed(vector_set.dimensions, vectors), vectors, sql.Identifier(operators)
+        )
+        wanted.append(("hnsw", by_distance))
+    with database.transaction() as connection:
+        connection.execute(sql.SQL("ANALYZE {}").format(table))
+    for suffix, method in wanted:
+        index = sql.Identifier(schema, f"{table_name}_{suffix}")
+        statement = sql.SQL("CREATE INDEX {} ON {} {}").format(sql.Identifier(f"{table_name}_{suffix}"), table, method)
+        try:
+            with database.transaction() as connection:
+                _build(connection, index, statement, _memory(connection, table, vector_set.dimensions))
+        except _MemoryShort:
+            with database.transaction() as connection:
+                _build(connection, index, statement, {"max_parallel_maintenance_workers": "0"})
+    with database.connection() as connection:
+        # Without it the table has no visibility map, and no index alone answers; and statistics of the new expressions.
+        connection.execute("SET statement_timeout = 0")
+        connection.execute(sql.SQL("VACUUM (ANALYZE) {}").format(table))
+        connection.execute("RESET statement_timeout")
+
+
+class _MemoryShort(Exception):
+    """The server could not get the memory for a parallel build, such as /dev/shm of a container."""
+
+
+def _build(connection: Connection, index: sql.Identifier, statement: sql.Composed, settings: Mapping[str, str]) -> None:
+    name = index.as_string(connection)
+    # a build that a killed run left behind may still be at work on the server: wait for it instead of doing it twice
+    connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
+    state = connection.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", [name]).fetchone()
+    if state == (True,):
+        return
+    if state is not None:
+        connection.execute(sql.SQL("DROP INDEX {}").format(index))
+    set_local(connection, settings)
+    try:
+        connection.execute(statement)
+    except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):
+        if "maintenance_work_mem" not in settings:
+            raise
+        raise _MemoryShort from None
+
+
+def _memory(connection: Connection, table: sql.Identifier, dimensions: int) -> dict[str, str]:
+    """maintenance_work_mem raised to what the graph needs, as far as the server's shared buffers say it has."""
+    row: Any = connection.execute(
+        "SELECT greatest(c.reltuples, 0)::bigint, pg_size_bytes(current_setting('maintenance_work_mem')),"
+        " pg_size_bytes(current_setting('shared_buffers')) FROM pg_class c WHERE c.oid = to_regclass(%s)",
+        [table.as_string(connection)],
+    ).fetchone()
+    rows, present, buffers = row
+    needed = rows * (4 * dimensions + _LINKS_BYTES) * 1.1 / _MEGABYTE
+    # a server tuned by its owner has some quarter of its memory as buffers, an untuned one 128 MB
+    allowed = min(max(4 * buffers / _MEGABYTE, _LEAST_MEMORY_MB), _MOST_MEMORY_MB)
+    megabytes = int(max(present / _MEGABYTE, min(needed, allowed)))
+    return {"maintenance_work_mem": f"{megabytes}MB"}
+
+
+def _indexed(dimensions: int, vectors: sql.Identifier) -> sql.Composable:
+    if not _MAX_VECTOR < dimensions <= _MAX_HALFVEC:
+        return sql.SQL("embedding")
+    # through `vector`, as the public view has it: an expression is matched to its index by its very form
+    return _as_indexed(sql.SQL("embedding::{}.vector").format(vectors), dimensions, vectors)
+
+
+def _as_indexed(vector: sql.Composable, dimensions: int, vectors: sql.Identifier) -> sql.Composable:
+    if not _MAX_VECTOR < dimensions <= _MAX_HALFVEC:
+        return vector
+    return sql.SQL("{}::{}.halfvec({})").format(vector, vectors, sql.Literal(dimensions))

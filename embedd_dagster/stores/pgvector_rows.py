@@ -1,0 +1,176 @@
+"""Points as PostgreSQL's binary COPY, and the primary key's type: what goes over the wire and comes back."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any, Final, cast
+
+import numpy as np
+import orjson
+from psycopg import Connection
+from psycopg.types.datetime import DateBinaryDumper, DatetimeBinaryDumper, DatetimeNoTzBinaryDumper
+from psycopg.types.numeric import DecimalBinaryDumper
+
+from embedd_dagster.core.embedded_text import clean_text
+from embedd_dagster.core.keys import Key, encode_key
+from embedd_dagster.core.rows import PointBatch, Vectors
+from embedd_dagster.core.vector_table import FilterType
+from embedd_dagster.errors import VectorStoreRejected
+
+COPIED_COLUMNS: Final = "pk_value, embedding, embedded_text, metadata, row_hash, text_hash, bucket"
+
+_HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
+_TRAILER: Final = struct.pack(">h", -1)
+_FIELD_COUNT: Final = struct.pack(">h", 7)
+_LENGTH: Final = struct.Struct(">i")
+_VECTOR: Final = struct.Struct(">iHH")  # length, dimensions, unused
+_JSON: Final = struct.Struct(">ib")  # length, version 1
+_TAIL: Final = struct.Struct(">iqiqii")
+
+Dump = Callable[[Any], bytes]
+
+
+def _encode_text(value: Any) -> bytes:
+    return str(value).encode()
+
+
+_DUMPERS: Final[dict[str, Dump]] = {
+    "smallint": struct.Struct(">h").pack,
+    "integer": struct.Struct(">i").pack,
+    "bigint": struct.Struct(">q").pack,
+    "uuid": lambda value: cast("bytes", value.bytes),
+    "numeric": lambda value: cast("bytes", DecimalBinaryDumper(Decimal).dump(value)),
+    "date": lambda value: cast("bytes", DateBinaryDumper(date).dump(value)),
+    "timestamp without time zone": lambda value: cast("bytes", DatetimeNoTzBinaryDumper(datetime).dump(value)),
+    "timestamp with time zone": lambda value: cast("bytes", DatetimeBinaryDumper(datetime).dump(value)),
+}
+_TEXTS: Final = frozenset({"text", "character varying", "bpchar", "name"})
+
+
+@dataclass(frozen=True, slots=True)
+class KeyType:
+    """The type of `pk_value`: its SQL as the server itself writes it, and how keys of it travel."""
+
+    sql_name: str
+    base_name: str
+    """Of a domain its base type, else the same: what arrays are made of and what values are read as."""
+    is_read_as_text: bool
+    dump: Dump
+
+
+def resolve_key_type(connection: Connection[Any], name: str | None) -> KeyType:
+    """The type of this name, as the server knows it. Raises VectorStoreRejected for one that no key may have."""
+    row = connection.execute(
+        """
+        WITH RECURSIVE chain AS (
+            SELECT oid, typtype, typbasetype, typcategory, 0 AS depth FROM pg_type WHERE oid = to_regtype(%(name)s)
+            UNION ALL
+            SELECT t.oid, t.typtype, t.typbasetype, t.typcategory, depth + 1
+            FROM chain JOIN pg_type t ON t.oid = chain.typbasetype WHERE chain.typtype = 'd'
+        )
+        SELECT format_type(to_regtype(%(name)s)::oid, -1), format_type(oid, -1), typtype::text, typcategory::text
+        FROM chain ORDER BY depth DESC LIMIT 1
+        """,
+        {"name": name or ""},
+    ).fetchone()
+    if row is not None:
+        sql_name, base_name, kind, category = row
+        if base_name in _DUMPERS:
+            return KeyType(sql_name, base_name, is_read_as_text=False, dump=_DUMPERS[base_name])
+        if base_name in _TEXTS or category == "S" or kind == "e":  # citext and the like, enums: their wire form is text
+            return KeyType(sql_name, base_name, is_read_as_text=base_name not in _TEXTS, dump=_encode_text)
+    raise VectorStoreRejected(
+        f"The database cannot store primary keys of type {name or '(unknown)'} beside vectors.",
+        resolution="Use a primary key of type integer, text, uuid, numeric, date or timestamp.",
+    )
+
+
+def load_key(value: Any) -> Key:
+    """A key as read by psycopg, timestamps with a zone in UTC."""
+    if isinstance(value, datetime) and value.tzinfo is not None:
+        return value.astimezone(UTC)
+    return cast("Key", value)
+
+
+def load_metadata(metadata: dict[str, Any], filter_types: Mapping[str, FilterType]) -> dict[str, Any]:
+    """Metadata as read from jsonb, which gives a large double back as an integer."""
+    for name, value in metadata.items():
+        if type(value) is int and filter_types.get(name) is FilterType.FLOAT:
+            metadata[name] = float(value)
+    return metadata
+
+
+def copy_body(points: PointBatch, key_type: KeyType) -> bytes:
+    """The points in the binary COPY format, in the order of `COPIED_COLUMNS`; of equal keys the last one.
+
+    Raises VectorStoreRejected for a key that is not of the type.
+    """
+    vectors = np.ascontiguousarray(points.vectors, dtype=">f4")
+    dimensions = vectors.shape[1]
+    width = 4 * dimensions
+    raw = memoryview(vectors.tobytes())
+    vector_head = _VECTOR.pack(4 + width, dimensions, 0)
+    try:
+        keys = [key_type.dump(key) for key in points.keys]
+    except (struct.error, AttributeError, TypeError, ValueError, ArithmeticError):
+        raise VectorStoreRejected(f"A primary key is no {key_type.sql_name}.") from None
+    parts: list[bytes | memoryview] = [_HEADER]
+    for index in _last_of_each(points.keys):
+        key = keys[index]
+        text = _text_bytes(points.texts[index])
+        metadata = _json_bytes(points.metadata[index])
+        parts += (
+            _FIELD_COUNT, _LENGTH.pack(len(key)), key,
+            vector_head, raw[index * width : (index + 1) * width],
+            _LENGTH.pack(len(text)), text,
+            _JSON.pack(len(metadata) + 1, 1), metadata,
+            _TAIL.pack(8, points.row_hashes[index], 8, points.text_hashes[index], 4, points.buckets[index]),
+        )  # fmt: skip
+    parts.append(_TRAILER)
+    return b"".join(parts)
+
+
+def load_vector(raw: bytes) -> Vectors:
+    """A vector in pgvector's binary form."""
+    return np.frombuffer(raw, dtype=">f4", offset=4).astype(np.float32)
+
+
+def vector_literal(vector: Vectors) -> str:
+    """A vector in pgvector's text form."""
+    return f"[{','.join(map(repr, vector.tolist()))}]"
+
+
+def _last_of_each(keys: list[Key]) -> Any:
+    if len(set(keys)) == len(keys):
+        return range(len(keys))
+    return sorted({encode_key(key): index for index, key in enumerate(keys)}.values())
+
+
+def _text_bytes(text: str) -> bytes:
+    try:
+        raw = text.encode()
+    except UnicodeEncodeError:
+        return clean_text(text).encode()
+    return raw.replace(b"\0", b"") if b"\0" in raw else raw
+
+
+def _json_bytes(metadata: dict[str, Any]) -> bytes:
+    try:
+        raw = orjson.dumps(metadata)
+    except TypeError:  # a lone surrogate
+        return orjson.dumps(_clean(metadata))
+    if b"null" in raw or b"\\u0000" in raw:  # it seems: jsonb holds no NUL, and nulls are left out
+        return orjson.dumps(_clean(metadata))
+    return raw
+
+
+def _clean(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: clean_text(value) if isinstance(value, str) else value
+        for name, value in metadata.items()
+        if value is not None
+    }

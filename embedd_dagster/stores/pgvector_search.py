@@ -1,0 +1,89 @@
+"""The nearest rows of a set's table: by the index, or one by one where a filter leaves few."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from psycopg import sql
+
+from embedd_dagster.core.filters import Filter
+from embedd_dagster.core.rows import Vectors
+from embedd_dagster.stores.pgvector_database import Connection, Database
+from embedd_dagster.stores.pgvector_filters import compile_filter
+from embedd_dagster.stores.pgvector_index import distance_expression, index_kind
+from embedd_dagster.stores.pgvector_rows import vector_literal
+
+FoundRow = tuple[Any, float, dict[str, Any], str]
+"""Key as read, cosine distance (NaN where there is none), metadata, embedded text."""
+
+_TIMEOUT_SECONDS: Final = 30.0
+_EXACT_ROWS: Final = 10_000
+"""Up to so many rows behind a filter are compared one by one; beyond, the index finds enough of them soon."""
+_EF_SEARCH: Final = 120
+_MAX_SCAN_TUPLES: Final = 50_000
+
+
+@dataclass(frozen=True, slots=True)
+class SearchQuery:
+    """What is looked for, and where."""
+
+    table: sql.Identifier
+    vector_schema: str
+    key_column: sql.Composable
+    vector: Vectors
+    limit: int
+    filters: Filter | None
+
+
+def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
+    """The nearest rows that the filter matches, fewer than the limit only if there are no more; roughly in order.
+
+    Under a filter that few rows match, the index would be walked nearly to its end; and a walk may end before it has found
+    enough. Then the matching rows are compared one by one.
+    """
+    settings = {
+        "hnsw.ef_search": str(min(1000, max(_EF_SEARCH, 2 * query.limit))),
+        "hnsw.iterative_scan": "relaxed_order",
+        "hnsw.max_scan_tuples": str(_MAX_SCAN_TUPLES),
+        "jit": "off",
+    }
+    where = compile_filter(query.filters) if query.filters is not None else None
+    parts = _parts(query, where)
+    with database.transaction(timeout_seconds=_TIMEOUT_SECONDS, settings=settings) as connection:
+        few = where is not None and _matches_few(connection, parts)
+        if not few:
+            by_index = sql.SQL(
+                "SELECT {key}, {distance}, metadata, embedded_text FROM {table} WHERE {condition}"
+                " ORDER BY {order} LIMIT {candidates}"
+            )
+            rows = connection.execute(by_index.format(**parts)).fetchall()
+            if len(rows) >= query.limit:
+                return rows
+        one_by_one = sql.SQL(
+            "WITH chosen AS MATERIALIZED (SELECT {key} AS key, {distance} AS distance, metadata, embedded_text"
+            " FROM {table} WHERE {condition}) SELECT * FROM chosen ORDER BY distance LIMIT {limit}"
+        )
+        return connection.execute(one_by_one.format(**parts)).fetchall()
+
+
+def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Composable]:
+    # all literals: a parameter beside them would make every `%` in a column's name a placeholder
+    vectors, dimensions = sql.Identifier(query.vector_schema), len(query.vector)
+    asked = sql.SQL("{}::{}.vector").format(sql.Literal(vector_literal(query.vector)), vectors)
+    return {
+        "key": query.key_column,
+        "table": query.table,
+        "condition": where or sql.SQL("TRUE"),
+        "distance": sql.SQL("(embedding OPERATOR({}.<=>) {})").format(vectors, asked),
+        "order": distance_expression(dimensions, vectors, asked),
+        # half floats order a little differently: twice as many are compared by the vectors themselves
+        "candidates": sql.Literal(query.limit if index_kind(dimensions) == "hnsw" else 2 * query.limit),
+        "limit": sql.Literal(query.limit),
+        "cap": sql.Literal(_EXACT_ROWS + 1),
+    }
+
+
+def _matches_few(connection: Connection, parts: dict[str, sql.Composable]) -> bool:
+    count = sql.SQL("SELECT count(*) FROM (SELECT FROM {table} WHERE {condition} LIMIT {cap}) AS capped")
+    return bool(connection.execute(count.format(**parts)).fetchall()[0][0] <= _EXACT_ROWS)
