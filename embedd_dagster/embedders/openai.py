@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+import threading
 from binascii import a2b_base64
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ _DEFAULT_CONCURRENCY = 16
 # a model that the catalog does not know: bytes are never fewer than tokens
 _UNKNOWN_MODEL_MAX_BYTES = 8_192
 _CONNECT_TIMEOUT_SECONDS = 10.0
+_PROBE_TEXT = "embedd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,9 @@ class OpenAIEmbedder:
         # LiteLLM and its like put the vendor before the name
         known = find_model(ProviderKind.OPENAI, model.rsplit("/", 1)[-1])
         self._is_known = known is not None
+        # a known model's dialect is known; another's is found out with a word, not with a batch that is paid for twice
+        self._settled = known is not None
+        self._settling = threading.Lock()
         concurrency = concurrency or _DEFAULT_CONCURRENCY
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_DEFAULT_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
@@ -103,7 +108,15 @@ class OpenAIEmbedder:
         return cut_at_bytes(text, self.limits.max_tokens_per_text)
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
-        """The vectors of these texts: one request, until the server's dialect is known at most three."""
+        """The vectors of these texts: one request; the first time, with a model that the catalog does not know, a few."""
+        if not self._settled:
+            with self._settling:
+                if not self._settled:
+                    self._embed_in_dialect([_PROBE_TEXT])
+                    self._settled = True
+        return self._embed_in_dialect(texts)
+
+    def _embed_in_dialect(self, texts: Sequence[str]) -> Embedded:
         dialect = self._dialect
         tried = set()
         native_dimensions: int | None = None

@@ -26,7 +26,7 @@ from embedd_dagster.errors import EmbeddingRateLimited, EmbeddingRejected, Embed
 _SLICE_SECONDS = 0.1
 _LONGEST_RETRY_AFTER_SECONDS = 120.0  # some providers name hours; it may be over long before
 _LONGEST_BACKOFF_SECONDS = 15.0
-_SHORTEST_BASE_SECONDS, _LONGEST_BASE_SECONDS = 0.02, 1.0
+_SHORTEST_BASE_SECONDS, _LONGEST_BASE_SECONDS = 0.01, 1.0
 _FAILURES_OF_A_GUILTY_BATCH = 6
 _FAILURES_OF_A_GUILTY_TEXT = 10
 _SUSPICIOUS_REJECTIONS = 32
@@ -214,8 +214,9 @@ class PacedEmbedder:
                         f"The provider failed {failures} times on this text while it answered for others "
                         f"({error.message})"
                     ) from None
-                delay = self._delay_seconds(error, failures)
-                if now + delay - max(failing_since, self._answered_at) > self._patience_seconds:
+                silence = now - max(failing_since, self._answered_at)
+                delay = self._delay_seconds(error, failures, silence)
+                if silence + delay > self._patience_seconds:
                     raise
                 if is_refused and error.retry_after_seconds:
                     # it holds for the account: what others would send meanwhile would be refused as well
@@ -249,10 +250,15 @@ class PacedEmbedder:
             self._gate.leave(refused=refused)
         return embedded
 
-    def _delay_seconds(self, error: EmbeddingUnavailable, failures: int) -> float:
-        """Exponential backoff with full jitter, from about the time that an answer takes; the provider's word goes before."""
-        base = min(max(self._latency_seconds, _SHORTEST_BASE_SECONDS), _LONGEST_BASE_SECONDS)
-        backoff = self._jitter() * min(base * 2.0 ** min(failures - 1, 20), _LONGEST_BACKOFF_SECONDS)
+    def _delay_seconds(self, error: EmbeddingUnavailable, failures: int, silence_seconds: float) -> float:
+        """Exponential backoff with full jitter; the provider's own word goes before it.
+
+        It starts below the time of an answer, and hardly grows while others are answered: then this batch was unlucky, and
+        would fall behind for nothing. How long nobody was answered is what an outage is known by.
+        """
+        base = min(max(self._latency_seconds / 2, _SHORTEST_BASE_SECONDS), _LONGEST_BASE_SECONDS)
+        longest = min(max(4 * base, silence_seconds), _LONGEST_BACKOFF_SECONDS)
+        backoff = self._jitter() * min(base * 2.0 ** min(failures - 1, 20), longest)
         if error.retry_after_seconds is None:
             return backoff
         wanted = min(max(error.retry_after_seconds, 0.0), _LONGEST_RETRY_AFTER_SECONDS)

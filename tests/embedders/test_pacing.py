@@ -164,12 +164,36 @@ def test_an_absurd_word_on_when_to_come_back_is_capped() -> None:
     assert 120 <= provider.sent_at[1] - provider.sent_at[0] < 125
 
 
-def test_backoff_doubles_up_to_its_longest() -> None:
-    paced, _embedder, provider = pace(lambda number, _texts: EmbeddingUnavailable("down") if number < 12 else None)
+def test_backoff_grows_with_the_silence_of_the_provider_up_to_its_longest() -> None:
+    paced, _embedder, provider = pace(lambda number, _texts: EmbeddingUnavailable("down") if number < 14 else None)
     paced.embed(["a"])
     waits = np.diff(provider.sent_at) - LATENCY_SECONDS
-    assert waits[1:6] == pytest.approx(waits[:5] * 2)
+    assert waits[0] < 0.2
+    growth = waits[1:] / waits[:-1]
+    assert (growth[waits[1:] < 14.9] > 1.5).all()
     assert waits[-1] == pytest.approx(15)
+
+
+def test_backoff_does_not_grow_for_a_batch_that_is_unlucky_among_others() -> None:
+    clock = Clock()
+    provider = Provider(clock, lambda _number, texts: EmbeddingRateLimited("429") if unlucky(texts) else None)
+    embedder = MemoryEmbedder(before_request=provider)
+    refused_at: list[float] = []
+
+    def unlucky(texts: Sequence[str]) -> bool:
+        if list(texts) == ["unlucky"] and len(refused_at) < 12:
+            refused_at.append(clock.now)
+            return True
+        return False
+
+    def sleep(seconds: float) -> None:
+        clock.sleep(seconds)
+        paced.embed(["another thread's"])
+
+    paced = PacedEmbedder(embedder, clock=clock, sleep=sleep, jitter=lambda: 1.0)
+    assert paced.embed(["unlucky"]).failed == {}
+    assert len(refused_at) == 12
+    assert np.diff(refused_at).max() < 1
 
 
 def test_a_provider_that_stays_away_is_given_up_on_after_the_patience() -> None:
