@@ -109,11 +109,11 @@ class OpenAIEmbedder:
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts: one request; the first time, with a model that the catalog does not know, a few."""
-        if not self._settled:
+        # a single text is a probe itself: a question is not to wait for two answers
+        if not self._settled and len(texts) > 1:
             with self._settling:
                 if not self._settled:
                     self._embed_in_dialect([_PROBE_TEXT])
-                    self._settled = True
         return self._embed_in_dialect(texts)
 
     def _embed_in_dialect(self, texts: Sequence[str]) -> Embedded:
@@ -130,6 +130,7 @@ class OpenAIEmbedder:
                 given = answer.vectors.shape[1]
                 if given == self._dimensions:
                     self._dialect = dialect
+                    self._settled = True
                     estimate = sum(map(byte_count, texts)) // 4
                     return Embedded(answer.vectors, estimate if answer.tokens is None else answer.tokens)
                 native_dimensions = given

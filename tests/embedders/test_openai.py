@@ -87,6 +87,20 @@ def test_an_unknown_model_is_asked_for_dimensions_only_if_its_own_differ(
     assert server.stats()["requests"] == requests + 1, "what the server takes is remembered"
 
 
+def test_what_an_unknown_model_takes_is_found_out_with_a_word_not_with_a_batch(
+    server: RunningServer, open_openai: Open
+) -> None:
+    server.behave(default_dimensions=768, counts_texts=True)
+    texts = [f"text {index}" for index in range(50)]
+    open_openai("nomic-embed-text", 256).embed_documents(texts)
+    counts = server.stats()["text_counts"]
+    assert {counts[text] for text in texts} == {1}
+
+    requests = server.stats()["requests"]
+    open_openai("nomic-embed-text", 768).embed_query("a question")
+    assert server.stats()["requests"] == requests + 1
+
+
 @pytest.mark.parametrize("model", ["nomic-embed-text", "text-embedding-3-small"])
 @pytest.mark.parametrize("answer", ["refuse", "ignore"])
 def test_dimensions_that_the_server_cannot_give_are_rejected_with_both_numbers(
