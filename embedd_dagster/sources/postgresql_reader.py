@@ -7,17 +7,19 @@ in the binary format).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import pickle
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, Final
+from typing import IO, Any, Final, TypeVar
 
 import numpy as np
 import psycopg
 from psycopg.abc import AdaptContext
 from psycopg.adapt import Buffer, Loader
-from psycopg.sql import Composed
+from psycopg.sql import SQL, Composed
 from psycopg.types import datetime as driver_types
 
 from embedd_dagster.core.embedded_text import clean_text
@@ -38,6 +40,7 @@ _PAGE_CHUNK_ROWS: Final = 32 if _CHUNKED else 1
 _FINGERPRINT_CHUNK_ROWS: Final = 500 if _CHUNKED else 1
 _MAX_BIGINT: Final = 2**63 - 1
 
+T = TypeVar("T")
 _Cursor = psycopg.Cursor[tuple[Any, ...]]
 
 
@@ -48,7 +51,7 @@ class _Page:
 
 
 class PostgresTableReader:
-    """One selection of one table. Safe to use from several threads: all that changes are two hints."""
+    """One selection of one table. Safe to use from several threads: all that changes are three hints."""
 
     def __init__(
         self, connections: Connections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
@@ -62,6 +65,7 @@ class PostgresTableReader:
         """Of a row of the page last read, on average."""
         self._is_lenient = False
         """Whether a value was met that Python cannot hold, such as the date 'infinity'."""
+        self._sorts: bool | None = None
 
     def count(self) -> int:
         """The number of rows, exactly."""
@@ -86,6 +90,9 @@ class PostgresTableReader:
 
     def read(self, key_range: KeyRange, *, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:
         """The rows of a range in key order, in pages; each is fetched whole before it is given."""
+        if self._sorts_to_read():
+            yield from self._read_spooled(key_range, page_rows, page_bytes)
+            return
         lower = key_range.lower
         while True:
             page = self._read_page(lower, key_range.upper, page_rows, page_bytes)
@@ -103,7 +110,10 @@ class PostgresTableReader:
         possible = [key for key in keys if self._is_possible(key)]
         if not possible:
             return []
-        return self._fetch(self._statements.by_keys(), [possible], limit=None, page_bytes=None).rows
+        statement = self._statements.by_keys()
+        return self._retry_leniently(
+            lambda cursor: self._take_rows(cursor, statement, [possible], limit=None, page_bytes=None)
+        ).rows
 
     def digest(self, bits: int) -> TableDigest:
         """The digest of the whole table over 2^bits buckets, in one aggregate query."""
@@ -131,25 +141,70 @@ class PostgresTableReader:
                 self._require_key(key)
                 yield Fingerprint(key, row_hash, bucket)
 
-    def _read_page(self, lower: Key | None, upper: Key | None, page_rows: int, page_bytes: int) -> _Page:
+    def _sorts_to_read(self) -> bool:
+        """Whether no index gives the key's order, as with a view that groups: each page would be a pass over all of it."""
+        if self._sorts is None:
+            with self._cursor() as cursor:
+                statement = SQL("EXPLAIN (FORMAT JSON) ") + self._statements.page(lower=False, upper=False)
+                plan = cursor.execute(statement, [1]).fetchone()
+            self._sorts = "'Node Type': 'Sort'" in str(plan)
+        return self._sorts
+
+    def _read_spooled(self, key_range: KeyRange, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:
+        """The pages of a range by one statement, kept in a temporary file: none is open while the caller works on them."""
+        with tempfile.TemporaryFile(prefix="embedd-") as spool:
+            page_count = self._retry_leniently(
+                lambda cursor: self._fill(spool, cursor, key_range, page_rows, page_bytes)
+            )
+            spool.seek(0)
+            for _ in range(page_count):
+                yield pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
+
+    def _fill(self, spool: IO[bytes], cursor: _Cursor, key_range: KeyRange, page_rows: int, page_bytes: int) -> int:
+        spool.seek(0)
+        statement, bounds = self._page_statement(key_range.lower, key_range.upper)
+        page_count, rows, size = 0, list[SourceRow](), 0
+        for row in cursor.stream(statement, [*bounds, None], size=_PAGE_CHUNK_ROWS):
+            rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
+            size += row[3]
+            if len(rows) >= page_rows or size >= page_bytes:
+                self._check_keys(rows)
+                pickle.dump(rows, spool, pickle.HIGHEST_PROTOCOL)
+                page_count, rows, size = page_count + 1, [], 0
+        if rows:
+            self._check_keys(rows)
+            pickle.dump(rows, spool, pickle.HIGHEST_PROTOCOL)
+            page_count += 1
+        return page_count
+
+    def _page_statement(self, lower: Key | None, upper: Key | None) -> tuple[Composed, list[Key]]:
         statement = self._statements.page(lower=lower is not None, upper=upper is not None)
+        return statement, [bound for bound in (lower, upper) if bound is not None]
+
+    def _read_page(self, lower: Key | None, upper: Key | None, page_rows: int, page_bytes: int) -> _Page:
+        statement, bounds = self._page_statement(lower, upper)
         limit = page_rows
         if self._row_bytes:  # ask for what fits: a statement that is stopped in its middle costs its connection
             limit = max(1, min(page_rows, int(0.8 * page_bytes / self._row_bytes)))
-        bounds = [bound for bound in (lower, upper) if bound is not None]
-        return self._fetch(statement, [*bounds, limit], limit=limit, page_bytes=page_bytes)
+        return self._retry_leniently(
+            lambda cursor: self._take_rows(cursor, statement, [*bounds, limit], limit=limit, page_bytes=page_bytes)
+        )
 
-    def _fetch(self, statement: Composed, parameters: list[Any], *, limit: int | None, page_bytes: int | None) -> _Page:
+    def _retry_leniently(self, fetch: Callable[[_Cursor], T]) -> T:
+        """What `fetch` gives; asked once more where the driver cannot load a value, such as the date 'infinity'."""
         while True:
             lenient = self._is_lenient
-            try:
-                with self._cursor(lenient=lenient) as cursor:
-                    return self._take_rows(cursor, statement, parameters, limit=limit, page_bytes=page_bytes)
-            except _ValueUnloadable:
-                if lenient:
-                    raise SourceRejected(f"A value of table {self._relation.label} cannot be read.") from None
-                # Rare, and slower for every date of the table: only from now on.
-                self._is_lenient = True
+            with self._cursor(lenient=lenient) as cursor:
+                try:
+                    return fetch(cursor)
+                except _LOAD_ERRORS as error:
+                    if getattr(error, "sqlstate", None):
+                        raise
+                    cursor.connection.close()  # in the middle of its answer
+                    if lenient:
+                        raise SourceRejected(f"A value of table {self._relation.label} cannot be read.") from None
+            # Rare, and slower for every date of the table: only from now on.
+            self._is_lenient = True
 
     def _take_rows(
         self,
@@ -163,18 +218,13 @@ class PostgresTableReader:
         rows: list[SourceRow] = []
         size = 0
         is_cut = False
-        try:
-            for row in cursor.stream(statement, parameters, size=_PAGE_CHUNK_ROWS):
-                rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
-                size += row[3]
-                if page_bytes is not None and size >= page_bytes and len(rows) != limit:
-                    cursor.connection.close()  # else the driver would cancel, and take in what is under way
-                    is_cut = True
-                    break
-        except _LOAD_ERRORS as error:
-            if getattr(error, "sqlstate", None):
-                raise
-            raise _ValueUnloadable from None
+        for row in cursor.stream(statement, parameters, size=_PAGE_CHUNK_ROWS):
+            rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
+            size += row[3]
+            if page_bytes is not None and size >= page_bytes and len(rows) != limit:
+                cursor.connection.close()  # else the driver would cancel, and take in what is under way
+                is_cut = True
+                break
         self._check_keys(rows)
         if rows:
             self._row_bytes = size / len(rows)
@@ -217,10 +267,6 @@ class PostgresTableReader:
         if isinstance(key, int):
             return self._key.key_type is int and -_MAX_BIGINT - 1 <= key <= _MAX_BIGINT
         return type(key) is self._key.key_type  # a datetime is a date to Python, not here
-
-
-class _ValueUnloadable(Exception):
-    """The driver cannot make a Python object of a value."""
 
 
 # What the driver raises for a value that Python has no room for: year 12000, 24:00:00, 5,000 digits.

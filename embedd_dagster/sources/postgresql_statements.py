@@ -18,8 +18,10 @@ from psycopg.sql import SQL, Composable, Composed, Identifier
 from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, identifier
 
 _ROW = Identifier("t")
+_ROW_TEXT = SQL('ROW({})::pg_catalog.text COLLATE pg_catalog."C"')
 _ROW_HASH = SQL("pg_catalog.hashtextextended({}, 0)")
 _AND = SQL(" AND ")
+_NOTHING = SQL("")
 
 
 class Statements:
@@ -30,9 +32,8 @@ class Statements:
         self._key = key
         self._columns = columns
         self._key_column = _column(key)
-        self._row_text = SQL('ROW({})::pg_catalog.text COLLATE pg_catalog."C"').format(
-            SQL(", ").join(map(_column, (key, *columns)))
-        )
+        self._names = [Identifier(f"c{index}") for index in range(len(columns))]
+        self._row_text = _ROW_TEXT.format(SQL(", ").join(map(_column, (key, *columns))))
         self._not_null = [] if key.not_null else [SQL("{} IS NOT NULL").format(self._key_column)]
 
     def count(self) -> Composed:
@@ -40,18 +41,19 @@ class Statements:
         return SQL("SELECT pg_catalog.count(*) FROM {}").format(self._from(self._not_null))
 
     def page(self, *, lower: bool, upper: bool) -> Composed:
-        """(key, row hash, bucket, bytes, values…) in key order. Parameters: lower, upper where given; limit.
+        """(key, row hash, bucket, bytes, values…) in key order.
 
-        The inner LIMIT keeps the planner from computing a row's text once for its hash and again for its size.
+        Parameters: lower, upper where given; limit, of which None is none.
         """
         conditions = [] if lower else list(self._not_null)
         if lower:
             conditions.append(self._compare(">", self._key.parameter()))
         if upper:
             conditions.append(self._compare("<=", self._key.parameter()))
-        return SQL("SELECT {} FROM (SELECT {} FROM {} ORDER BY {} LIMIT %s) AS s ORDER BY s.k").format(
-            self._outputs(), self._inputs(), self._from(conditions), self._key_column
+        found = SQL("SELECT {} FROM {} ORDER BY {} LIMIT %s").format(
+            self._inputs(), self._from(conditions), self._key_column
         )
+        return SQL("{} ORDER BY s.k").format(self._hashed(found, order=SQL("ORDER BY f.k ")))
 
     def by_keys(self) -> Composed:
         """As `page`, without order, of the keys in the one parameter, a list."""
@@ -61,9 +63,7 @@ class Statements:
             )
         else:
             among = self._compare("=", SQL("ANY ({})").format(self._key.parameter(array=True)))
-        return SQL("SELECT {} FROM (SELECT {} FROM {} OFFSET 0) AS s").format(
-            self._outputs(), self._inputs(), self._from([among])
-        )
+        return self._hashed(SQL("SELECT {} FROM {}").format(self._inputs(), self._from([among])))
 
     def digest(self, bits_dropped: int) -> Composed:
         """(bucket, row count, sum of row hashes, xor of row hashes) of each bucket that has rows.
@@ -98,7 +98,7 @@ class Statements:
 
     def boundaries(self, percent: float | None) -> Composed:
         """(key) at each of the fractions in the one parameter, a list; of a sample of that many percent of the pages."""
-        sample: Composable = SQL("")
+        sample: Composable = _NOTHING
         if percent is not None:
             sample = SQL(" TABLESAMPLE SYSTEM ({}) REPEATABLE (0)").format(sql.Literal(percent))
         return SQL(
@@ -110,7 +110,7 @@ class Statements:
         )
 
     def _from(self, conditions: Sequence[Composable]) -> Composed:
-        where = SQL(" WHERE ") + _AND.join(conditions) if conditions else SQL("")
+        where = SQL(" WHERE ") + _AND.join(conditions) if conditions else _NOTHING
         return SQL("{} AS t{}").format(self._relation.identifier, where)
 
     def _compare(self, symbol: str, operand: Composable) -> Composed:
@@ -118,20 +118,29 @@ class Statements:
 
     def _inputs(self) -> Composed:
         columns = [
-            SQL("{} AS {}").format(_column(column), Identifier(f"c{index}"))
-            for index, column in enumerate(self._columns)
+            SQL("{} AS {}").format(_column(column), name)
+            for column, name in zip(self._columns, self._names, strict=True)
         ]
-        return SQL(", ").join(
-            [SQL("{} AS k").format(self._key_column), SQL("{} AS r").format(self._row_text), *columns]
-        )
+        return SQL(", ").join([SQL("{} AS k").format(self._key_column), *columns])
 
-    def _outputs(self) -> Composed:
+    def _hashed(self, found: Composed, order: Composable = _NOTHING) -> Composed:
+        """`found` with what is made of a row's text: made above its LIMIT, so not for every row that a view sorts.
+
+        The OFFSET 0 keeps the planner from making the text twice, for the hash and for the size; an order that is not
+        said again at every level is sorted anew.
+        """
+        names = SQL(", ").join([SQL("k"), *self._names])
+        text = _ROW_TEXT.format(names)
         values = [
-            column.output(SQL("s.{}").format(Identifier(f"c{index}"))) for index, column in enumerate(self._columns)
+            column.output(SQL("s.{}").format(name)) for column, name in zip(self._columns, self._names, strict=True)
         ]
-        hashed = _ROW_HASH.format(SQL("s.r"))
         size = SQL("pg_catalog.octet_length(s.r)")
-        return SQL(", ").join([self._key.output(SQL("s.k")), hashed, self._bucket(SQL("s.k"), 0), size, *values])
+        outputs = [
+            self._key.output(SQL("s.k")), _ROW_HASH.format(SQL("s.r")), self._bucket(SQL("s.k"), 0), size, *values
+        ]  # fmt: skip
+        return SQL("SELECT {} FROM (SELECT {}, {} AS r FROM ({}) AS f {}OFFSET 0) AS s").format(
+            SQL(", ").join(outputs), names, text, found, order
+        )
 
     def _bucket(self, key: Composable, bits_dropped: int) -> Composed:
         if self._key.base_name == "numeric":  # 1.0 and 1.00 are one key
