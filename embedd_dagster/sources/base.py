@@ -2,7 +2,8 @@
 
 A source is opened by `sources.open_source` and may be used by several threads. It raises only: SourceUnavailable (try
 again), SourceAccessDenied, SourceTableNotFound, SourceRejected. A read that fails raises in the middle of its
-iteration: it never looks like the end of the table. No statement stays open while a caller works on what it gave.
+iteration: it never looks like the end of the table. No statement stays open while a caller works on what it gave; but
+for `fingerprints`, which may be one scan that lasts as long as its iteration.
 """
 
 from __future__ import annotations
