@@ -241,7 +241,7 @@ def failed_hashes(session: Session, vector_set: VectorSet) -> dict[str, int]:
     statement = select(FailedRow.key, FailedRow.row_hash).where(
         FailedRow.vector_table_id == vector_set.vector_table_id, FailedRow.version == vector_set.version
     )
-    return dict(session.execute(statement).tuples().all())
+    return dict(session.execute(statement).all())
 
 
 def count_failures(session: Session, vector_table_id: str, version: int) -> int:

@@ -14,7 +14,7 @@ from embedd_dagster.core.rows import Hit
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.errors import NotReady, TransientError
+from embedd_dagster.errors import NotReady, TransientError, VectorStoreRejected
 from embedd_dagster.stores.base import Store
 
 
@@ -85,7 +85,7 @@ class Searcher:
         live = self._load(environment_id, vector_table_id)
         try:
             return self._search(live, query, limit, min_similarity_score, filters)
-        except TransientError:
+        except (TransientError, VectorStoreRejected):
             # a swap may have dropped the set between the catalog's answer and the store's: once more on what is live now
             again = self._load(environment_id, vector_table_id)
             if again.vector_table.live_version == live.vector_table.live_version:

@@ -1,0 +1,207 @@
+"""A product without Dagster and API: a catalog, a customer's table, a loopback provider, and the engine called directly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import psycopg
+import pytest
+from pydantic import SecretStr
+from sqlalchemy import make_url
+
+from embedd_dagster.catalog import connections, embedding_providers, environments, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.migrate import upgrade
+from embedd_dagster.catalog.secrets import new_encryption_key
+from embedd_dagster.catalog.tables import Task, VectorTable
+from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.core.rows import VectorSet
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
+from embedd_dagster.engine.run import RunReport, run_task
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.engine.search import Searcher
+from embedd_dagster.settings import Settings
+from tests.support.openai_server import RunningServer, running_openai_server
+
+DIMENSIONS = 16
+MODEL = "text-embedding-3-small"
+COLUMNS = (
+    Column("title", ColumnRole.EMBEDDING, ordinal=1, name_prefix="title: "),
+    Column("body", ColumnRole.EMBEDDING, ordinal=2),
+    Column("category", ColumnRole.METADATA, filter_type=FilterType.KEYWORD),
+    Column("price", ColumnRole.METADATA, filter_type=FilterType.FLOAT),
+)
+
+
+@pytest.fixture(scope="session")
+def openai_server() -> Iterator[RunningServer]:
+    with running_openai_server() as server:
+        yield server
+
+
+@dataclass
+class Product:
+    """One vector table and everything around it."""
+
+    runtime: Runtime
+    provider: RunningServer
+    database_url: str
+    environment_id: str
+    vector_table_id: str
+    mode: Mode
+    log: list[str] = field(default_factory=list)
+
+    def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.database_url, autocommit=True) as connection:
+            cursor = connection.execute(statement, parameters or None)  # type: ignore[arg-type]
+            return cursor.fetchall() if cursor.description else []
+
+    def add_task(self, task_type: TaskType = TaskType.BACKFILL, **options: Any) -> str:
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.get(session, self.environment_id, self.vector_table_id, lock=True)
+            return tasks.create(session, table, task_type, max_attempts=3, options=options).id
+
+    def run(
+        self,
+        task_type: TaskType = TaskType.BACKFILL,
+        *,
+        run_id: str | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        **options: Any,
+    ) -> RunReport:
+        return self.run_task(self.add_task(task_type, **options), run_id=run_id, should_stop=should_stop)
+
+    def run_task(
+        self, task_id: str, *, run_id: str | None = None, should_stop: Callable[[], bool] = lambda: False
+    ) -> RunReport:
+        return run_task(self.runtime, task_id, run_id or uuid4().hex, log=self.log.append, should_stop=should_stop)
+
+    def table(self) -> VectorTable:
+        with self.runtime.catalog.transaction() as session:
+            found = vector_tables.find(session, self.vector_table_id)
+            assert found is not None
+            return found
+
+    def task(self, task_id: str) -> Task:
+        with self.runtime.catalog.transaction() as session:
+            found = tasks.find(session, task_id)
+            assert found is not None
+            return found
+
+    def latest_task(self) -> Task:
+        with self.runtime.catalog.transaction() as session:
+            return tasks.page(session, self.environment_id, 1, None, target_id=self.vector_table_id, status=None).items[
+                0
+            ]
+
+    def live_set(self) -> VectorSet:
+        table = self.table()
+        with self.runtime.catalog.transaction() as session:
+            return vector_sets.as_vector_set(
+                vector_sets.get(session, table.id, table.live_version or 0), table.storage_name
+            )
+
+    def reconfigure(
+        self, *, columns: tuple[Column, ...] = COLUMNS, model: str = MODEL, dimensions: int = DIMENSIONS
+    ) -> None:
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.get(session, self.environment_id, self.vector_table_id, lock=True)
+            vector_tables.reconfigure(table, columns=columns, embedding_model=model, embedding_dimensions=dimensions)
+
+    def points(self) -> dict[Any, tuple[int, int]]:
+        """Every live point: (row hash, text hash) by key."""
+        with self.runtime.catalog.transaction() as session:
+            endpoints = vector_tables.load_endpoints(session, self.vector_table_id)
+        assert endpoints is not None
+        live = self.live_set()
+        with self.runtime.open_store(self.mode, endpoints.connection) as store:
+            prints = list(store.fingerprints(live, 0, None))
+            hashes = store.vectors(live, [one.key for one in prints])
+            return {one.key: (one.row_hash, hashes[one.key][0]) for one in prints}
+
+    def expected_points(self) -> dict[Any, int]:
+        """The row hash of every row, computed by the source now."""
+        with self.runtime.catalog.transaction() as session:
+            endpoints = vector_tables.load_endpoints(session, self.vector_table_id)
+        assert endpoints is not None
+        configuration = self.table().configuration
+        from embedd_dagster.sources.base import Selection
+
+        selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
+        with self.runtime.open_source(endpoints.connection) as source:
+            return {one.key: one.row_hash for one in source.reader(selection).fingerprints(0, None)}
+
+    def assert_true_to_source(self, without: Collection[Any] = ()) -> None:
+        """Every row but those without text or failed has a point made from its present state, and no other point is there."""
+        expected = {key: row_hash for key, row_hash in self.expected_points().items() if key not in without}
+        assert {key: row_hash for key, (row_hash, _text) in self.points().items()} == expected
+
+    def search(self, query: str, **options: Any) -> list[Any]:
+        searcher = Searcher(self.runtime)
+        try:
+            return searcher.search(self.environment_id, self.vector_table_id, query=query, limit=10, **options).hits
+        finally:
+            searcher.close()
+
+
+@pytest.fixture
+def settings(database_url: str, qdrant_url: str) -> Settings:
+    return Settings(
+        database_url=SecretStr(database_url),
+        encryption_keys=(SecretStr(new_encryption_key()),),
+        qdrant_url=qdrant_url,
+        heartbeat_seconds=0.2,
+        retired_set_grace_seconds=0,
+        outage_patience_seconds=20,
+    )
+
+
+@pytest.fixture(params=[Mode.MANAGED, Mode.PLATFORM], ids=["qdrant", "pgvector"])
+def product(request: pytest.FixtureRequest, settings: Settings, openai_server: RunningServer) -> Iterator[Product]:
+    """A vector table over 500 products, nothing built yet; the customer's tables lie beside the catalog's."""
+    openai_server.reset()
+    url = settings.database_url.get_secret_value()
+    upgrade(url)
+    runtime = Runtime.open(settings)
+    address = make_url(url)
+    credentials = {
+        "host": address.host,
+        "port": address.port,
+        "database": address.database,
+        "user": address.username,
+        "password": address.password,
+    }
+    mode: Mode = request.param
+    with runtime.catalog.transaction() as session:
+        environment = environments.ensure_defaults(session)
+        connection = connections.create(
+            session, runtime.box, environment, name="c", provider="postgresql", mode=mode, credentials=credentials
+        )
+        connections.record_test(connection, None)
+        provider = embedding_providers.create(
+            session,
+            runtime.box,
+            environment,
+            name="p",
+            provider="openai",
+            credentials={"api_key": "sk-test", "base_url": openai_server.base_url},
+            limits={"concurrency": 4},
+        )
+        session.flush()
+        configuration = VectorConfiguration("products", "id", COLUMNS, MODEL, DIMENSIONS, provider.id)
+        table = vector_tables.create(
+            session,
+            environment,
+            NewVectorTable("products", connection.id, configuration, mode, SyncMode.BATCH, platform_schema="public"),
+        )
+    made = Product(runtime, openai_server, url, environment.id, table.id, mode)
+    made.sql(
+        """CREATE TABLE products (id integer PRIMARY KEY, title text, body text, category text, price numeric(10,2));
+        INSERT INTO products SELECT n, 'product ' || n, 'the body of ' || n,
+            (ARRAY['red', 'green', 'blue'])[n % 3 + 1], n / 10.0 FROM generate_series(1, 500) n"""
+    )
+    yield made
+    runtime.close()

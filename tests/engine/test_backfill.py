@@ -1,0 +1,257 @@
+"""Building a set and switching to it: what is embedded, what is reused, what a failure leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from embedd_dagster.catalog import vector_sets
+from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
+from embedd_dagster.engine.teardown import drop_retired_sets, teardown
+from embedd_dagster.errors import (
+    EmbeddingRejected,
+    MassDeleteRefused,
+    NotReady,
+    RunCancelled,
+    RunSuperseded,
+    SourceTableNotFound,
+    TooManyFailedRows,
+    ValidationFailed,
+)
+from tests.engine.conftest import COLUMNS, Product
+from tests.support.openai_server import POISON
+
+
+def test_a_backfill_embeds_every_row_once_and_is_live(product: Product) -> None:
+    report = product.run()
+    assert (report.rows_read, report.rows_embedded, report.rows_failed) == (500, 500, 0)
+    assert product.provider.stats()["texts"] == 500
+    table = product.table()
+    assert (table.sync_status, table.total_rows, table.synced_rows) == ("synced", 500, 500)
+    assert product.latest_task().status == TaskStatus.COMPLETED
+    product.assert_true_to_source()
+    assert set(report.seconds) >= {"prepare", "load", "catch_up", "index", "verify", "swap"}
+
+
+def test_the_live_set_answers(product: Product) -> None:
+    with pytest.raises(NotReady):
+        product.search("x")
+    product.run()
+    hits = product.search("title: product 42\nthe body of 42")
+    assert hits[0].key == 42
+    assert hits[0].similarity_score == pytest.approx(1.0, abs=1e-4)
+    assert hits[0].metadata == {"category": "red", "price": 4.2}
+    only = product.search("x", filters={"price": {"lte": 0.3}})
+    assert {hit.key for hit in only} == {1, 2, 3}
+    with pytest.raises(ValidationFailed):
+        product.search("x", filters={"nothing": 1})
+
+
+def test_duplicate_texts_cost_one_embedding(product: Product) -> None:
+    product.sql("UPDATE products SET title = 'same', body = NULL WHERE id > 100")
+    report = product.run()
+    assert report.rows_read == 500
+    assert product.provider.stats()["texts"] <= 101 + 3, "at most once a batch in flight"
+    product.assert_true_to_source()
+
+
+def test_rows_without_text_have_no_point(product: Product) -> None:
+    product.sql("UPDATE products SET title = ' ', body = NULL WHERE id <= 10")
+    report = product.run()
+    assert report.rows_skipped == 10
+    assert len(product.points()) == 490
+    assert product.table().synced_rows == 490
+
+
+def test_an_empty_table_is_synced_with_nothing(product: Product) -> None:
+    product.sql("TRUNCATE products")
+    assert product.run().rows_read == 0
+    table = product.table()
+    assert (table.sync_status, table.total_rows, table.synced_rows) == ("synced", 0, 0)
+    assert product.search("anything") == []
+
+
+def test_a_change_of_metadata_columns_embeds_nothing(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=COLUMNS[:3])
+    assert product.table().sync_status == SyncStatus.PENDING_REBACKFILL
+    before = product.provider.stats()["texts"]
+    report = product.run(TaskType.REBACKFILL)
+    assert (report.rows_embedded, report.rows_reused, report.version) == (0, 500, 2)
+    assert product.provider.stats()["texts"] == before
+    assert product.search("product 1")[0].metadata.keys() == {"category"}
+
+
+def test_a_new_prefix_embeds_everything(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=(replace(COLUMNS[0], name_prefix="item: "), *COLUMNS[1:]))
+    assert product.run(TaskType.REBACKFILL).rows_embedded == 500
+
+
+def test_other_dimensions_are_swapped_in(product: Product) -> None:
+    product.run()
+    product.reconfigure(dimensions=24)
+    product.run(TaskType.REBACKFILL)
+    assert product.live_set().dimensions == 24
+    assert product.search("title: product 7\nthe body of 7")[0].key == 7
+    assert drop_retired_sets(product.runtime) == 1
+    assert product.search("title: product 7\nthe body of 7")[0].key == 7
+
+
+def test_a_poisoned_row_is_set_aside_and_the_rest_goes_on(product: Product) -> None:
+    product.sql("UPDATE products SET body = %s WHERE id = 250", f"bad {POISON} bad")
+    report = product.run()
+    assert (report.rows_failed, report.rows_embedded) == (1, 499)
+    assert 250 not in product.points()
+    with product.runtime.catalog.transaction() as session:
+        failed = vector_sets.failed_hashes(session, product.live_set())
+    assert failed.keys() == {"i:250"}
+
+
+def test_too_many_failures_stop_before_the_swap(product: Product) -> None:
+    product.run()
+    product.sql("UPDATE products SET body = body || %s WHERE id <= 50", POISON)
+    product.reconfigure(columns=(replace(COLUMNS[0], name_prefix="item: "), *COLUMNS[1:]))
+    with pytest.raises(TooManyFailedRows):
+        product.run(TaskType.REBACKFILL)
+    table = product.table()
+    assert (table.sync_status, table.live_version) == (SyncStatus.ERROR, 1)
+    assert "failed" in (table.last_error or "")
+    assert product.search("title: product 42\nthe body of 42")[0].key == 42
+
+
+def test_a_refused_key_is_permanent(product: Product) -> None:
+    product.provider.behave(api_key="another")
+    with pytest.raises(EmbeddingRejected):
+        product.run()
+    task = product.latest_task()
+    assert (task.status, task.attempts) == (TaskStatus.FAILED, 1)
+    assert product.table().sync_status == SyncStatus.ERROR
+
+
+def test_a_missing_source_table_is_permanent_and_what_is_live_stays(product: Product) -> None:
+    product.run()
+    product.sql("DROP TABLE products")
+    with pytest.raises(SourceTableNotFound):
+        product.run(TaskType.REBACKFILL)
+    assert product.table().sync_status == SyncStatus.ERROR
+    assert product.search("product")
+
+
+def test_a_halved_source_is_not_mirrored_without_a_word(product: Product) -> None:
+    product.run()
+    product.sql("DELETE FROM products WHERE id > 100")
+    with pytest.raises(MassDeleteRefused):
+        product.run(TaskType.REBACKFILL)
+    product.run(TaskType.REBACKFILL, confirm_mass_delete=True)
+    assert len(product.points()) == 100
+
+
+def test_a_cancelled_run_leaves_what_was(product: Product) -> None:
+    with pytest.raises(RunCancelled):
+        product.run(should_stop=lambda: True)
+    assert product.latest_task().status == TaskStatus.CANCELLED
+    assert product.table().sync_status == SyncStatus.PENDING
+
+
+def test_a_second_run_of_one_task_ends_without_harm(product: Product) -> None:
+    task_id = product.add_task()
+    product.run_task(task_id)
+    with pytest.raises(RunSuperseded):
+        product.run_task(task_id)
+    assert product.task(task_id).status == TaskStatus.COMPLETED
+
+
+def test_writers_on_the_source_during_the_build_are_caught_up(product: Product) -> None:
+    """The provider is slow; the table changes under the build; what goes live has the changes."""
+    import threading
+
+    product.provider.behave(latency_seconds=0.5)
+    changed = threading.Event()
+
+    def write() -> None:
+        while product.provider.stats()["requests"] == 0:
+            pass
+        product.sql(
+            """UPDATE products SET body = 'changed' WHERE id IN (1, 500);
+            DELETE FROM products WHERE id IN (2, 499);
+            INSERT INTO products VALUES (-5, 'low', 'x', 'red', 1), (1000, 'high', 'x', 'red', 1)"""
+        )
+        changed.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    product.run()
+    writer.join()
+    assert changed.is_set()
+    product.assert_true_to_source()
+
+
+@pytest.mark.parametrize(
+    ("key_type", "values"),
+    [
+        ("text", "'k' || n"),
+        ("varchar(20)", "'K ' || n"),
+        ("uuid", "md5(n::text)::uuid"),
+        ("numeric(12,3)", "n / 8.0"),
+        ("bigint", "n * 10000000000"),
+        ("date", "date '2020-01-01' + n"),
+        ("timestamptz", "timestamptz '2020-01-01 00:00+00' + n * interval '1 second'"),
+    ],
+)
+def test_any_single_column_key(product: Product, key_type: str, values: str) -> None:
+    product.sql(
+        f"""DROP TABLE products;
+        CREATE TABLE products (id {key_type} PRIMARY KEY, title text, body text, category text, price numeric(10,2));
+        INSERT INTO products SELECT {values}, 'product ' || n, 'b', 'red', 1 FROM generate_series(1, 50) n"""
+    )
+    product.run()
+    assert len(product.points()) == 50
+    product.assert_true_to_source()
+    product.sql(
+        "UPDATE products SET body = 'other' WHERE title IN ('product 7', 'product 9'); DELETE FROM products WHERE title = 'product 8'"
+    )
+    report = product.run(TaskType.SYNC)
+    assert (report.rows_embedded, report.rows_deleted) == (2, 1)
+    product.assert_true_to_source()
+
+
+def test_rows_that_no_text_should_break(product: Product) -> None:
+    product.sql(
+        """UPDATE products SET title = ''  , body = '   ' WHERE id = 4;
+        UPDATE products SET body = repeat(md5(id::text), 30000) WHERE id = 2;
+        UPDATE products SET price = 'NaN' WHERE id = 3"""
+    )
+    report = product.run()
+    assert report.rows_failed == 0
+    assert (report.rows_truncated, report.rows_skipped) == (1, 1)
+    product.assert_true_to_source(without={4})
+
+
+def test_json_that_utf_8_cannot_hold_is_embedded_all_the_same(product: Product) -> None:
+    product.sql(
+        """ALTER TABLE products ALTER body TYPE json USING to_json(body);
+        UPDATE products SET body = '{"lone surrogate": "\\ud83d", "nul": "a\\u0000b"}' WHERE id = 1"""
+    )
+    assert product.run().rows_failed == 0
+    assert product.search("x", filters={"price": {"eq": 0.1}})[0].embedded_text.endswith(
+        '{"lone surrogate":"\ufffd","nul":"a\\u0000b"}'
+    )
+    product.assert_true_to_source()
+
+
+def test_teardown_leaves_nothing(product: Product) -> None:
+    from embedd_dagster.catalog import vector_tables
+
+    product.run()
+    product.reconfigure(dimensions=24)
+    product.run(TaskType.REBACKFILL)
+    with product.runtime.catalog.transaction() as session:
+        endpoints = vector_tables.load_endpoints(session, product.vector_table_id)
+        assert endpoints is not None
+        vector_tables.mark_deleted(endpoints.vector_table)
+    assert teardown(product.runtime, product.vector_table_id)
+    assert teardown(product.runtime, product.vector_table_id), "idempotent"
+    with product.runtime.open_store(product.mode, endpoints.connection) as store:
+        assert store.versions(product.vector_table_id) == []

@@ -1,0 +1,110 @@
+"""The batch sync: it costs what changed, not what exists."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedd_dagster.catalog import vector_sets
+from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.errors import MassDeleteRefused
+from tests.engine.conftest import Product
+from tests.support.openai_server import POISON
+
+
+@pytest.fixture
+def built(product: Product) -> Product:
+    product.run()
+    product.provider.reset()
+    return product
+
+
+def test_an_unchanged_table_is_not_read(built: Product) -> None:
+    report = built.run(TaskType.SYNC)
+    assert (report.rows_read, report.rows_embedded, report.rows_deleted) == (0, 0, 0)
+    assert set(report.seconds) == {"digest"}
+    assert built.provider.stats()["requests"] == 0
+
+
+def test_only_what_changed_is_read_and_embedded(built: Product) -> None:
+    built.sql(
+        """UPDATE products SET body = 'new body' WHERE id IN (5, 6);
+        UPDATE products SET price = 0 WHERE id IN (7, 8, 9);
+        DELETE FROM products WHERE id IN (10, 11);
+        INSERT INTO products VALUES (9001, 'fresh', 'row', 'blue', 3)"""
+    )
+    report = built.run(TaskType.SYNC)
+    assert (report.rows_read, report.rows_embedded, report.rows_rewritten, report.rows_deleted) == (6, 3, 3, 2)
+    assert built.provider.stats()["texts"] == 3
+    built.assert_true_to_source()
+    assert (built.table().total_rows, built.table().synced_rows) == (499, 499)
+    assert {hit.key for hit in built.search("x", filters={"price": {"eq": 0}})} == {7, 8, 9}
+    assert built.run(TaskType.SYNC).rows_read == 0
+
+
+def test_a_row_that_lost_its_text_loses_its_point(built: Product) -> None:
+    built.sql("UPDATE products SET title = NULL, body = '' WHERE id = 5")
+    report = built.run(TaskType.SYNC)
+    assert report.rows_skipped == 1
+    assert 5 not in built.points()
+    built.sql("UPDATE products SET body = 'back' WHERE id = 5")
+    built.run(TaskType.SYNC)
+    built.assert_true_to_source()
+
+
+def test_a_key_that_changes_is_a_delete_and_an_insert_that_is_not_paid_for(built: Product) -> None:
+    built.sql("UPDATE products SET id = 7777 WHERE id = 7")
+    report = built.run(TaskType.SYNC)
+    assert report.rows_deleted == 1
+    built.assert_true_to_source()
+
+
+def test_a_full_sync_heals_a_store_that_was_tampered_with(built: Product) -> None:
+    from embedd_dagster.catalog import vector_tables
+
+    with built.runtime.catalog.transaction() as session:
+        endpoints = vector_tables.load_endpoints(session, built.vector_table_id)
+    assert endpoints is not None
+    with built.runtime.open_store(built.mode, endpoints.connection) as store:
+        store.delete(built.live_set(), [1, 2, 3])
+    assert built.run(TaskType.SYNC).rows_read == 0, "the source did not change"
+    assert built.run(TaskType.SYNC, full=True).rows_read == 3
+    built.assert_true_to_source()
+
+
+def test_an_emptied_source_is_not_mirrored_without_a_word(built: Product) -> None:
+    built.sql("TRUNCATE products")
+    with pytest.raises(MassDeleteRefused):
+        built.run(TaskType.SYNC)
+    assert len(built.points()) == 500
+    assert built.table().sync_status == SyncStatus.ERROR
+    built.run(TaskType.SYNC, confirm_mass_delete=True)
+    assert built.points() == {}
+    assert built.table().sync_status == SyncStatus.SYNCED
+
+
+def test_a_failed_row_is_tried_again_when_it_changed_or_on_demand(built: Product) -> None:
+    built.sql("UPDATE products SET body = %s WHERE id = 9", POISON)
+    assert built.run(TaskType.SYNC).rows_failed == 1
+    assert 9 not in built.points(), "a stale answer is worse than none"
+    built.sql("UPDATE products SET price = 1 WHERE id = 10")
+    requests = built.provider.stats()["requests"]
+    built.run(TaskType.SYNC, full=True)
+    assert built.provider.stats()["requests"] == requests, "the same row is not sent again"
+    assert built.run(TaskType.SYNC, retry_failed=True).rows_failed == 1
+    built.sql("UPDATE products SET body = 'good' WHERE id = 9")
+    assert built.run(TaskType.SYNC).rows_failed == 0
+    built.assert_true_to_source()
+    with built.runtime.catalog.transaction() as session:
+        assert vector_sets.count_failures(session, built.vector_table_id, 1) == 0
+
+
+def test_a_table_that_grew_much_gets_a_larger_digest(built: Product) -> None:
+    built.sql("INSERT INTO products SELECT n, 'more ' || n, 'x', 'red', 1 FROM generate_series(10000, 13000) n")
+    built.run(TaskType.SYNC)
+    built.assert_true_to_source()
+    with built.runtime.catalog.transaction() as session:
+        assert (vector_sets.get(session, built.vector_table_id, 1).digest_bits or 0) >= 2
+    assert built.run(TaskType.SYNC).rows_read == 0
+    built.sql("UPDATE products SET title = 'changed' WHERE id = 10500")
+    assert built.run(TaskType.SYNC).rows_embedded == 1
+    built.assert_true_to_source()

@@ -1,0 +1,69 @@
+"""Runs one task in a process of its own and kills it (SIGKILL) at a named point: the crash tests' victim.
+
+Called with the settings in the environment: `run_and_die.py TASK_ID RUN_ID POINT NTH`. A point is `before:` or `after:`
+and one of the functions below; the process dies at its NTH call.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from embedd_dagster.catalog import vector_sets
+from embedd_dagster.embedders.pacing import PacedEmbedder
+from embedd_dagster.engine import backfill
+from embedd_dagster.engine.run import run_task
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.settings import read_settings
+from embedd_dagster.sources.postgresql_reader import PostgresTableReader
+from embedd_dagster.stores.pgvector import PgvectorStore
+from embedd_dagster.stores.qdrant import QdrantStore
+
+POINTS: dict[str, list[tuple[Any, str]]] = {
+    "read": [(PostgresTableReader, "read")],
+    "create": [(QdrantStore, "create"), (PgvectorStore, "create")],
+    "embed": [(PacedEmbedder, "embed")],
+    "upsert": [(QdrantStore, "upsert"), (PgvectorStore, "upsert")],
+    "checkpoint": [(vector_sets, "checkpoint_shard")],
+    "catch_up": [(backfill, "_catch_up")],
+    "index": [(QdrantStore, "finish_load"), (PgvectorStore, "finish_load")],
+    "publish": [(QdrantStore, "publish"), (PgvectorStore, "publish")],
+    "mark_live": [(vector_sets, "mark_live")],
+}
+
+
+def _die_at(owner: Any, name: str, when: str, nth: int) -> None:
+    original: Callable[..., Any] = getattr(owner, name)
+    lock = threading.Lock()
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        with lock:
+            calls += 1
+            mine = calls
+        if when == "before" and mine == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if when == "after" and mine == nth:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def main() -> None:
+    task_id, run_id, point, nth = sys.argv[1:]
+    when, _, name = point.partition(":")
+    for owner, attribute in POINTS[name]:
+        _die_at(owner, attribute, when, int(nth))
+    with Runtime.open(read_settings()) as runtime:
+        run_task(runtime, task_id, run_id, log=lambda _message: None, should_stop=lambda: False)
+
+
+if __name__ == "__main__":
+    main()
