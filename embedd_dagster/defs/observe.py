@@ -62,7 +62,6 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
         now = database_now(session)
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
         wanted = frozenset(vector_tables.partition_keys(session))
-        deleting = frozenset(table.id for table in vector_tables.being_deleted(session))
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
     instant = time.monotonic()
     stale_after = runtime.settings.stale_after_seconds
@@ -70,7 +69,6 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     seen = Observation(
         now=now,
         vector_table_ids=wanted,
-        deleting=deleting,
         awaiting_rebackfill=awaiting,
         tasks=live,
         partition_keys=partition_keys,

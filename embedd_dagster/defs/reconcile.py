@@ -65,7 +65,6 @@ class Observation:
     now: datetime
     vector_table_ids: frozenset[str]
     """Those that are not being deleted."""
-    deleting: frozenset[str] = frozenset()
     awaiting_rebackfill: tuple[str, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
     partition_keys: frozenset[str] = frozenset()

@@ -54,7 +54,7 @@ def seen(
 
 
 FAILED, DONE, CANCELED = Status.FAILURE, Status.SUCCESS, Status.CANCELED
-DELETED = {"vector_table_ids": frozenset(), "deleting": frozenset({"vt_1"})}
+DELETED = {"vector_table_ids": frozenset()}
 
 CASES = {
     # a pending task
