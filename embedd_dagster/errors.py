@@ -210,6 +210,8 @@ class RunSuperseded(EmbeddError):
 class RunCancelled(EmbeddError):
     """Somebody asked this run to end."""
 
+    default_resolution = "Start it again when it is wanted; a build goes on where it was."
+
 
 class RequestError(EmbeddError):
     """The caller's mistake."""

@@ -42,14 +42,12 @@ def _start_slow_backfill(embedd: Embedd, eventually: Callable[..., Any], mode: s
 
 
 def _worker_of(run_id: str) -> psutil.Process:
-    found = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if "execute_run" in " ".join(process.info["cmdline"] or [])
-        and run_id in " ".join(process.info["cmdline"] or [])
-    ]
-    if found:
-        return found[0]
+    """The process that executes a run: the parent of those that Dagster starts to keep the run's output."""
+    for process in psutil.process_iter(["cmdline"]):
+        if run_id in " ".join(process.info["cmdline"] or []):
+            parent = process.parent()
+            assert parent is not None
+            return process if "execute_run" in " ".join(process.info["cmdline"]) else parent
     raise AssertionError(f"no worker process of run {run_id}")
 
 
