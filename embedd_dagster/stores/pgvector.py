@@ -19,17 +19,18 @@ from psycopg import sql
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
-from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.stores.pgvector_database import (
-    Connection,
-    Database,
-    Place,
-    TableMissing,
+from embedd_dagster.errors import VectorStoreUnavailable
+from embedd_dagster.stores.pgvector_database import Connection, Database, TableMissing
+from embedd_dagster.stores.pgvector_index import build_indexes, index_kind
+from embedd_dagster.stores.pgvector_place import (
     check_owned,
     dependents,
-    find_place,
+    drop_view,
+    find_schema,
+    find_vector_schema,
+    refuse_dependents,
+    relations,
 )
-from embedd_dagster.stores.pgvector_index import build_indexes, index_kind
 from embedd_dagster.stores.pgvector_rows import (
     COPIED_COLUMNS,
     KeyType,
@@ -60,23 +61,29 @@ class PgvectorStore:
         self._database = Database(credentials)
         self._wanted_schema = schema
         self._lock = threading.Lock()
-        self._found_place: Place | None = None
+        self._schema: str | None = None
+        self._vector_schema: str | None = None
         self._homes: dict[str, str] = {}
         self._key_types: dict[str, KeyType] = {}
 
     @property
     def schema(self) -> str:
         """The schema in which new vector tables are made."""
-        return self._place().schema
+        with self._lock:
+            if self._schema is None:
+                with self._database.connection() as connection:
+                    self._schema = find_schema(connection, self._database, self._wanted_schema)
+            return self._schema
 
     def check(self) -> None:
         """Returns when tables with vectors could be made. Raises with the SQL that an administrator has to run first."""
         with self._database.connection() as connection, connection.transaction(force_rollback=True):
-            find_place(connection, self._database, self._wanted_schema)
+            find_schema(connection, self._database, self._wanted_schema)
+            find_vector_schema(connection, self._database)
 
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
-        place = self._place()
+        vector_schema = self._find_vector_schema()
         schema, name, mark = self._home(vector_set.vector_table_id), table_name(vector_set), _mark(vector_set)
 
         def make(connection: Connection) -> None:
@@ -94,7 +101,7 @@ class PgvectorStore:
                 ).format(
                     table=table,
                     key_type=sql.SQL(key_type.sql_name),  # as the server itself wrote it
-                    vectors=sql.Identifier(place.vector_schema),
+                    vectors=sql.Identifier(vector_schema),
                     dimensions=sql.Literal(vector_set.dimensions),
                     options=sql.SQL("WITH (toast_tuple_target = 8160)" if inline else ""),
                 )
@@ -182,7 +189,7 @@ class PgvectorStore:
             vector_set,
             schema=self._home(vector_set.vector_table_id),
             table_name=table_name(vector_set),
-            vector_schema=self._place().vector_schema,
+            vector_schema=self._find_vector_schema(),
         )
 
     def count(self, vector_set: VectorSet) -> int:
@@ -208,11 +215,12 @@ class PgvectorStore:
             return []
         query = SearchQuery(
             table=self._table(vector_set),
-            vector_schema=self._place().vector_schema,
+            vector_schema=self._find_vector_schema(),
             key_column=_key_column(self._key_type(vector_set)),
             vector=vector,
             limit=limit,
             filters=filters,
+            filter_types=vector_set.filter_types,
         )
         try:
             rows = find_nearest(self._database, query)
@@ -233,7 +241,7 @@ class PgvectorStore:
         define = sql.SQL(
             " VIEW {view} AS SELECT pk_value, embedding::{vectors}.vector AS embedding, embedded_text, metadata, row_hash,"
             " text_hash, bucket, updated_at FROM {table}"
-        ).format(view=view, vectors=sql.Identifier(self._place().vector_schema), table=self._table(vector_set))
+        ).format(view=view, vectors=sql.Identifier(self._find_vector_schema()), table=self._table(vector_set))
 
         def switch(connection: Connection) -> None:
             check_owned(connection, schema, name, mark)
@@ -241,7 +249,7 @@ class PgvectorStore:
                 with connection.transaction():
                     connection.execute(sql.SQL("CREATE OR REPLACE") + define)
             except psycopg.errors.InvalidTableDefinition:  # the primary key is of another type now
-                _refuse_dependents(dependents(connection, view), schema, name)
+                refuse_dependents(dependents(connection, view), schema, name)
                 connection.execute(sql.SQL("DROP VIEW {}").format(view))
                 connection.execute(sql.SQL("CREATE") + define)
             connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(view, sql.Literal(mark)))
@@ -252,7 +260,7 @@ class PgvectorStore:
         """The versions of this vector table that have a table, ascending."""
         prefix = f"embedd_{vector_table_id}_v"
         with self._database.connection() as connection:
-            names = _relations(connection, vector_table_id)
+            names = relations(connection, vector_table_id)
         numbers = (name.removeprefix(prefix) for _schema, name in names)
         return sorted({int(number) for number in numbers if number.isdecimal()})
 
@@ -265,9 +273,9 @@ class PgvectorStore:
             if not check_owned(connection, schema, name, mark):
                 return
             views = dependents(connection, table)
-            _refuse_dependents([view for view in views if view[2] != mark], schema, name)
+            refuse_dependents([view for view in views if view[2] != mark], schema, name)
             for view_schema, view, _comment in views:
-                _drop_view(connection, view_schema, view)
+                drop_view(connection, view_schema, view)
             connection.execute(sql.SQL("DROP TABLE {}").format(table))
 
         self._database.with_locks(remove)
@@ -278,7 +286,7 @@ class PgvectorStore:
 
         def remove(connection: Connection) -> None:
             if check_owned(connection, schema, name, f"embedd:{vector_table_id}"):
-                _drop_view(connection, schema, name)
+                drop_view(connection, schema, name)
 
         self._database.with_locks(remove)
 
@@ -318,12 +326,12 @@ class PgvectorStore:
     ) -> None:
         self.close()
 
-    def _place(self) -> Place:
+    def _find_vector_schema(self) -> str:
         with self._lock:
-            if self._found_place is None:
+            if self._vector_schema is None:
                 with self._database.connection() as connection:
-                    self._found_place = find_place(connection, self._database, self._wanted_schema)
-            return self._found_place
+                    self._vector_schema = find_vector_schema(connection, self._database)
+            return self._vector_schema
 
     def _home(self, vector_table_id: str) -> str:
         """The schema of the vector table's objects: where they are, whatever the search path has become since."""
@@ -331,9 +339,9 @@ class PgvectorStore:
         if home is not None:
             return home
         with self._database.connection() as connection:
-            found = _relations(connection, vector_table_id)
+            found = relations(connection, vector_table_id)
         if not found:
-            return self._place().schema
+            return self.schema
         self._homes[vector_table_id] = found[0][0]
         return found[0][0]
 
@@ -374,28 +382,3 @@ def _key_column(key_type: KeyType) -> sql.SQL:
 def _delete(connection: Connection, table: sql.Identifier, key_type: KeyType, keys: list[Key]) -> None:
     array = sql.SQL(key_type.base_name)
     connection.execute(sql.SQL("DELETE FROM {} WHERE pk_value = ANY(%s::{}[])").format(table, array), [keys])
-
-
-def _drop_view(connection: Connection, schema: str, name: str) -> None:
-    view = sql.Identifier(schema, name)
-    _refuse_dependents(dependents(connection, view), schema, name)
-    connection.execute(sql.SQL("DROP VIEW {}").format(view))
-
-
-def _refuse_dependents(views: list[tuple[str, str, str | None]], schema: str, name: str) -> None:
-    if views:
-        listed = ", ".join(f"{view_schema}.{view}" for view_schema, view, _comment in views)
-        raise VectorStoreRejected(
-            f"{schema}.{name} cannot be replaced or removed, as views were made over it: {listed}.",
-            resolution="Drop those views, then try again.",
-        )
-
-
-def _relations(connection: Connection, vector_table_id: str) -> list[tuple[str, str]]:
-    """Schema and name of every table and view of a vector table."""
-    return connection.execute(
-        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE c.relkind IN ('r', 'v') AND starts_with(c.relname, 'embedd_vt_')"
-        " AND obj_description(c.oid, 'pg_class') = %s ORDER BY c.relkind, c.oid",
-        [f"embedd:{vector_table_id}"],
-    ).fetchall()

@@ -1,4 +1,4 @@
-"""The user's own PostgreSQL as a place for vectors: connections, what it allows, whose objects are whose, and its errors.
+"""The user's own PostgreSQL: connections, transactions, and its errors as ours.
 
 Not psycopg_pool: it connects in the background and reports a wrong password as a timeout. Here the thread that needs a
 connection opens it, and gets the real error at once.
@@ -11,12 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg import pq, sql
+from psycopg import pq
 
 from embedd_dagster.errors import (
     ConfigurationError,
@@ -46,14 +45,6 @@ _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not
 
 class TableMissing(VectorStoreRejected):
     """The table of a vector set is not there (any more)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where sets are made, and where pgvector's own names are."""
-
-    schema: str
-    vector_schema: str
 
 
 class Database:
@@ -237,92 +228,3 @@ def access_denied(user: str, address: str, what: str, grant: str | None = None) 
 def quoted(identifier: str) -> str:
     """The identifier as SQL text for people; statements that are run use psycopg.sql."""
     return '"' + identifier.replace('"', '""') + '"'
-
-
-def find_place(connection: Connection, database: Database, schema: str | None) -> Place:
-    """Where sets can be made: in `schema`, or the first of the search path that may be written; pgvector is made if need be.
-
-    Raises SourceAccessDenied or VectorStoreRejected with the SQL that an administrator has to run.
-    """
-    row = connection.execute(
-        """
-        SELECT nspname, has_schema_privilege(oid, 'CREATE')
-        FROM pg_namespace, coalesce(array_position(current_schemas(false), nspname), 0) AS position
-        WHERE CASE WHEN %(schema)s::text IS NULL THEN position > 0 ELSE nspname = %(schema)s::text END
-        ORDER BY has_schema_privilege(oid, 'CREATE') DESC, position LIMIT 1
-        """,
-        {"schema": schema},
-    ).fetchone()
-    if row is None:
-        raise VectorStoreRejected(
-            f"There is no schema {schema or 'in the search path'} in {database.address} to write vectors to."
-        )
-    found, writable = row
-    if not writable:
-        grant = f"GRANT USAGE, CREATE ON SCHEMA {quoted(found)} TO {quoted(database.user)};"
-        raise access_denied(database.user, database.address, f"tables to schema {found!r}", grant)
-    return Place(found, _vector_schema(connection, database))
-
-
-def _vector_schema(connection: Connection, database: Database) -> str:
-    for _attempt in range(2):
-        row = connection.execute(
-            "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
-            " WHERE e.extname = 'vector'"
-        ).fetchone()
-        if row is None:
-            _create_extension(connection, database)
-            continue
-        version = tuple(int(part) for part in row[1].split(".")[:2] if part.isdigit())
-        if version < (0, 8):  # filters need its iterative scans
-            raise VectorStoreRejected(
-                f"pgvector in {database.address} is version {row[1]}; 0.8 or newer is needed.",
-                resolution="Install a newer pgvector, then run: ALTER EXTENSION vector UPDATE;",
-            )
-        return str(row[0])
-    raise VectorStoreRejected(f"pgvector could not be installed in {database.address}.")
-
-
-def _create_extension(connection: Connection, database: Database) -> None:
-    if not connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone():
-        raise VectorStoreRejected(
-            f"PostgreSQL at {database.address} does not have the pgvector extension.",
-            resolution="Install pgvector 0.8 or newer on the database server, then run: CREATE EXTENSION vector;",
-        )
-    try:
-        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
-    except psycopg.errors.InsufficientPrivilege:
-        raise access_denied(
-            database.user, database.address, "the extension pgvector", "CREATE EXTENSION vector;"
-        ) from None
-    except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateObject):
-        return  # somebody else made it just now
-
-
-def check_owned(connection: Connection, schema: str, name: str, mark: str) -> bool:
-    """Whether the relation is there and ours, told by its comment. Raises VectorStoreRejected for somebody else's."""
-    row = connection.execute(
-        "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = %s AND c.relname = %s",
-        [schema, name],
-    ).fetchone()
-    if row is not None and row[0] != mark:
-        raise VectorStoreRejected(
-            f"There is something else called {schema}.{name}, which is not of this vector table (its comment says so).",
-            resolution=f"Rename it or move it to another schema: ALTER TABLE {quoted(schema)}.{quoted(name)} RENAME TO …;",
-        )
-    return row is not None
-
-
-def dependents(connection: Connection, relation: sql.Composable) -> list[tuple[str, str, str | None]]:
-    """The views over a relation: schema, name and comment of each."""
-    return connection.execute(
-        """
-        SELECT DISTINCT n.nspname, v.relname, obj_description(v.oid, 'pg_class')
-        FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class
-        JOIN pg_namespace n ON n.oid = v.relnamespace
-        WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
-          AND d.refobjid = to_regclass(%s) AND v.oid <> d.refobjid
-        """,
-        [relation.as_string(connection)],
-    ).fetchall()

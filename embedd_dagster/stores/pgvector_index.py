@@ -10,7 +10,7 @@ from psycopg import sql
 
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.stores.pgvector_database import Connection, Database, set_local
-from embedd_dagster.stores.pgvector_filters import range_expression, ranged_columns
+from embedd_dagster.stores.pgvector_filters import index_expressions
 
 _MAX_VECTOR: Final = 2_000
 _MAX_HALFVEC: Final = 4_000
@@ -47,10 +47,8 @@ def build_indexes(
     wanted: list[tuple[str, sql.Composable]] = [
         ("bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)")),
     ]
-    if vector_set.filter_types:
-        wanted.append(("metadata", sql.SQL("USING gin (metadata jsonb_path_ops)")))
-    for position, column in enumerate(ranged_columns(vector_set.filter_types)):
-        wanted.append((f"range{position}", sql.SQL("({})").format(range_expression(column))))
+    for position, expression in enumerate(index_expressions(vector_set.filter_types)):
+        wanted.append((f"filter{position}", sql.SQL("({})").format(expression)))
     if vector_set.dimensions <= _MAX_HALFVEC:
         operators = "vector_cosine_ops" if vector_set.dimensions <= _MAX_VECTOR else "halfvec_cosine_ops"
         by_distance = sql.SQL("USING hnsw (({}) {}.{})").format(

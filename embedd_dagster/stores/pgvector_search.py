@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ from psycopg import sql
 
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.stores.pgvector_database import Connection, Database
 from embedd_dagster.stores.pgvector_filters import compile_filter
 from embedd_dagster.stores.pgvector_index import distance_expression, index_kind
@@ -19,7 +21,9 @@ FoundRow = tuple[Any, float, dict[str, Any], str]
 
 _TIMEOUT_SECONDS: Final = 30.0
 _EXACT_ROWS: Final = 10_000
-"""Up to so many rows behind a filter are compared one by one; beyond, the index finds enough of them soon."""
+_EXACT_NUMBERS: Final = 4_000_000
+"""Up to so many rows behind a filter, and numbers in their vectors, are compared one by one (some 10 ms); behind a filter
+that matches more, the index finds enough of them soon."""
 _EF_SEARCH: Final = 120
 _MAX_SCAN_TUPLES: Final = 50_000
 
@@ -34,6 +38,7 @@ class SearchQuery:
     vector: Vectors
     limit: int
     filters: Filter | None
+    filter_types: Mapping[str, FilterType]
 
 
 def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
@@ -48,10 +53,10 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
         "hnsw.max_scan_tuples": str(_MAX_SCAN_TUPLES),
         "jit": "off",
     }
-    where = compile_filter(query.filters) if query.filters is not None else None
+    where = compile_filter(query.filters, query.filter_types) if query.filters is not None else None
     parts = _parts(query, where)
     with database.transaction(timeout_seconds=_TIMEOUT_SECONDS, settings=settings) as connection:
-        few = where is not None and _matches_few(connection, parts)
+        few = where is not None and _matches_few(connection, parts, len(query.vector))
         if not few:
             by_index = sql.SQL(
                 "SELECT {key}, {distance}, metadata, embedded_text FROM {table} WHERE {condition}"
@@ -61,8 +66,9 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
             if len(rows) >= query.limit:
                 return rows
         one_by_one = sql.SQL(
-            "WITH chosen AS MATERIALIZED (SELECT {key} AS key, {distance} AS distance, metadata, embedded_text"
-            " FROM {table} WHERE {condition}) SELECT * FROM chosen ORDER BY distance LIMIT {limit}"
+            "WITH chosen AS MATERIALIZED (SELECT pk_value, {distance} AS distance FROM {table} WHERE {condition}),"
+            " nearest AS (SELECT * FROM chosen ORDER BY distance LIMIT {limit})"
+            " SELECT {key}, distance, metadata, embedded_text FROM nearest JOIN {table} USING (pk_value)"
         )
         return connection.execute(one_by_one.format(**parts)).fetchall()
 
@@ -80,10 +86,11 @@ def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Co
         # half floats order a little differently: twice as many are compared by the vectors themselves
         "candidates": sql.Literal(query.limit if index_kind(dimensions) == "hnsw" else 2 * query.limit),
         "limit": sql.Literal(query.limit),
-        "cap": sql.Literal(_EXACT_ROWS + 1),
     }
 
 
-def _matches_few(connection: Connection, parts: dict[str, sql.Composable]) -> bool:
+def _matches_few(connection: Connection, parts: dict[str, sql.Composable], dimensions: int) -> bool:
+    most = min(_EXACT_ROWS, _EXACT_NUMBERS // dimensions)
     count = sql.SQL("SELECT count(*) FROM (SELECT FROM {table} WHERE {condition} LIMIT {cap}) AS capped")
-    return bool(connection.execute(count.format(**parts)).fetchall()[0][0] <= _EXACT_ROWS)
+    row = connection.execute(count.format(**parts, cap=sql.Literal(most + 1))).fetchall()[0]
+    return bool(row[0] <= most)

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
+import httpx
 import numpy as np
 import orjson
 
-from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.filters import Filter
-from embedd_dagster.core.keys import Key, decode_key, encode_key, point_id
+from embedd_dagster.core.keys import Key, decode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.stores.qdrant_filters import (
@@ -21,15 +21,13 @@ from embedd_dagster.stores.qdrant_filters import (
     bucket_filter,
     column_name,
     compile_filter,
-    payload_key,
     payload_path,
 )
+from embedd_dagster.stores.qdrant_points import point_uuid, split_batch, upsert_body
 from embedd_dagster.stores.qdrant_rest import SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
 _INDEXING_THRESHOLD_KB: Final = 20_000  # Qdrant's own default was this for years; smaller segments are scanned fast
-_BODY_BYTES: Final = 16 * 2**20  # Qdrant refuses bodies above 32 MB
-_BYTES_PER_DIMENSION: Final = 13  # of a float32 in JSON, with its comma
 _SCROLL_PAGE: Final = 10_000
 _IDS_PER_CALL: Final = 1_000
 _RANGES_PER_FILTER: Final = 64
@@ -46,8 +44,8 @@ class QdrantStore:
     same direction again. A vector of zeros has no direction: it is stored and counted, and never found.
     """
 
-    def __init__(self, url: str, api_key: str | None = None) -> None:
-        self._rest = QdrantRest(url, api_key)
+    def __init__(self, url: str, api_key: str | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
+        self._rest = QdrantRest(url, api_key, transport)
 
     def check(self) -> None:
         """Returns when Qdrant answers to this key."""
@@ -75,15 +73,14 @@ class QdrantStore:
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
-        vectors = np.ascontiguousarray(points.vectors, dtype=np.float32)
-        for part in _parts(points):
-            body = _upsert_body(vector_set, points, vectors, part)
+        for part in split_batch(points):
+            body = upsert_body(vector_set, points, part)
             self._points(vector_set, "PUT", (), body, seconds=WRITE_SECONDS, wait=True)
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""
         for start in range(0, len(keys), _SCROLL_PAGE):
-            ids = [_id(vector_set, key) for key in keys[start : start + _SCROLL_PAGE]]
+            ids = [point_uuid(vector_set, key) for key in keys[start : start + _SCROLL_PAGE]]
             self._points(vector_set, "POST", ("delete",), {"points": ids}, seconds=WRITE_SECONDS, wait=True)
 
     def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
@@ -98,7 +95,7 @@ class QdrantStore:
 
     def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
         """For each of these keys that has a point: its text hash and its vector, normalised."""
-        by_id = {_id(vector_set, key): key for key in keys}
+        by_id = {point_uuid(vector_set, key): key for key in keys}
         ids = list(by_id)
         found: dict[Key, tuple[int, Vectors]] = {}
         for start in range(0, len(ids), _IDS_PER_CALL):
@@ -284,57 +281,3 @@ class QdrantStore:
             return set()
         body = {"ids": ids, "with_payload": False, "with_vector": True}
         return {point["id"] for point in self._points(vector_set, "POST", (), body) if not any(point["vector"])}
-
-
-def _id(vector_set: VectorSet, key: Key) -> str:
-    return str(point_id(vector_set.vector_table_id, encode_key(key)))
-
-
-def _parts(points: PointBatch) -> Iterator[slice]:
-    vector_bytes = points.vectors.shape[1] * _BYTES_PER_DIMENSION if len(points) else 0
-    start = size = 0
-    for index, text in enumerate(points.texts):
-        own = vector_bytes + 2 * len(text) + 500
-        if size and size + own > _BODY_BYTES:
-            yield slice(start, index)
-            start, size = index, 0
-        size += own
-    if size:
-        yield slice(start, len(points))
-
-
-def _upsert_body(vector_set: VectorSet, points: PointBatch, vectors: Vectors, part: slice) -> bytes:
-    keys = [encode_key(key) for key in points.keys[part]]
-    payloads = [
-        {
-            "pk": key,
-            "embedded_text": text,
-            "row_hash": row_hash,
-            "text_hash": text_hash,
-            "bucket": bucket,
-            "metadata": {payload_key(name): value for name, value in metadata.items() if value is not None},
-        }
-        for key, text, row_hash, text_hash, bucket, metadata in zip(
-            keys,
-            points.texts[part],
-            points.row_hashes[part],
-            points.text_hashes[part],
-            points.buckets[part],
-            points.metadata[part],
-            strict=True,
-        )
-    ]
-    ids = [str(point_id(vector_set.vector_table_id, key)) for key in keys]
-    body = {"batch": {"ids": ids, "vectors": vectors[part], "payloads": payloads}}
-    try:
-        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    except TypeError:  # a lone surrogate somewhere, which no UTF-8 can hold
-        return orjson.dumps(_clean(body), option=orjson.OPT_SERIALIZE_NUMPY)
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, str):
-        return clean_text(value)
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value

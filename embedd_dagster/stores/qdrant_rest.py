@@ -35,7 +35,7 @@ class SetMissing(VectorStoreRejected):
 class QdrantRest:
     """Calls against one Qdrant. Safe to use from several threads; nothing is connected to before the first call."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
+    def __init__(self, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None) -> None:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -47,6 +47,7 @@ class QdrantRest:
             base_url=parsed,
             headers={"content-type": "application/json"} | ({"api-key": api_key} if api_key else {}),
             limits=httpx.Limits(max_connections=_MAX_CONNECTIONS, max_keepalive_connections=_MAX_CONNECTIONS),
+            transport=transport,
             # a developer's proxy does not know the way to this very machine
             trust_env=parsed.host not in _LOOPBACK,
         )

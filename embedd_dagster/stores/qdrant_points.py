@@ -1,0 +1,76 @@
+"""Points as the body of Qdrant's upsert: JSON made by orjson straight from numpy, at a quarter of a client library's CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Final
+
+import numpy as np
+import orjson
+
+from embedd_dagster.core.embedded_text import clean_text
+from embedd_dagster.core.keys import Key, encode_key, point_id
+from embedd_dagster.core.rows import PointBatch, VectorSet
+from embedd_dagster.stores.qdrant_filters import payload_key
+
+BODY_BYTES: Final = 16 * 2**20
+"""Qdrant refuses bodies above 32 MB."""
+_BYTES_PER_DIMENSION: Final = 13  # of a float32 in JSON, with its comma
+
+
+def point_uuid(vector_set: VectorSet, key: Key) -> str:
+    """The id of a key's point, as it goes over the wire."""
+    return str(point_id(vector_set.vector_table_id, encode_key(key)))
+
+
+def split_batch(points: PointBatch) -> Iterator[slice]:
+    """The parts of a batch that make bodies of some 16 MB."""
+    vector_bytes = points.vectors.shape[1] * _BYTES_PER_DIMENSION if len(points) else 0
+    start = size = 0
+    for index, text in enumerate(points.texts):
+        own = vector_bytes + 2 * len(text) + 500
+        if size and size + own > BODY_BYTES:
+            yield slice(start, index)
+            start, size = index, 0
+        size += own
+    if size:
+        yield slice(start, len(points))
+
+
+def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes:
+    """The body that writes this part of a batch; `None` in metadata is left out."""
+    vectors = np.ascontiguousarray(points.vectors[part], dtype=np.float32)
+    keys = [encode_key(key) for key in points.keys[part]]
+    payloads = [
+        {
+            "pk": key,
+            "embedded_text": text,
+            "row_hash": row_hash,
+            "text_hash": text_hash,
+            "bucket": bucket,
+            "metadata": {payload_key(name): value for name, value in metadata.items() if value is not None},
+        }
+        for key, text, row_hash, text_hash, bucket, metadata in zip(
+            keys,
+            points.texts[part],
+            points.row_hashes[part],
+            points.text_hashes[part],
+            points.buckets[part],
+            points.metadata[part],
+            strict=True,
+        )
+    ]
+    ids = [str(point_id(vector_set.vector_table_id, key)) for key in keys]
+    body = {"batch": {"ids": ids, "vectors": vectors, "payloads": payloads}}
+    try:
+        return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
+    except TypeError:  # a lone surrogate somewhere, which no UTF-8 can hold
+        return orjson.dumps(_clean(body), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean_text(value)
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,246 @@
+"""What is Qdrant's alone: its wire, its answers other than 200, payload keys, and waiting for the index."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from embedd_dagster.core.filters import Condition, Operator
+from embedd_dagster.core.rows import PointBatch, VectorSet
+from embedd_dagster.core.vector_table import FilterType
+from embedd_dagster.errors import ConfigurationError, EmbeddError, VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.stores import qdrant, qdrant_points
+from embedd_dagster.stores.qdrant import QdrantStore
+from embedd_dagster.stores.qdrant_filters import column_name, compile_filter, payload_key, payload_path
+from embedd_dagster.stores.ranking import bucket_ranges
+
+SET = VectorSet("vt_abcdefgh", 1, "vt_abcdefgh_things", 4, {"color": FilterType.KEYWORD})
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+def ok(result: Any) -> httpx.Response:
+    return httpx.Response(200, json={"result": result, "status": "ok", "time": 0})
+
+
+def opened(handler: Handler, url: str = "http://qdrant:6333", api_key: str | None = None) -> QdrantStore:
+    return QdrantStore(url, api_key, transport=httpx.MockTransport(handler))
+
+
+def points(count: int, text: str = "t") -> PointBatch:
+    vectors = np.ones((count, 4), np.float32)
+    return PointBatch([*range(count)], [text] * count, [{}] * count, [0] * count, [0] * count, [0] * count, vectors)
+
+
+@pytest.mark.parametrize("url", ["qdrant:6333", "ftp://x", "http://", "", "http://[::"])
+def test_what_is_no_url_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        QdrantStore(url)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, VectorStoreRejected), (401, VectorStoreRejected), (403, VectorStoreRejected), (404, VectorStoreRejected),
+        (409, VectorStoreRejected), (413, VectorStoreRejected), (422, VectorStoreRejected),
+        (408, VectorStoreUnavailable), (429, VectorStoreUnavailable), (500, VectorStoreUnavailable),
+        (502, VectorStoreUnavailable), (503, VectorStoreUnavailable), (504, VectorStoreUnavailable),
+    ],
+)  # fmt: skip
+def test_every_answer_becomes_one_of_our_errors(status: int, kind: type[EmbeddError]) -> None:
+    body = {"status": {"error": 'Wrong input: "a row\'s content" is bad ' + "x" * 1000}}
+    store = opened(lambda _: httpx.Response(status, json=body, headers={"retry-after": "7"}))
+    with pytest.raises(kind) as caught:
+        store.check()
+    assert "a row's content" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+    if isinstance(caught.value, VectorStoreUnavailable):
+        assert caught.value.retry_after_seconds == 7
+    if status in (401, 403):
+        assert "EMBEDD_QDRANT_API_KEY" in caught.value.resolution
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        httpx.ConnectError,
+        httpx.ReadTimeout,
+        httpx.ConnectTimeout,
+        httpx.PoolTimeout,
+        httpx.RemoteProtocolError,
+        httpx.ReadError,
+    ],
+)
+def test_every_failure_of_the_transport_is_transient(failure: type[httpx.TransportError]) -> None:
+    def fail(request: httpx.Request) -> httpx.Response:
+        raise failure("key=secret", request=request)
+
+    with pytest.raises(VectorStoreUnavailable) as caught:
+        opened(fail, api_key="secret").check()
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"[]", b'{"x": 1}', b""])
+def test_something_else_at_the_address_is_told(content: bytes) -> None:
+    with pytest.raises(VectorStoreRejected, match="does not speak"):
+        opened(lambda _: httpx.Response(200, content=content)).check()
+
+
+def test_the_api_key_and_a_path_prefix_are_sent() -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return ok({"collections": []})
+
+    opened(handler, "https://cloud.example/prefix", "k3y").check()
+    assert seen[0].headers["api-key"] == "k3y"
+    assert str(seen[0].url) == "https://cloud.example/prefix/collections"
+
+
+def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant_points, "BODY_BYTES", 5000)
+    bodies: list[bytes] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.content)
+        assert request.url.params["wait"] == "true"
+        return ok({})
+
+    opened(handler).upsert(SET, points(20, text="x" * 500))
+    sent = [orjson.loads(body)["batch"] for body in bodies]
+    assert len(sent) > 3
+    assert [payload["pk"] for part in sent for payload in part["payloads"]] == [f"i:{index}" for index in range(20)]
+    assert max(map(len, bodies)) < 5000
+    bodies.clear()
+    opened(handler).upsert(SET, points(2, text="x" * 50_000))  # a point that is too large is sent alone
+    assert len(bodies) == 2
+
+
+def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]]) -> list[str]:
+    monkeypatch.setattr(qdrant, "_POLL_SECONDS", 0)
+    calls: list[str] = []
+    remaining = iter(states)
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        calls.append(request.method)
+        return ok(True if request.method == "PATCH" else next(remaining))
+
+    opened(handler).finish_load(SET)
+    return calls
+
+
+MANY = 2_000_000  # points, of 4 dimensions: enough for an index
+
+
+def test_a_small_collection_is_ready_when_it_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [{"status": "yellow", "points_count": 5}, {"status": "green", "points_count": 5}]
+    assert run_finish_load(monkeypatch, states) == ["PATCH", "GET", "GET"]
+
+
+def test_a_large_one_must_stay_green_as_the_optimizer_may_not_have_looked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["green", "yellow", "green", "green", "grey", "green", "green", "green"]
+    calls = run_finish_load(monkeypatch, [{"status": name, "points_count": MANY} for name in names])
+    assert calls.count("GET") == len(names)
+    assert calls.count("PATCH") == 2  # grey wants a nudge
+
+
+def test_a_failed_index_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VectorStoreRejected):
+        run_finish_load(monkeypatch, [{"status": "red"}])
+
+
+def test_an_index_without_progress_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant, "_STALLED_SECONDS", -1)
+    moving = [{"status": "yellow", "indexed_vectors_count": count} for count in range(5)]
+    with pytest.raises(VectorStoreUnavailable):
+        run_finish_load(monkeypatch, [*moving, moving[-1]])
+
+
+def test_too_few_hits_are_looked_for_again_exactly() -> None:
+    asked: list[dict[str, Any]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        body = orjson.loads(request.content)
+        asked.append(body)
+        found = 3 if body["params"]["exact"] else 1
+        payload = {"pk": "i:1", "embedded_text": "t", "metadata": {}}
+        return ok({"points": [{"id": str(index), "score": 0.5, "payload": payload} for index in range(found)]})
+
+    assert len(opened(handler).search(SET, np.ones(4, np.float32), limit=5)) == 3
+    assert [body["params"]["exact"] for body in asked] == [False, True]
+
+
+def test_an_alias_of_somebody_else_is_not_taken(qdrant_url: str) -> None:
+    foreign = VectorSet("vt_foreign00", 1, "vt_shared_name", 4, {})
+    own = VectorSet("vt_own000000", 1, "vt_shared_name", 4, {})
+    with QdrantStore(qdrant_url) as store:
+        try:
+            store.create(foreign)
+            store.create(own)
+            store.publish(foreign)
+            with pytest.raises(VectorStoreRejected, match="vt_shared_name"):
+                store.publish(own)
+            with pytest.raises(VectorStoreRejected):
+                store.drop_public_name(own.vector_table_id, own.public_name)
+        finally:
+            store.drop(foreign.vector_table_id, 1)
+            store.drop(own.vector_table_id, 1)
+
+
+def test_two_creates_at_once_both_succeed(qdrant_url: str) -> None:
+    raced = VectorSet("vt_raced0000", 1, "vt_raced0000_x", 4, {"color": FilterType.KEYWORD})
+    failures: list[BaseException] = []
+    with QdrantStore(qdrant_url) as store:
+
+        def create() -> None:
+            try:
+                store.create(raced)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=create) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        store.drop(raced.vector_table_id, 1)
+    assert failures == []
+
+
+NAMES = st.text(st.sampled_from('a%25C"\\.[]'), max_size=8) | st.text(max_size=8)
+
+
+@given(first=NAMES, second=NAMES)
+def test_every_column_has_a_payload_key_of_its_own(first: str, second: str) -> None:
+    assert column_name(payload_key(first)) == first
+    assert (payload_key(first) == payload_key(second)) == (first == second)
+    assert payload_path(first).count('"') == 2
+    assert "\\" not in payload_path(first)
+
+
+def test_plain_names_stay_as_they_are() -> None:
+    for name in ("price", "my.col", "a b", "50%", "a[0]"):
+        assert payload_key(name) == name
+
+
+def test_beyond_exact_doubles_integers_that_round_alike_are_named() -> None:
+    types = {"n": FilterType.INTEGER}
+    assert compile_filter(Condition("n", Operator.GT, 5), types) == {
+        "must": [{"key": 'metadata."n"', "range": {"gt": 5.0}}],
+    }
+    compiled = compile_filter(Condition("n", Operator.GT, 2**53), types)
+    assert compiled["must_not"][0]["match"]["any"] == [2**53, 2**53 + 1]
+
+
+def test_bucket_ranges_are_joined() -> None:
+    assert bucket_ranges([3, 1, 2, 2, 7], 8, 16) == [(256, 1023), (1792, 2047)]
+    assert bucket_ranges([0], 0, 16) == [(0, 65535)]
+    assert bucket_ranges([], 4, 16) == []
