@@ -77,9 +77,17 @@ def record_test(connection: Connection, error: str | None) -> None:
     connection.tested_at = now()
 
 
-def get(session: Session, environment_id: str, connection_id: str) -> Connection:
+def rename(session: Session, connection: Connection, name: str) -> None:
+    """Another name. Raises Conflict."""
+    if name != connection.name:
+        with name_must_be_free(session, "connection", name):
+            connection.name = name
+            connection.updated_at = now()
+
+
+def get(session: Session, environment_id: str, connection_id: str, *, lock: bool = False) -> Connection:
     """The connection. Raises NotFound, also for one of another environment."""
-    connection = session.get(Connection, connection_id)
+    connection = session.get(Connection, connection_id, with_for_update=lock or None, populate_existing=lock)
     if connection is None or connection.environment_id != environment_id:
         raise NotFound("connection", connection_id)
     return connection

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from embedd_dagster.errors import CatalogUnavailable
@@ -40,6 +41,8 @@ class Catalog:
                 yield session
         except OperationalError as error:
             raise CatalogUnavailable("The catalog database does not answer.") from error
+        except PoolTimeoutError as error:
+            raise CatalogUnavailable("Every connection to the catalog database is in use.") from error
         except DBAPIError as error:
             if error.connection_invalidated:
                 raise CatalogUnavailable("The connection to the catalog database was lost.") from error

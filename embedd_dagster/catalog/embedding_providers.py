@@ -57,9 +57,34 @@ def open_credentials(row: EmbeddingProvider, box: SecretBox) -> dict[str, Any]:
     return {**secrets, "base_url": row.base_url} if row.base_url else secrets
 
 
-def get(session: Session, environment_id: str, provider_id: str) -> EmbeddingProvider:
+def rename(session: Session, row: EmbeddingProvider, name: str) -> None:
+    """Another name. Raises Conflict."""
+    if name != row.name:
+        with name_must_be_free(session, "embedding provider", name):
+            row.name = name
+            row.updated_at = now()
+
+
+def set_limits(row: EmbeddingProvider, limits: Mapping[str, Any]) -> None:
+    """Replaces the limits."""
+    row.limits = dict(limits)
+    row.updated_at = now()
+
+
+def find_used_model(session: Session, provider_id: str) -> tuple[str, int] | None:
+    """A model, with its dimensions, that a vector table uses the provider for; None where there is none."""
+    statement = (
+        select(VectorTable.embedding_model, VectorTable.embedding_dimensions)
+        .where(VectorTable.embedding_provider_id == provider_id, VectorTable.deleted_at.is_(None))
+        .limit(1)
+    )
+    found = session.execute(statement).one_or_none()
+    return None if found is None else (found.embedding_model, found.embedding_dimensions)
+
+
+def get(session: Session, environment_id: str, provider_id: str, *, lock: bool = False) -> EmbeddingProvider:
     """The provider. Raises NotFound, also for one of another environment."""
-    row = session.get(EmbeddingProvider, provider_id)
+    row = session.get(EmbeddingProvider, provider_id, with_for_update=lock or None, populate_existing=lock)
     if row is None or row.environment_id != environment_id:
         raise NotFound("embedding_provider", provider_id)
     return row

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import Final
 
+from sqlalchemy import delete as delete_rows
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
-from embedd_dagster.catalog.tables import ApiKey, Connection, EmbeddingProvider, Environment, Organization, VectorTable
+from embedd_dagster.catalog.tables import (
+    ApiKey,
+    Connection,
+    EmbeddingProvider,
+    Environment,
+    Organization,
+    Task,
+    VectorTable,
+)
 from embedd_dagster.errors import Conflict, NotFound
 
 DEFAULT_ORGANIZATION: Final = "default"
@@ -83,6 +92,8 @@ def delete(session: Session, org_id: str, environment_id: str) -> None:
             code="environment_conflict",
             resolution="Delete what is in it first.",
         )
+    # of vector tables that are gone
+    session.execute(delete_rows(Task).where(Task.environment_id == environment_id))
     for key in session.scalars(select(ApiKey).where(ApiKey.environment_id == environment_id)):
         session.delete(key)
     session.flush()

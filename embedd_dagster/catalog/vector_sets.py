@@ -11,11 +11,12 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.pages import Page, Position
 from embedd_dagster.catalog.tables import FailedRow, Shard, VectorSetRow, VectorTable
 from embedd_dagster.core.keys import Key, decode_key, encode_key
 from embedd_dagster.core.rows import TableDigest, VectorSet
@@ -249,6 +250,18 @@ def count_failures(session: Session, vector_table_id: str, version: int) -> int:
     statement = select(func.count()).select_from(FailedRow)
     statement = statement.where(FailedRow.vector_table_id == vector_table_id, FailedRow.version == version)
     return session.scalar(statement) or 0
+
+
+def failed_page(session: Session, vector_table_id: str, limit: int, after: Position | None) -> Page[FailedRow]:
+    """Failed rows of the newest version that has any, the latest to fail first."""
+    newest = select(func.max(FailedRow.version)).where(FailedRow.vector_table_id == vector_table_id).scalar_subquery()
+    statement = select(FailedRow).where(FailedRow.vector_table_id == vector_table_id, FailedRow.version == newest)
+    order = (FailedRow.first_failed_at, FailedRow.key)
+    if after is not None:
+        statement = statement.where(tuple_(*order) < tuple_(after.created_at, after.object_id))
+    rows = list(session.scalars(statement.order_by(*(column.desc() for column in order)).limit(limit + 1)))
+    following = Position(rows[limit - 1].first_failed_at, rows[limit - 1].key) if len(rows) > limit else None
+    return Page(rows[:limit], following)
 
 
 def clear_failures(session: Session, vector_set: VectorSet, keys: Sequence[Key]) -> None:

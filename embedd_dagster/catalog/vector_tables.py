@@ -126,6 +126,14 @@ def reconfigure(
     return True
 
 
+def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | None) -> None:
+    """Takes another schedule; the next sync is set anew by it. Does nothing where it is the same."""
+    if (schedule, interval_seconds) != (row.sync_schedule, row.sync_interval_seconds):
+        row.sync_schedule, row.sync_interval_seconds = schedule, interval_seconds
+        row.next_sync_at = None
+        row.updated_at = now()
+
+
 def set_status(row: VectorTable, status: SyncStatus, error: str | None = None) -> None:
     """Moves to a state, or stays in it; an error is kept until the next good run.
 

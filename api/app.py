@@ -1,0 +1,85 @@
+"""The application: `uvicorn api.app:create_app --factory`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import APIRouter, FastAPI
+from fastapi.responses import HTMLResponse
+
+from api import errors, logs
+from api.middleware import BodyLimit, RequestContext
+from api.routers import (
+    api_keys,
+    connections,
+    embedding_models,
+    embedding_providers,
+    environments,
+    health,
+    queries,
+    tasks,
+    vector_table_sync,
+    vector_tables,
+)
+from api.state import ApiState
+from api.strict_json import StrictRoute
+from embedd_dagster.settings import Settings, get_settings
+
+_DESCRIPTION = """Keeps tables of your database searchable by meaning.
+
+Every request but `/health` and `/ready` carries `Authorization: Bearer sk_…` (make a key with `embedd keys create`), and is
+made in the environment of `X-Environment-Id`, or the one named `prod`. Every answer that is not 2xx is an error envelope; its
+codes are listed at [/docs/errors](/docs/errors)."""
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application by these settings, or by the environment's; it opens its Runtime when it starts."""
+    settings = settings or get_settings()
+    logs.configure()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state = ApiState.open(settings)
+        app.state.embedd = state
+        try:
+            yield
+        finally:
+            state.close()
+
+    app = FastAPI(
+        title="embedd",
+        version=version("embedd"),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.router.route_class = StrictRoute
+    errors.install(app)
+    # the one added last is the outermost
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestContext)
+    app.include_router(health.router)
+    v1 = APIRouter(prefix="/v1", route_class=StrictRoute)
+    for module in (
+        environments,
+        api_keys,
+        connections,
+        embedding_providers,
+        embedding_models,
+        vector_tables,
+        vector_table_sync,
+        queries,
+        tasks,
+    ):
+        v1.include_router(module.router)
+    app.include_router(v1)
+
+    @app.get(errors.ERROR_PAGE, include_in_schema=False)
+    def show_error_codes() -> HTMLResponse:
+        return HTMLResponse(errors.error_page())
+
+    return app

@@ -1,0 +1,95 @@
+"""Who asks, in which environment, and whether they may."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Final
+
+from fastapi import Depends, Header, Request, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from api.state import ApiState
+from embedd_dagster.catalog import api_keys, environments
+from embedd_dagster.catalog.api_keys import Permission
+from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
+from embedd_dagster.catalog.tables import ApiKey, Environment
+from embedd_dagster.errors import NotFound, PermissionDenied, Unauthorized
+
+_KEY: Final = re.compile(r"sk_[A-Za-z0-9_-]{20,100}")
+_ENVIRONMENT_ID: Final = re.compile(r"env_[0-9a-z]{26}")
+_MAX_SHOWN: Final = 64
+
+_bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="An API key, `sk_…`")
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A known key, and the environment that its request is made in."""
+
+    state: ApiState
+    key: ApiKey
+    environment: Environment
+
+    @property
+    def org_id(self) -> str:
+        """The organization, outside of which nothing is ever seen."""
+        return self.key.org_id
+
+    @property
+    def only_environment_id(self) -> str | None:
+        """The one environment that the key is good for; None where it is good for all of its organization."""
+        return self.key.environment_id
+
+
+def authenticate(
+    request: Request,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    x_environment_id: Annotated[
+        str | None,
+        Header(
+            description="The environment of the request; left out, the key's own, or else the one named `prod`",
+            examples=["env_1q3k8zc0v5tq9n2m4x7wb6dhpa"],
+        ),
+    ] = None,
+) -> Caller:
+    """The caller, asked of the catalog at every request, so that a revoked key stops at once.
+
+    Raises Unauthorized, RateLimitExceeded, NotFound for an environment that is not the key's.
+    """
+    if credentials is None:
+        raise Unauthorized("There is no API key in the request.")
+    if not _KEY.fullmatch(credentials.credentials):
+        raise Unauthorized("The API key is not known.")
+    state: ApiState = request.app.state.embedd
+    with state.runtime.catalog.transaction() as session:
+        key = api_keys.authenticate(session, credentials.credentials)
+        request.state.key_prefix = key.prefix
+        standing, excess = state.rate_limiter.hit(key.id)
+        request.state.rate_limit = standing
+        if excess is not None:
+            raise excess
+        if x_environment_id is None and key.environment_id is None:
+            found = environments.find_by_name(session, key.org_id, DEFAULT_ENVIRONMENT)
+            if found is None:
+                raise NotFound("environment", DEFAULT_ENVIRONMENT)
+            return Caller(state, key, found)
+        wanted = x_environment_id if x_environment_id is not None else key.environment_id or ""
+        if not _ENVIRONMENT_ID.fullmatch(wanted) or key.environment_id not in (None, wanted):
+            raise NotFound("environment", wanted[:_MAX_SHOWN])
+        return Caller(state, key, environments.get(session, key.org_id, wanted))
+
+
+Reader = Annotated[Caller, Depends(authenticate)]
+"""Any key: for what changes nothing."""
+
+
+def require_full(caller: Reader) -> Caller:
+    """The caller, if the key may change something. Raises PermissionDenied."""
+    if caller.key.permission != Permission.FULL:
+        raise PermissionDenied("The key is read_only: it may send GET requests and queries.")
+    return caller
+
+
+Writer = Annotated[Caller, Depends(require_full)]
+"""A key with permission `full`."""

@@ -1,0 +1,112 @@
+"""Tells Dagster, in the background, to launch or end a run right away; nothing depends on it.
+
+The task is in the catalog before this is called. Where Dagster is down, the sensor `reconcile` launches it later: a
+failure here is logged, and no more. Plain HTTP, so that the API's process never imports Dagster.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+import httpx
+import structlog
+
+from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.errors import EmbeddError, OrchestratorUnavailable
+
+LAUNCH: Final = """mutation LaunchRun($executionParams: ExecutionParams!) {
+  launchRun(executionParams: $executionParams) {
+    __typename
+    ... on LaunchRunSuccess { run { runId } }
+  }
+}"""
+TERMINATE: Final = """mutation TerminateRun($runId: String!) {
+  terminateRun(runId: $runId) { __typename }
+}"""
+_TIMEOUT_SECONDS: Final = 5.0
+_MAX_WAITING: Final = 200
+_log = structlog.get_logger("embedd.api")
+
+
+class Launcher:
+    """Sends launches and terminations to Dagster's webserver, two at a time."""
+
+    def __init__(self, catalog: Catalog, dagster_url: str | None) -> None:
+        """Without an URL nothing is sent: the sensor works alone."""
+        self._catalog = catalog
+        self._url = dagster_url.rstrip("/") if dagster_url else None
+        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        self._workers = ThreadPoolExecutor(2, "launch")
+        self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
+
+    def launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+        """Has a run launched for a pending task; returns at once."""
+        self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, task_type))
+
+    def terminate(self, run_id: str) -> None:
+        """Has a run told to end; returns at once."""
+        self._later("terminate", run_id, lambda: self._send(TERMINATE, {"runId": run_id}, "terminateRun"))
+
+    def _later(self, what: str, subject: str, action: Callable[[], object]) -> None:
+        if self._url is None:
+            return
+        if not self._waiting.acquire(blocking=False):
+            _log.warning("dagster not told", what=what, subject=subject, reason="too many are waiting")
+            return
+
+        def act() -> None:
+            try:
+                action()
+            except EmbeddError as error:
+                _log.warning("dagster not told", what=what, subject=subject, reason=error.message)
+            finally:
+                self._waiting.release()
+
+        try:
+            self._workers.submit(act)
+        except RuntimeError:  # shutting down
+            self._waiting.release()
+
+    def _launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+        mode = "sync" if task_type is TaskType.SYNC else "backfill"
+        tags = {"dagster/partition": vector_table_id, "embedd/task_id": task_id}
+        answer = self._send(
+            LAUNCH,
+            {
+                "executionParams": {
+                    "selector": {
+                        "repositoryLocationName": "embedd",
+                        "repositoryName": "__repository__",
+                        "jobName": "vector_table_job",
+                    },
+                    "runConfigData": {"ops": {"vector_table": {"config": {"mode": mode}}}},
+                    "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
+                }
+            },
+            "launchRun",
+        )
+        if answer.get("__typename") != "LaunchRunSuccess":
+            raise OrchestratorUnavailable(f"Dagster answers {answer.get('__typename')}.")
+        with self._catalog.transaction() as session:
+            tasks.record_launch(session, task_id, answer["run"]["runId"])
+
+    def _send(self, query: str, variables: Mapping[str, Any], field: str) -> dict[str, Any]:
+        try:
+            response = self._http.post(f"{self._url}/graphql", json={"query": query, "variables": variables})
+            response.raise_for_status()
+            answer: dict[str, Any] = response.json()["data"][field]
+        except httpx.HTTPError as error:
+            raise OrchestratorUnavailable(f"Dagster does not answer ({type(error).__name__}).") from None
+        except (ValueError, KeyError, TypeError):
+            raise OrchestratorUnavailable("Dagster's answer is not what GraphQL would say.") from None
+        return answer
+
+    def close(self) -> None:
+        """Drops what is still waiting; the sensor does it."""
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._http.close()

@@ -1,0 +1,116 @@
+"""What happens to every request around its endpoint: an id, a log line, a bounded body, and never a bare exception."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, Final
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from api.errors import error_response, internal_error_response
+from api.rate_limit import RateLimit
+from embedd_dagster.catalog.clock import new_id
+
+_SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_log = structlog.get_logger("embedd.api")
+
+
+class RequestContext:
+    """Gives the request its id, every response its headers, the log its line, and a fault its envelope."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        given = Headers(scope=scope).get("x-request-id", "")
+        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else new_id("req")
+        state: dict[str, Any] = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-Id"] = request_id
+                headers["X-Content-Type-Options"] = "nosniff"
+                standing = state.get("rate_limit")
+                if isinstance(standing, RateLimit):
+                    headers.update(standing.headers)
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_headers)
+            except Exception as error:  # noqa: BLE001 - the last stop before the server, which would log a stack trace
+                response = internal_error_response(scope, error)
+                if status == 0:
+                    await response(scope, receive, send_with_headers)
+            finally:
+                _log.info(
+                    "request",
+                    method=scope["method"],
+                    # the route's pattern, as a path may hold anything
+                    route=getattr(scope.get("route"), "path", None),
+                    status=status,
+                    duration_ms=round((time.perf_counter() - begun) * 1000, 1),
+                    key=state.get("key_prefix"),
+                )
+
+
+class BodyLimit:
+    """Reads the body before the application is called, and refuses a large one, by its announced or its true size."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "0")
+        if announced.isdecimal() and int(announced[:18]) > self._max_bytes:
+            await self._refuse(scope, receive, send)
+            return
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                await self._refuse(scope, receive, send)
+                return
+            if not message.get("more_body", False):
+                break
+        delivered = False
+
+        async def receive_again() -> Message:
+            nonlocal delivered
+            if delivered:
+                return await receive()
+            delivered = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self._app(scope, receive_again, send)
+
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(
+            scope,
+            "payload_too_large",
+            f"body: at most {self._max_bytes} bytes are accepted.",
+            "Send a smaller body.",
+            headers={"Connection": "close"},
+        )
+        await response(scope, receive, send)

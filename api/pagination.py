@@ -1,0 +1,93 @@
+"""Lists: newest first, a page at a time, by an opaque cursor.
+
+A cursor says only where in an order to go on; every list is filtered by the caller's environment first, so a forged one
+shows nothing that its forger could not list anyway.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Final, Generic, TypeVar
+
+from fastapi import Query
+from pydantic import Field
+
+from api.schemas.base import Answer
+from embedd_dagster.catalog.pages import Page, Position
+from embedd_dagster.errors import ValidationFailed
+
+T = TypeVar("T")
+S = TypeVar("S")
+L = TypeVar("L", bound="ListAnswer[Any]")
+
+DEFAULT_LIMIT: Final = 20
+MAX_LIMIT: Final = 100
+_MAX_CURSOR: Final = 2000
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_MAX_MICROSECONDS: Final = 253_402_300_799_999_999  # the last of the year 9999
+
+Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at the most")]
+Cursor = Annotated[
+    str | None,
+    Query(max_length=_MAX_CURSOR, description="`pagination.next_cursor` of the page before; left out, the first page"),
+]
+
+
+class Pagination(Answer):
+    """Where a page stands in its list."""
+
+    limit: int = Field(description="How many were asked for")
+    has_more: bool = Field(description="Whether another page follows")
+    next_cursor: str | None = Field(description="`cursor` of the next page, null on the last one")
+
+
+class ListAnswer(Answer, Generic[T]):
+    """One page of a list, newest first; what is added meanwhile does not shift it."""
+
+    data: list[T]
+    pagination: Pagination
+
+
+def read_cursor(cursor: str | None) -> Position | None:
+    """The position that a cursor stands for. Raises ValidationFailed for anything that `write_cursor` has not made."""
+    if cursor is None:
+        return None
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        number, separator, object_id = raw.partition(":")
+        microseconds = int(number)
+        position = Position(_EPOCH + timedelta(microseconds=microseconds), object_id)
+        is_ours = 0 <= microseconds <= _MAX_MICROSECONDS and separator and object_id and "\x00" not in object_id
+    except (binascii.Error, ValueError, OverflowError):
+        is_ours = False
+    if not is_ours or write_cursor(position) != cursor:
+        raise ValidationFailed(
+            "cursor: it is not one that this API gave.", resolution="Start again at the first page, without a cursor."
+        )
+    return position
+
+
+def write_cursor(position: Position) -> str:
+    """The cursor of a position."""
+    microseconds = (position.created_at - _EPOCH) // timedelta(microseconds=1)
+    return base64.urlsafe_b64encode(f"{microseconds}:{position.object_id}".encode()).rstrip(b"=").decode()
+
+
+def list_answer(kind: type[L], page: Page[S], limit: int, shown: Callable[[S], Any]) -> L:
+    """The page as an answer of this kind."""
+    return kind(data=[shown(item) for item in page.items], pagination=pagination(page.next, limit))
+
+
+def whole_list(kind: type[L], items: Sequence[Any]) -> L:
+    """A list that is never longer than one page."""
+    return kind(data=list(items), pagination=pagination(None, len(items)))
+
+
+def pagination(following: Position | None, limit: int) -> Pagination:
+    """The `pagination` part of an answer."""
+    return Pagination(
+        limit=limit, has_more=following is not None, next_cursor=write_cursor(following) if following else None
+    )

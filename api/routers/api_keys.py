@@ -1,0 +1,60 @@
+"""API keys."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.auth import Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.schemas.api_keys import ApiKeyAnswer, ApiKeyCreate, ApiKeyList, NewApiKeyAnswer
+from api.schemas.base import ApiKeyId
+from api.strict_json import StrictRoute
+from embedd_dagster.catalog import api_keys, environments
+from embedd_dagster.catalog.api_keys import Permission
+from embedd_dagster.catalog.tables import ApiKey
+from embedd_dagster.errors import NotFound
+
+router = APIRouter(prefix="/api-keys", tags=["API keys"], route_class=StrictRoute)
+
+
+def _shown(row: ApiKey) -> ApiKeyAnswer:
+    return ApiKeyAnswer(
+        id=row.id,
+        org_id=row.org_id,
+        environment_id=row.environment_id,
+        name=row.name,
+        permission=row.permission,
+        prefix=row.prefix,
+        created_at=row.created_at,
+        revoked_at=row.revoked_at,
+    )
+
+
+@router.post("", status_code=201, responses=answers("permission_denied"))
+def create_api_key(body: ApiKeyCreate, caller: Writer) -> NewApiKeyAnswer:
+    """Create an API key. A key that is good for one environment makes keys for that one only."""
+    environment_id = body.environment_id or caller.only_environment_id
+    if caller.only_environment_id not in (None, environment_id):
+        raise NotFound("environment", str(environment_id))
+    with caller.state.runtime.catalog.transaction() as session:
+        if environment_id is not None:
+            environments.get(session, caller.org_id, environment_id)
+        new = api_keys.create(session, caller.org_id, environment_id, body.name, Permission(body.permission))
+    return NewApiKeyAnswer(key=new.raw, api_key=_shown(new.api_key))
+
+
+@router.get("", responses=answers())
+def list_api_keys(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> ApiKeyList:
+    """List API keys, revoked ones included. Nobody can see a key itself again."""
+    after = read_cursor(cursor)
+    with caller.state.runtime.catalog.transaction() as session:
+        page = api_keys.page(session, caller.org_id, caller.only_environment_id, limit, after)
+    return list_answer(ApiKeyList, page, limit, _shown)
+
+
+@router.delete("/{api_key_id}", status_code=204, responses=answers("permission_denied", "api_key_not_found"))
+def revoke_api_key(api_key_id: ApiKeyId, caller: Writer) -> None:
+    """Revoke an API key, at once and for ever."""
+    with caller.state.runtime.catalog.transaction() as session:
+        api_keys.revoke(session, caller.org_id, caller.only_environment_id, api_key_id)

@@ -1,0 +1,171 @@
+"""Connections to source databases."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+
+from api.auth import Caller, Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.schemas.base import ConnectionId
+from api.schemas.connections import (
+    ConnectionAnswer,
+    ConnectionList,
+    ConnectionUpdate,
+    PostgresqlConnectionCreate,
+    SourceTableAnswer,
+    SourceTableList,
+    TestAnswer,
+)
+from api.strict_json import StrictRoute
+from embedd_dagster import sources
+from embedd_dagster.catalog import connections
+from embedd_dagster.catalog.tables import Connection
+from embedd_dagster.engine import admission
+from embedd_dagster.errors import EmbeddError, NotReady, SecretUnreadable, ValidationFailed
+
+router = APIRouter(tags=["Connections"], route_class=StrictRoute)
+
+
+def _shown(row: Connection) -> ConnectionAnswer:
+    return ConnectionAnswer(
+        id=row.id,
+        org_id=row.org_id,
+        environment_id=row.environment_id,
+        name=row.name,
+        provider=row.provider,
+        mode=row.mode,
+        status=row.status,
+        settings=row.settings,
+        last_error=row.last_error,
+        tested_at=row.tested_at,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )
+
+
+@router.post(
+    "/providers/postgresql/connections", status_code=201, responses=answers("permission_denied", "name_conflict")
+)
+def create_postgresql_connection(body: PostgresqlConnectionCreate, caller: Writer) -> ConnectionAnswer:
+    """Create a connection to a PostgreSQL database. It is tested at once: see `status` and `last_error`."""
+    return _create(caller, "postgresql", body.name, body.mode, body.credentials.model_dump())
+
+
+def _create(caller: Caller, provider: str, name: str, mode: str, credentials: dict[str, Any]) -> ConnectionAnswer:
+    runtime = caller.state.runtime
+    with runtime.catalog.transaction() as session:
+        row = connections.create(
+            session, runtime.box, caller.environment, name=name, provider=provider, mode=mode, credentials=credentials
+        )
+    return _shown(_test(caller, row)[1])
+
+
+@router.post("/providers/{provider}/connections", include_in_schema=False)
+def create_unsupported_connection(
+    provider: Annotated[str, Path(max_length=100)],
+    caller: Writer,  # noqa: ARG001 - a key is needed all the same
+) -> None:
+    """What is answered for every provider that has no endpoint of its own."""
+    raise ValidationFailed(
+        f"provider: {provider!r} is not supported in this installation; supported: {', '.join(sources.PROVIDERS)}.",
+        resolution="Use a supported provider, or a version of embedd that has this one.",
+    )
+
+
+@router.get("/connections", responses=answers())
+def list_connections(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> ConnectionList:
+    """List connections."""
+    after = read_cursor(cursor)
+    with caller.state.runtime.catalog.transaction() as session:
+        page = connections.page(session, caller.environment.id, limit, after)
+    return list_answer(ConnectionList, page, limit, _shown)
+
+
+@router.get("/connections/{connection_id}", responses=answers("connection_not_found"))
+def get_connection(connection_id: ConnectionId, caller: Reader) -> ConnectionAnswer:
+    """Get a connection."""
+    return _shown(_get(caller, connection_id))
+
+
+def _get(caller: Caller, connection_id: str) -> Connection:
+    with caller.state.runtime.catalog.transaction() as session:
+        return connections.get(session, caller.environment.id, connection_id)
+
+
+@router.put(
+    "/connections/{connection_id}", responses=answers("permission_denied", "connection_not_found", "name_conflict")
+)
+def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, caller: Writer) -> ConnectionAnswer:
+    """Rename a connection, or give it other credentials, which are tested at once."""
+    given = body.model_fields_set
+    with caller.state.runtime.catalog.transaction() as session:
+        row = connections.get(session, caller.environment.id, connection_id, lock=True)
+        if "name" in given:
+            connections.rename(session, row, body.name)
+        if "credentials" in given:
+            connections.set_credentials(row, caller.state.runtime.box, body.credentials.model_dump())
+    return _shown(_test(caller, row)[1] if "credentials" in given else row)
+
+
+@router.delete(
+    "/connections/{connection_id}",
+    status_code=204,
+    responses=answers("permission_denied", "connection_not_found", "connection_conflict"),
+)
+def delete_connection(connection_id: ConnectionId, caller: Writer) -> None:
+    """Delete a connection that no vector table uses."""
+    with caller.state.runtime.catalog.transaction() as session:
+        connections.delete(session, caller.environment.id, connection_id)
+
+
+@router.post("/connections/{connection_id}/test", responses=answers("permission_denied", "connection_not_found"))
+def check_connection(connection_id: ConnectionId, caller: Writer) -> TestAnswer:
+    """Test a connection, and keep the outcome as its `status`. A failed test is a 200 with `status: failed`."""
+    return _test(caller, _get(caller, connection_id))[0]
+
+
+def _test(caller: Caller, connection: Connection) -> tuple[TestAnswer, Connection]:
+    """The outcome, and the connection with it recorded; outside of any transaction, as a source may be slow."""
+    begun = time.perf_counter()
+    fault: str | None = None
+    try:
+        admission.check_connection(caller.state.runtime, connection)
+    except EmbeddError as error:
+        fault = f"{error.message} {error.resolution}"
+    latency_ms = round((time.perf_counter() - begun) * 1000, 1)
+    with caller.state.runtime.catalog.transaction() as session:
+        row = connections.get(session, caller.environment.id, connection.id, lock=True)
+        if row.updated_at == connection.updated_at:  # else other credentials came meanwhile, with a test of their own
+            connections.record_test(row, fault)
+    return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault), row
+
+
+@router.get(
+    "/connections/{connection_id}/tables",
+    responses=answers(
+        "connection_not_found", "connection_not_ready", "source_table_access_denied", "source_unavailable"
+    ),
+)
+def list_source_tables(
+    connection_id: ConnectionId,
+    caller: Reader,
+    limit: Annotated[int, Query(ge=1, le=10_000, description="How many at the most")] = 1000,
+) -> SourceTableList:
+    """List the tables and views that the connection may read, by name."""
+    connection = _get(caller, connection_id)
+    try:
+        with admission.open_source_briefly(caller.state.runtime, connection) as source:
+            found = source.tables(limit + 1)
+    except SecretUnreadable as error:
+        raise NotReady(error.message, code="connection_not_ready", resolution=error.resolution) from None
+    return SourceTableList(
+        tables=[
+            SourceTableAnswer(name=t.name, type="view" if t.is_view else "table", row_estimate=t.row_estimate)
+            for t in found[:limit]
+        ],
+        truncated=len(found) > limit,
+    )

@@ -1,0 +1,35 @@
+"""The catalog of embedding models."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.auth import Reader
+from api.errors import answers
+from api.pagination import whole_list
+from api.schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
+from api.strict_json import StrictRoute
+from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
+from embedd_dagster.embedders import KNOWN_PROVIDERS
+
+router = APIRouter(prefix="/embedding-models", tags=["Embedding providers"], route_class=StrictRoute)
+
+
+def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
+    return EmbeddingModelAnswer(
+        provider=model.provider.value,
+        model=model.name,
+        dimensions=model.dimensions,
+        accepted_dimensions=model.accepted_dimensions,
+        min_dimensions=model.min_dimensions,
+        other_dimensions=list(model.other_dimensions),
+        max_tokens=model.max_tokens,
+        price_per_million_tokens=model.price_per_million_tokens,
+        available=model.provider in KNOWN_PROVIDERS,
+    )
+
+
+@router.get("", responses=answers())
+def list_embedding_models(caller: Reader) -> EmbeddingModelList:  # noqa: ARG001 - a key is needed all the same
+    """List the known embedding models: all of them, on one page."""
+    return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS])

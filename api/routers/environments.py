@@ -1,0 +1,77 @@
+"""Environments."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+from api.auth import Caller, Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, pagination, read_cursor
+from api.schemas.base import EnvironmentId
+from api.schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
+from api.strict_json import StrictRoute
+from embedd_dagster.catalog import environments
+from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
+from embedd_dagster.catalog.tables import Environment
+from embedd_dagster.errors import Conflict, NotFound, PermissionDenied
+
+router = APIRouter(prefix="/environments", tags=["Environments"], route_class=StrictRoute)
+
+
+def _shown(row: Environment) -> EnvironmentAnswer:
+    return EnvironmentAnswer(id=row.id, org_id=row.org_id, name=row.name, created_at=row.created_at)
+
+
+def _refuse_restricted(caller: Caller) -> None:
+    if caller.only_environment_id is not None:
+        raise PermissionDenied(
+            "The key is good for one environment alone: it neither makes nor deletes environments.",
+            resolution="Use a key of the whole organization.",
+        )
+
+
+@router.post("", status_code=201, responses=answers("permission_denied", "name_conflict"))
+def create_environment(body: EnvironmentCreate, caller: Writer) -> EnvironmentAnswer:
+    """Create an environment."""
+    _refuse_restricted(caller)
+    with caller.state.runtime.catalog.transaction() as session:
+        return _shown(environments.create(session, caller.org_id, body.name))
+
+
+@router.get("", responses=answers())
+def list_environments(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> EnvironmentList:
+    """List the environments that the key can see."""
+    after = read_cursor(cursor)
+    if caller.only_environment_id is not None:
+        return EnvironmentList(data=[_shown(caller.environment)], pagination=pagination(None, limit))
+    with caller.state.runtime.catalog.transaction() as session:
+        page = environments.page(session, caller.org_id, limit, after)
+    return list_answer(EnvironmentList, page, limit, _shown)
+
+
+@router.get("/{environment_id}", responses=answers())
+def get_environment(environment_id: EnvironmentId, caller: Reader) -> EnvironmentAnswer:
+    """Get an environment."""
+    return _shown(_get(caller, environment_id))
+
+
+def _get(caller: Caller, environment_id: str) -> Environment:
+    if caller.only_environment_id not in (None, environment_id):
+        raise NotFound("environment", environment_id)
+    with caller.state.runtime.catalog.transaction() as session:
+        return environments.get(session, caller.org_id, environment_id)
+
+
+@router.delete("/{environment_id}", status_code=204, responses=answers("permission_denied", "environment_conflict"))
+def delete_environment(environment_id: EnvironmentId, caller: Writer) -> None:
+    """Delete an empty environment, with the keys that were good for it alone."""
+    environment = _get(caller, environment_id)
+    _refuse_restricted(caller)
+    if environment.name == DEFAULT_ENVIRONMENT:
+        raise Conflict(
+            f"Environment {DEFAULT_ENVIRONMENT!r} is the one meant by requests without X-Environment-Id; it stays.",
+            code="environment_conflict",
+            resolution="Delete what is in it instead.",
+        )
+    with caller.state.runtime.catalog.transaction() as session:
+        environments.delete(session, caller.org_id, environment_id)

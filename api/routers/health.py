@@ -1,0 +1,93 @@
+"""Liveness and readiness; no key is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Literal
+
+import httpx
+from fastapi import APIRouter, Request, Response
+
+from api.errors import error_response
+from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer
+from api.state import ApiState
+from embedd_dagster.errors import EmbeddError
+
+router = APIRouter(tags=["Health"])
+
+_TIMEOUT_SECONDS: Final = 3.0
+_CODES: Final = {
+    "catalog": "catalog_unavailable",
+    "dagster": "orchestrator_unavailable",
+    "qdrant": "vector_store_unavailable",
+}
+
+
+@router.get("/health")
+def get_health() -> HealthAnswer:
+    """Tell that the process lives."""
+    return HealthAnswer(status="ok")
+
+
+@router.get(
+    "/ready",
+    response_model=ReadyAnswer,
+    responses={503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"}},
+)
+def get_ready(request: Request) -> Any:
+    """Tell whether the catalog, Dagster and Qdrant answer, each by name."""
+    state: ApiState = request.app.state.embedd
+    parts = check_parts(state)
+    checks = {name: part.model_dump() for name, part in parts.items()}
+    down = [name for name, part in parts.items() if part.status == "down"]
+    if not down:
+        return {"status": "ready", "checks": checks}
+    first = down[0]
+    response: Response = error_response(
+        request.scope,
+        _CODES[first],
+        f"Not ready: {', '.join(down)} down. {parts[first].error}",
+        "Check that it is up and reachable from here.",
+        headers={"Retry-After": "5"},
+        extra={"status": "not_ready", "checks": checks},
+    )
+    return response
+
+
+def check_parts(state: ApiState) -> dict[str, PartAnswer]:
+    """Every part, asked at the same time."""
+    headers = {"api-key": key.get_secret_value()} if (key := state.settings.qdrant_api_key) else {}
+    checks: dict[str, Callable[[], None] | None] = {
+        "catalog": state.runtime.catalog.check,
+        "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info")
+        if state.settings.dagster_url
+        else None,
+        "qdrant": _get(f"{state.settings.qdrant_url.rstrip('/')}/readyz", headers),
+    }
+    with ThreadPoolExecutor(len(checks)) as workers:
+        return dict(zip(checks, workers.map(_check, checks.values()), strict=True))
+
+
+def _get(url: str, headers: dict[str, str] | None = None) -> Callable[[], None]:
+    def get() -> None:
+        with httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False) as client:
+            client.get(url, headers=headers).raise_for_status()
+
+    return get
+
+
+def _check(check: Callable[[], None] | None) -> PartAnswer:
+    if check is None:
+        return PartAnswer(status="not_configured", latency_ms=None, error=None)
+    begun = time.perf_counter()
+    status: Literal["ok", "down"] = "ok"
+    fault: str | None = None
+    try:
+        check()
+    except EmbeddError as error:
+        status, fault = "down", error.message
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        status, fault = "down", f"It does not answer ({type(error).__name__})."
+    return PartAnswer(status=status, latency_ms=round((time.perf_counter() - begun) * 1000, 1), error=fault)

@@ -1,0 +1,60 @@
+"""Tasks."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+
+from api.auth import Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.schemas.base import TaskId
+from api.schemas.tasks import TaskAnswer, TaskList, TaskStatusName
+from api.strict_json import StrictRoute
+from embedd_dagster.catalog import tasks
+from embedd_dagster.errors import NotFound
+
+router = APIRouter(prefix="/tasks", tags=["Tasks"], route_class=StrictRoute)
+
+TargetId = Annotated[
+    str | None, Query(max_length=100, pattern=r"^[^\x00]*$", description="Only tasks of this vector table")
+]
+WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks in this state")]
+
+
+@router.get("", responses=answers())
+def list_tasks(
+    caller: Reader,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+    target_id: TargetId = None,
+    status: WantedStatus = None,
+) -> TaskList:
+    """List tasks."""
+    after = read_cursor(cursor)
+    with caller.state.runtime.catalog.transaction() as session:
+        page = tasks.page(session, caller.environment.id, limit, after, target_id=target_id, status=status)
+    return list_answer(TaskList, page, limit, TaskAnswer.of)
+
+
+@router.get("/{task_id}", responses=answers("task_not_found"))
+def get_task(task_id: TaskId, caller: Reader) -> TaskAnswer:
+    """Get a task."""
+    with caller.state.runtime.catalog.transaction() as session:
+        return TaskAnswer.of(tasks.get(session, caller.environment.id, task_id))
+
+
+@router.post("/{task_id}/cancel", responses=answers("permission_denied", "task_not_found"))
+def cancel_task(task_id: TaskId, caller: Writer) -> TaskAnswer:
+    """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is."""
+    with caller.state.runtime.catalog.transaction() as session:
+        tasks.get(session, caller.environment.id, task_id)
+        task = tasks.find(session, task_id, lock=True)
+        if task is None:
+            raise NotFound("task", task_id)
+        tasks.request_cancel(session, task)
+        run_id = task.dagster_run_id if task.cancel_requested else None
+    if run_id is not None:
+        caller.state.launcher.terminate(run_id)
+    return TaskAnswer.of(task)

@@ -1,0 +1,140 @@
+"""Sync of vector tables, and the rows that failed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from sqlalchemy.orm import Session
+
+from api.auth import Caller, Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.schemas.base import VectorTableId
+from api.schemas.vector_table_sync import (
+    FailedRowAnswer,
+    FailedRowList,
+    RetryStartedAnswer,
+    SyncOptions,
+    SyncStartedAnswer,
+    SyncStatusAnswer,
+)
+from api.strict_json import StrictRoute
+from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
+from embedd_dagster.core.keys import decode_key, render_key
+from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.errors import NotReady
+
+router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Sync"], route_class=StrictRoute)
+
+_STARTS = (
+    "permission_denied", "vector_table_not_found", "backfill_in_progress", "vector_table_not_ready",
+)  # fmt: skip
+
+
+@router.get("/sync/status", responses=answers("vector_table_not_found"))
+def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatusAnswer:
+    """Get how true the vectors are to their source."""
+    with caller.state.runtime.catalog.transaction() as session:
+        return _shown(vector_tables.get(session, caller.environment.id, vector_table_id))
+
+
+def _shown(row: VectorTable) -> SyncStatusAnswer:
+    status = SyncStatus(row.sync_status)
+    pending = 0
+    if status in (SyncStatus.PENDING, SyncStatus.BACKFILLING):
+        pending = max(0, row.total_rows - row.synced_rows)
+    elif status is SyncStatus.PENDING_REBACKFILL:
+        pending = row.total_rows
+    staleness = None if row.last_sync_at is None else max(0.0, (now() - row.last_sync_at).total_seconds())
+    return SyncStatusAnswer(
+        vector_table_id=row.id,
+        sync_status=status.value,
+        last_sync_at=row.last_sync_at,
+        rows_pending=pending,
+        staleness_secs=None if staleness is None else round(staleness, 3),
+        last_error=row.last_error,
+        last_error_at=row.last_error_at,
+    )
+
+
+@router.post("/sync/pause", responses=answers("permission_denied", "vector_table_not_found", "sync_already_paused"))
+def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
+    """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        vector_tables.pause(session, row)
+    return _shown(row)
+
+
+@router.post("/sync/resume", responses=answers("permission_denied", "vector_table_not_found", "sync_not_paused"))
+def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
+    """End a pause."""
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        vector_tables.resume(session, row)
+    return _shown(row)
+
+
+@router.post("/sync", responses=answers(*_STARTS))
+def start_sync(vector_table_id: VectorTableId, caller: Writer, body: SyncOptions | None = None) -> SyncStartedAnswer:
+    """Sync now, whatever the schedule says: only what changed is read, embedded and written."""
+    options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        task = _create_sync(session, caller, row, options)
+    caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
+    return SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
+
+
+def _create_sync(session: Session, caller: Caller, row: VectorTable, options: dict[str, Any]) -> Task:
+    if row.live_version is None and tasks.find_live(session, row.id) is None:
+        raise NotReady(
+            f"Vector table {row.name!r} has no complete set of vectors yet that could be synced.",
+            resolution="Start a backfill with POST /v1/vector-tables/{id}/backfill.",
+        )
+    return tasks.create(
+        session,
+        row,
+        TaskType.SYNC,
+        max_attempts=caller.state.settings.max_task_attempts,
+        total_rows=row.total_rows,
+        options=options,
+    )
+
+
+@router.get("/failed-rows", responses=answers("vector_table_not_found"))
+def list_failed_rows(
+    vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+) -> FailedRowList:
+    """List the rows that could not be embedded or written: of the newest build that has any."""
+    after = read_cursor(cursor)
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id)
+        page = vector_sets.failed_page(session, row.id, limit, after)
+    return list_answer(FailedRowList, page, limit, _shown_failure)
+
+
+def _shown_failure(row: FailedRow) -> FailedRowAnswer:
+    return FailedRowAnswer(
+        key=render_key(decode_key(row.key)),
+        step=row.step,
+        error_code=row.code,
+        error_message=row.message,
+        attempts=row.attempts,
+        first_failed_at=row.first_failed_at,
+        last_failed_at=row.last_failed_at,
+    )
+
+
+@router.post("/failed-rows/retry", responses=answers(*_STARTS))
+def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer) -> RetryStartedAnswer:
+    """Try the failed rows again, in a sync that starts now."""
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        task = _create_sync(session, caller, row, {"retry_failed": True})
+        failed = vector_sets.count_failures(session, row.id, row.live_version) if row.live_version is not None else 0
+    caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
+    return RetryStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed)

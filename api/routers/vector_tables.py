@@ -1,0 +1,210 @@
+"""Vector tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastapi import APIRouter
+from sqlalchemy.orm import Session
+
+from api.auth import Caller, Reader, Writer
+from api.errors import answers
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.schemas.base import VectorTableId
+from api.schemas.vector_tables import (
+    BackfillAnswer,
+    SourceColumnAnswer,
+    SourceSchemaAnswer,
+    VectorTableAnswer,
+    VectorTableCreate,
+    VectorTableList,
+    VectorTableUpdate,
+)
+from api.strict_json import StrictRoute
+from embedd_dagster.catalog import connections, tasks, vector_tables
+from embedd_dagster.catalog.tables import Connection, VectorTable
+from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
+from embedd_dagster.engine import admission
+from embedd_dagster.errors import NotFound
+
+router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
+
+_ADMISSION = (
+    "permission_denied", "source_table_access_denied", "source_table_not_found", "name_conflict",
+    "connection_not_ready", "source_unavailable", "vector_store_unavailable",
+)  # fmt: skip
+
+
+@router.post(
+    "",
+    status_code=201,
+    response_model_exclude_unset=True,
+    responses=answers(*_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
+)
+def create_vector_table(body: VectorTableCreate, caller: Writer) -> VectorTableAnswer:
+    """Create a vector table: link a source table to its vector representation.
+
+    Everything is checked first, in the source too. Nothing is embedded before the first backfill.
+    """
+    wanted = NewVectorTable(
+        name=body.name,
+        connection_id=body.connection_id,
+        configuration=VectorConfiguration(
+            source_table=body.source_table,
+            primary_key_column=body.primary_key_column,
+            columns=tuple(column.to_column() for column in body.columns),
+            embedding_model=body.embedding_model,
+            embedding_dimensions=body.embedding_dimensions,
+            embedding_provider_id=body.embedding_provider_id,
+        ),
+        mode=Mode(body.mode),
+        sync_mode=SyncMode(body.sync_mode),
+        sync_schedule=body.sync_schedule,
+        sync_interval_seconds=body.sync_interval_seconds,
+    )
+    admitted = admission.admit(caller.state.runtime, caller.environment.id, wanted)
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.create(session, caller.environment, admitted)
+    return VectorTableAnswer.of(row)
+
+
+@router.get("", response_model_exclude_unset=True, responses=answers())
+def list_vector_tables(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> VectorTableList:
+    """List vector tables."""
+    after = read_cursor(cursor)
+    with caller.state.runtime.catalog.transaction() as session:
+        page = vector_tables.page(session, caller.environment.id, limit, after)
+    return list_answer(VectorTableList, page, limit, VectorTableAnswer.of)
+
+
+@router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))
+def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTableAnswer:
+    """Get a vector table."""
+    with caller.state.runtime.catalog.transaction() as session:
+        return VectorTableAnswer.of(vector_tables.get(session, caller.environment.id, vector_table_id))
+
+
+@router.put(
+    "/{vector_table_id}",
+    response_model_exclude_unset=True,
+    responses=answers(*_ADMISSION, "vector_table_not_found"),
+)
+def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
+    """Update a vector table.
+
+    Changing `columns`, `embedding_model` or `embedding_dimensions` sets `sync_status` to `pending_rebackfill`; the
+    re-backfill builds new vectors beside the live ones and swaps them in atomically. A change that changes nothing does not.
+    """
+    runtime = caller.state.runtime
+    with runtime.catalog.transaction() as session:
+        seen = _endpoints(session, caller, vector_table_id)
+    old = seen.vector_table.configuration
+    checked = admission.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
+    with runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        _change(session, row, body, seen, checked)
+    return VectorTableAnswer.of(row)
+
+
+def _endpoints(session: Session, caller: Caller, vector_table_id: str) -> Endpoints:
+    vector_tables.get(session, caller.environment.id, vector_table_id)
+    found = vector_tables.load_endpoints(session, vector_table_id)
+    if found is None:
+        raise NotFound("vector_table", vector_table_id)
+    return found
+
+
+def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfiguration:
+    """The configuration with what the body gives."""
+    given = body.model_fields_set
+    new = old
+    if "columns" in given:
+        new = replace(new, columns=tuple(column.to_column() for column in body.columns))
+    if "embedding_model" in given:
+        new = replace(new, embedding_model=body.embedding_model)
+    if "embedding_dimensions" in given:
+        new = replace(new, embedding_dimensions=body.embedding_dimensions)
+    return new
+
+
+def _change(
+    session: Session, row: VectorTable, body: VectorTableUpdate, seen: Endpoints, checked: VectorConfiguration
+) -> None:
+    """Writes the change to the locked row, over what another request may have changed since it was seen."""
+    given = body.model_fields_set
+    schedule = body.sync_schedule if "sync_schedule" in given else row.sync_schedule
+    interval = body.sync_interval_seconds if "sync_interval_seconds" in given else row.sync_interval_seconds
+    admission.check_schedule(SyncMode(row.sync_mode), schedule, interval)
+    now_there = row.configuration
+    columns = checked.columns if "columns" in given else now_there.columns
+    model = body.embedding_model if "embedding_model" in given else now_there.embedding_model
+    dimensions = body.embedding_dimensions if "embedding_dimensions" in given else now_there.embedding_dimensions
+    if (model, dimensions) != (now_there.embedding_model, now_there.embedding_dimensions):
+        admission.check_embedding(seen.embedding_provider, model, dimensions)
+    if "name" in given:
+        vector_tables.rename(session, row, body.name)
+    vector_tables.reconfigure(row, columns=columns, embedding_model=model, embedding_dimensions=dimensions)
+    vector_tables.reschedule(row, schedule, interval)
+
+
+@router.delete("/{vector_table_id}", status_code=204, responses=answers("permission_denied", "vector_table_not_found"))
+def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
+    """Delete a vector table: gone at once; its vector storage is cleaned up in the background."""
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        vector_tables.mark_deleted(row)
+        live = tasks.find_live(session, vector_table_id)
+        run_id = live.dagster_run_id if live is not None else None
+        if live is not None:
+            tasks.request_cancel(session, live)
+    if run_id is not None:
+        caller.state.launcher.terminate(run_id)
+
+
+@router.post(
+    "/{vector_table_id}/backfill",
+    responses=answers("permission_denied", "vector_table_not_found", "backfill_in_progress"),
+)
+def start_backfill(vector_table_id: VectorTableId, caller: Writer) -> BackfillAnswer:
+    """Start an asynchronous backfill: read all rows, embed them, store the vectors, then switch to them.
+
+    Answers at once; `GET /v1/tasks/{task_id}` tells how it goes.
+    """
+    state = caller.state
+    with state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id)
+        connection = connections.get(session, caller.environment.id, row.connection_id)
+    total_rows = row.total_rows or state.estimate_rows(connection, row.source_table)
+    with state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        task = tasks.create(
+            session,
+            row,
+            TaskType.BACKFILL,
+            max_attempts=state.settings.max_task_attempts,
+            total_rows=total_rows,
+        )
+    state.launcher.launch(task.id, vector_table_id, TaskType.BACKFILL)
+    return BackfillAnswer(
+        vector_table_id=vector_table_id, status="backfilling", total_rows=total_rows, synced_rows=0, task_id=task.id
+    )
+
+
+@router.get(
+    "/{vector_table_id}/schema",
+    responses=answers(
+        "vector_table_not_found", "source_table_not_found", "source_table_access_denied", "source_unavailable"
+    ),
+)
+def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceSchemaAnswer:
+    """Get the column schema of the source table, with the source's own type names."""
+    with caller.state.runtime.catalog.transaction() as session:
+        row = vector_tables.get(session, caller.environment.id, vector_table_id)
+        connection: Connection = connections.get(session, caller.environment.id, row.connection_id)
+    with admission.open_source_briefly(caller.state.runtime, connection) as source:
+        table = source.describe(row.source_table)
+    return SourceSchemaAnswer(
+        columns=[SourceColumnAnswer(name=c.name, type=c.type, nullable=c.nullable) for c in table.columns]
+    )

@@ -1,0 +1,1 @@
+"""Bodies and answers, a file a resource: field names are the contract's."""

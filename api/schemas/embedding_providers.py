@@ -1,0 +1,131 @@
+"""Embedding providers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+from api.pagination import ListAnswer
+from api.schemas.base import Answer, Body, Name, Timestamp, unset
+
+_MAX_LIMIT = 1_000_000_000
+
+
+def _http_url(value: str) -> str:
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable or not value.isascii() or any(character <= " " for character in value):
+        raise PydanticCustomError("base_url", "a URL that begins with https:// or http:// is accepted")
+    if "@" in parts.netloc or parts.fragment:
+        raise PydanticCustomError("base_url", "a URL without user, password and fragment is accepted")
+    return value
+
+
+def _one_line(value: str) -> str:
+    if not value.isascii() or any(character <= " " or character == "\x7f" for character in value):
+        raise PydanticCustomError("api_key", "printable ASCII characters without blanks are accepted")
+    return value
+
+
+class EmbeddingCredentials(Body):
+    """How to reach a provider. Encrypted at rest; the key is never returned."""
+
+    api_key: Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_one_line)] = Field(
+        default_factory=unset,
+        description="Required for OpenAI itself; a server behind `base_url` may need none",
+        json_schema_extra={"writeOnly": True},
+    )
+    base_url: Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_http_url)] | None = (
+        Field(
+            default=None,
+            description="Any server that speaks OpenAI's protocol (vLLM, Ollama, TEI, LiteLLM, Azure), up to and with `/v1`",
+            examples=["http://localhost:11434/v1"],
+        )
+    )
+
+    def as_given(self) -> dict[str, Any]:
+        """Only what was given."""
+        return self.model_dump(exclude_unset=True, exclude_none=True)
+
+
+class EmbeddingLimits(Body):
+    """What your account at the provider allows; what is left out is found out by the provider's answers."""
+
+    requests_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
+    tokens_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
+    concurrency: int | None = Field(default=None, ge=1, le=256, description="Requests in flight at the most")
+
+
+class EmbeddingProviderCreate(Body):
+    """A new embedding provider."""
+
+    name: Name = Field(description="Unique in the environment", examples=["openai"])
+    provider: Literal["openai", "gemini", "voyage", "local"] = Field(
+        description="Whose protocol it speaks; `local` is a small model in the process, without a key. "
+        "`gemini` and `voyage` are not available in this version"
+    )
+    credentials: EmbeddingCredentials = Field(default_factory=EmbeddingCredentials)
+    limits: EmbeddingLimits = Field(default_factory=EmbeddingLimits)
+
+
+class EmbeddingProviderUpdate(Body):
+    """What may be changed of an embedding provider; what is left out stays."""
+
+    immutable_fields = frozenset({"id", "org_id", "environment_id", "provider"})
+
+    name: Name = Field(default_factory=unset, description="Another name")
+    credentials: EmbeddingCredentials = Field(
+        default_factory=unset, description="All of them anew: the stored key is never sent to another base_url"
+    )
+    limits: EmbeddingLimits = Field(default_factory=unset, description="All of them anew")
+
+
+class EmbeddingProviderTest(Body):
+    """What to test an embedding provider with."""
+
+    embedding_model: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
+        default_factory=unset, description="Left out: one that a vector table uses, else the provider's first"
+    )
+    embedding_dimensions: int = Field(default_factory=unset, ge=1, le=16_000)
+
+
+class EmbeddingProviderAnswer(Answer):
+    """An embedding provider, without its key."""
+
+    id: str = Field(examples=["ep_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
+    org_id: str
+    environment_id: str
+    name: str
+    provider: Literal["openai", "gemini", "voyage", "local"]
+    base_url: str | None
+    limits: dict[str, int | None]
+    created_at: Timestamp
+    updated_at: Timestamp
+
+
+class EmbeddingProviderList(ListAnswer[EmbeddingProviderAnswer]):
+    """A page of embedding providers."""
+
+
+class EmbeddingModelAnswer(Answer):
+    """A model of the catalog. A server behind a `base_url` may have others."""
+
+    provider: Literal["openai", "gemini", "voyage", "local"]
+    model: str = Field(description="As `embedding_model` spells it", examples=["text-embedding-3-small"])
+    dimensions: int = Field(description="What it gives by itself", examples=[1536])
+    accepted_dimensions: str = Field(description="What it can be asked for", examples=["1 to 1536"])
+    min_dimensions: int | None = Field(description="Set where any number from here to `dimensions` may be asked for")
+    other_dimensions: list[int] = Field(description="Further single numbers that may be asked for")
+    max_tokens: int = Field(description="Longer texts are cut", examples=[8192])
+    price_per_million_tokens: float = Field(description="US dollars, list price; only for estimates", examples=[0.02])
+    available: bool = Field(description="Whether this version can use its provider")
+
+
+class EmbeddingModelList(ListAnswer[EmbeddingModelAnswer]):
+    """Every model of the catalog."""

@@ -1,0 +1,37 @@
+"""Liveness and readiness."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from api.errors import ErrorBody
+from api.schemas.base import Answer
+
+
+class HealthAnswer(Answer):
+    """The process lives."""
+
+    status: Literal["ok"]
+
+
+class PartAnswer(Answer):
+    """One of the systems that the service stands on."""
+
+    status: Literal["ok", "down", "not_configured"]
+    latency_ms: float | None
+    error: str | None
+
+
+class ReadyAnswer(Answer):
+    """Whether everything that the service stands on answers."""
+
+    status: Literal["ready", "not_ready"]
+    checks: dict[Literal["catalog", "dagster", "qdrant"], PartAnswer]
+
+
+class NotReadyAnswer(ReadyAnswer):
+    """What does not answer."""
+
+    error: ErrorBody = Field(description="The first part that is down")

@@ -1,0 +1,66 @@
+"""Tasks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from api.pagination import ListAnswer
+from api.schemas.base import Answer, Timestamp
+from embedd_dagster.catalog.tables import Task
+
+TaskStatusName = Literal["pending", "running", "completed", "failed", "cancelled"]
+
+
+class TaskProgress(Answer):
+    """How far a task is."""
+
+    rows_processed: int
+    total_rows: int
+    rows_failed: int
+    tokens: int
+    last_processed_pk: int | float | str | None
+
+
+class TaskAnswer(Answer):
+    """Something that is to be done to a vector table, and how it goes."""
+
+    id: str = Field(examples=["task_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
+    org_id: str
+    task_type: Literal["backfill", "rebackfill", "sync"]
+    target_id: str = Field(description="The vector table", examples=["vt_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
+    status: TaskStatusName = Field(description="At most one task a vector table is `pending` or `running`")
+    progress: TaskProgress
+    attempts: int = Field(description="Runs that took it up so far")
+    max_attempts: int
+    last_error: str | None
+    dagster_run_id: str | None = Field(description="The run that owns it, in Dagster's UI")
+    created_at: Timestamp
+    started_at: Timestamp | None
+    ended_at: Timestamp | None
+
+    @classmethod
+    def of(cls, task: Task) -> TaskAnswer:
+        """The task as callers see it."""
+        progress = {name: task.progress.get(name, 0) for name in TaskProgress.model_fields}
+        progress["last_processed_pk"] = task.progress.get("last_processed_pk")
+        return cls(
+            id=task.id,
+            org_id=task.org_id,
+            task_type=task.task_type,
+            target_id=task.target_id,
+            status=task.status,
+            progress=TaskProgress(**progress),
+            attempts=task.attempts,
+            max_attempts=task.max_attempts,
+            last_error=task.last_error,
+            dagster_run_id=task.dagster_run_id,
+            created_at=task.created_at,
+            started_at=task.started_at,
+            ended_at=task.ended_at,
+        )
+
+
+class TaskList(ListAnswer[TaskAnswer]):
+    """A page of tasks."""

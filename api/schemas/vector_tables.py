@@ -1,0 +1,210 @@
+"""Vector tables."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints
+
+from api.pagination import ListAnswer
+from api.schemas.base import Answer, Body, Name, Timestamp, known_form, unset
+from embedd_dagster.catalog.tables import VectorTable
+from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
+
+SyncStatusName = Literal["pending", "backfilling", "synced", "pending_rebackfill", "paused", "error"]
+_Identifier = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+_Model = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class ColumnBody(Body):
+    """One column: embedded, or kept beside the vector to filter by. A column may stand once in each role."""
+
+    name: _Identifier = Field(description="Column name in the source table", examples=["TITLE"])
+    role: Literal["embedding", "metadata"]
+    ordinal: int | None = Field(
+        default=None, ge=-1_000_000, le=1_000_000, description="Order in the embedded text; those without come last"
+    )
+    name_prefix: Annotated[str, StringConstraints(max_length=1000)] | None = Field(
+        default=None, description="Stands before the value in the embedded text", examples=["title: "]
+    )
+    filter_type: Literal["keyword", "integer", "float", "boolean"] | None = Field(
+        default=None, description="Required for metadata columns: how the column is compared"
+    )
+
+    def to_column(self) -> Column:
+        """The column as the core knows it."""
+        return Column(
+            name=self.name,
+            role=ColumnRole(self.role),
+            ordinal=self.ordinal,
+            name_prefix=self.name_prefix,
+            filter_type=FilterType(self.filter_type) if self.filter_type else None,
+        )
+
+
+class ColumnAnswer(Answer):
+    """A configured column; what does not apply to its role is left out."""
+
+    name: str
+    role: Literal["embedding", "metadata"]
+    ordinal: int | None = Field(default_factory=unset)
+    name_prefix: str | None = Field(default_factory=unset)
+    filter_type: Literal["keyword", "integer", "float", "boolean"] | None = Field(default_factory=unset)
+
+
+_Columns = Annotated[list[ColumnBody], Field(min_length=1, max_length=MAX_COLUMNS)]
+_Dimensions = Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)]
+_Cron = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+_COLUMNS_EXAMPLE: list[dict[str, Any]] = [
+    {"name": "TITLE", "role": "embedding", "ordinal": 1, "name_prefix": "title: "},
+    {"name": "DESCRIPTION", "role": "embedding", "ordinal": 2},
+    {"name": "CATEGORY", "role": "metadata", "filter_type": "keyword"},
+    {"name": "PRICE", "role": "metadata", "filter_type": "float"},
+    {"name": "IN_STOCK", "role": "metadata", "filter_type": "boolean"},
+]
+
+
+class VectorTableCreate(Body):
+    """A new vector table."""
+
+    name: Name = Field(
+        description="Vector table name, 1 to 100 characters; unique in the environment", examples=["product-search"]
+    )
+    connection_id: Annotated[str, AfterValidator(known_form("conn", "connection"))] = Field(
+        description="Source database connection: tested, and of the same mode"
+    )
+    embedding_provider_id: Annotated[str, AfterValidator(known_form("ep", "embedding_provider"))] | None = Field(
+        default=None, description="Required in managed mode, and in platform mode with PostgreSQL"
+    )
+    source_table: _Identifier = Field(
+        description="Source table or view: `table` or `schema.table`, by the database's own rules",
+        examples=["PRODUCTS"],
+    )
+    primary_key_column: _Identifier = Field(description="A column that is unique and never null", examples=["ID"])
+    columns: _Columns = Field(description="At least one embedding column", examples=[_COLUMNS_EXAMPLE])
+    embedding_model: _Model = Field(description="See GET /v1/embedding-models", examples=["text-embedding-3-small"])
+    embedding_dimensions: _Dimensions = Field(description="Vector dimensions that the model can give", examples=[1536])
+    mode: Literal["managed", "platform"] = Field(
+        default="managed", description="Where the vectors live: `managed` in Qdrant, `platform` in the source database"
+    )
+    sync_mode: Literal["batch", "cdc"] = Field(
+        default="batch",
+        description="How changes of the source are found: `batch` compares digests on a schedule. `cdc` is accepted and kept; "
+        "in this version such a table is synced as a batch table with the default schedule",
+    )
+    sync_schedule: _Cron | None = Field(
+        default=None,
+        description="Batch tables: a cron of five fields, in UTC; null: the default",
+        examples=["*/15 * * * *"],
+    )
+    sync_interval_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
+        default=None, description="cdc tables: how often changes are taken up; null: 5"
+    )
+
+
+class VectorTableUpdate(Body):
+    """What may be changed of a vector table; what is left out stays."""
+
+    immutable_fields = frozenset(
+        {
+            "id", "org_id", "environment_id", "connection_id", "embedding_provider_id", "source_table",
+            "primary_key_column", "mode", "sync_mode", "sync_status", "qdrant_collection", "platform_vector_ref",
+            "total_rows", "synced_rows", "created_at", "updated_at",
+        }
+    )  # fmt: skip
+
+    name: Name = Field(default_factory=unset, description="Updated name; the vectors and where they are stored stay")
+    columns: _Columns = Field(default_factory=unset, description="Updated column configuration (triggers re-backfill)")
+    embedding_model: _Model = Field(default_factory=unset, description="New embedding model (triggers re-backfill)")
+    embedding_dimensions: _Dimensions = Field(
+        default_factory=unset, description="New dimensions (triggers re-backfill)"
+    )
+    sync_schedule: _Cron | None = Field(default_factory=unset, description="Batch tables: a cron; null: the default")
+    sync_interval_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
+        default_factory=unset, description="cdc tables; null: the default"
+    )
+
+
+class VectorTableAnswer(Answer):
+    """A vector table."""
+
+    id: str = Field(examples=["vt_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
+    org_id: str
+    environment_id: str
+    connection_id: str
+    embedding_provider_id: str | None
+    name: str = Field(examples=["product-search"])
+    source_table: str = Field(examples=["PRODUCTS"])
+    primary_key_column: str = Field(examples=["ID"])
+    columns: list[ColumnAnswer] = Field(examples=[_COLUMNS_EXAMPLE])
+    embedding_model: str = Field(examples=["text-embedding-3-small"])
+    embedding_dimensions: int = Field(examples=[1536])
+    mode: Literal["managed", "platform"]
+    sync_mode: Literal["batch", "cdc"]
+    sync_status: SyncStatusName
+    qdrant_collection: str | None = Field(
+        description="In managed mode: the Qdrant alias of the live vectors", examples=["vt_1q3k8zc0_product-search"]
+    )
+    platform_vector_ref: str | None = Field(description="In platform mode: the view over the live vectors")
+    total_rows: int = Field(description="Rows of the source, as of the last run")
+    synced_rows: int = Field(description="Rows that have a vector, as of the last run")
+    sync_schedule: str | None
+    sync_interval_seconds: int | None
+    created_at: Timestamp
+    updated_at: Timestamp
+
+    @classmethod
+    def of(cls, row: VectorTable) -> VectorTableAnswer:
+        """The vector table as callers see it."""
+        return cls(
+            id=row.id,
+            org_id=row.org_id,
+            environment_id=row.environment_id,
+            connection_id=row.connection_id,
+            embedding_provider_id=row.embedding_provider_id,
+            name=row.name,
+            source_table=row.source_table,
+            primary_key_column=row.primary_key_column,
+            columns=[ColumnAnswer(**column) for column in row.columns],
+            embedding_model=row.embedding_model,
+            embedding_dimensions=row.embedding_dimensions,
+            mode=row.mode,
+            sync_mode=row.sync_mode,
+            sync_status=row.sync_status,
+            qdrant_collection=row.storage_name if row.mode == Mode.MANAGED else None,
+            platform_vector_ref=row.platform_vector_ref,
+            total_rows=row.total_rows,
+            synced_rows=row.synced_rows,
+            sync_schedule=row.sync_schedule,
+            sync_interval_seconds=row.sync_interval_seconds,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+        )
+
+
+class VectorTableList(ListAnswer[VectorTableAnswer]):
+    """A page of vector tables."""
+
+
+class BackfillAnswer(Answer):
+    """A backfill that has been queued."""
+
+    vector_table_id: str
+    status: Literal["backfilling"]
+    total_rows: int = Field(description="As last counted, or the source's estimate", examples=[10000])
+    synced_rows: int = Field(examples=[0])
+    task_id: str = Field(description="Its progress: GET /v1/tasks/{task_id}")
+
+
+class SourceColumnAnswer(Answer):
+    """A column of the source table."""
+
+    name: str = Field(examples=["ID"])
+    type: str = Field(description="The source's own type name", examples=["NUMBER"])
+    nullable: bool
+
+
+class SourceSchemaAnswer(Answer):
+    """The columns of the source table."""
+
+    columns: list[SourceColumnAnswer]

@@ -1,0 +1,61 @@
+"""What lives as long as the application: opened once, shared by all requests."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotInTime
+from dataclasses import dataclass, field
+from typing import Final
+
+from api.launch import Launcher
+from api.rate_limit import RateLimiter
+from embedd_dagster.catalog.tables import Connection
+from embedd_dagster.engine import admission
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.engine.search import Searcher
+from embedd_dagster.errors import EmbeddError
+from embedd_dagster.settings import Settings
+
+_ESTIMATE_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApiState:
+    """Settings, access to everything, and what works behind the requests."""
+
+    settings: Settings
+    runtime: Runtime
+    searcher: Searcher
+    launcher: Launcher
+    rate_limiter: RateLimiter
+    _estimators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "estimate"))
+
+    @classmethod
+    def open(cls, settings: Settings) -> ApiState:
+        """Everything that a request may need; nothing is connected to before it is used."""
+        runtime = Runtime.open(settings)
+        return cls(
+            settings=settings,
+            runtime=runtime,
+            searcher=Searcher(runtime),
+            launcher=Launcher(runtime.catalog, settings.dagster_url),
+            rate_limiter=RateLimiter.open(settings),
+        )
+
+    def estimate_rows(self, connection: Connection, source_table: str) -> int:
+        """The source's estimate of a table's rows, 0 where it does not give one within a second."""
+        waiting: Future[int | None] = self._estimators.submit(
+            admission.estimate_rows, self.runtime, connection, source_table
+        )
+        try:
+            return max(0, waiting.result(_ESTIMATE_SECONDS) or 0)
+        except (EmbeddError, NotInTime):
+            waiting.cancel()
+            return 0
+
+    def close(self) -> None:
+        """Gives everything back."""
+        self._estimators.shutdown(wait=False, cancel_futures=True)
+        self.launcher.close()
+        self.searcher.close()
+        self.runtime.close()

@@ -1,0 +1,99 @@
+"""JSON bodies, read strictly: no NaN, no bottomless nesting, no text that no database can hold.
+
+The body is parsed only when its schema validates it, which is after the caller is known.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+
+from embedd_dagster.errors import ValidationFailed
+
+MAX_DEPTH: Final = 32
+_RESOLUTION: Final = "Send one JSON object (RFC 8259) in UTF-8."
+
+
+@dataclass(frozen=True, slots=True)
+class RawBody:
+    """A JSON body that is not parsed yet."""
+
+    content: bytes
+
+
+class StrictRequest(Request):
+    """A request whose JSON body stays raw until a schema asks for it."""
+
+    async def json(self) -> Any:
+        """The body as it came."""
+        return RawBody(await self.body())
+
+
+class StrictRoute(APIRoute):
+    """A route whose bodies are read by `parse_json`."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        """FastAPI's handler over a StrictRequest."""
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(StrictRequest(request.scope, request.receive))
+
+        return handle
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text. Raises ValidationFailed that names the place."""
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise ValidationFailed("body: it is not UTF-8.", resolution=_RESOLUTION) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}"
+        raise ValidationFailed(f"body: malformed JSON at {where}: {error.msg}.", resolution=_RESOLUTION) from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:  # a number of thousands of digits
+        raise ValidationFailed("body: a number is too long.", resolution=_RESOLUTION) from None
+    _check(value, "", 1)
+    return value
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValidationFailed(f"body: {name} is not JSON.", resolution=_RESOLUTION)
+
+
+def _too_deep() -> ValidationFailed:
+    return ValidationFailed(f"body: nested deeper than {MAX_DEPTH} levels.")
+
+
+def _check(value: Any, where: str, depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise _too_deep()
+    if isinstance(value, str):
+        _check_text(value, where)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValidationFailed(f"{where or 'body'}: the number is out of the range of 64-bit floats.")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            _check_text(name, where)
+            _check(item, f"{where}.{name}" if where else name, depth + 1)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check(item, f"{where}[{index}]", depth + 1)
+
+
+def _check_text(text: str, where: str) -> None:
+    if text.isascii() and "\x00" not in text:
+        return
+    if "\x00" in text:
+        raise ValidationFailed(f"{where or 'body'}: a text must not contain NUL (U+0000).")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ValidationFailed(f"{where or 'body'}: a text must not contain a lone surrogate (\\ud800 to \\udfff).")
