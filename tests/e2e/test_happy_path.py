@@ -16,7 +16,7 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize("mode", ["managed", "platform"])
-def test_from_table_to_answer(embedd: Embedd, mode: str) -> None:
+def test_from_table_to_answer(embedd: Embedd, mode: str, eventually: Callable[..., Any]) -> None:
     embedd.create_source(500)
     vector_table_id = embedd.create_vector_table(mode)
     assert embedd.table(vector_table_id)["sync_status"] == "pending"
@@ -27,7 +27,7 @@ def test_from_table_to_answer(embedd: Embedd, mode: str) -> None:
     assert task["progress"]["rows_processed"] == task["progress"]["total_rows"] == 500
     table = embedd.table(vector_table_id)
     assert (table["sync_status"], table["total_rows"], table["synced_rows"]) == ("synced", 500, 500)
-    assert embedd.run_status(task["dagster_run_id"]) == "SUCCESS"
+    eventually(lambda: embedd.run_status(task["dagster_run_id"]) == "SUCCESS")
     # the loopback model gives equal texts equal vectors: the very text of row 42 finds row 42
     text = "title: product 42\nthe body of product 42"
     first, *_others = embedd.query(vector_table_id, text, limit=5)

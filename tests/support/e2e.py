@@ -79,7 +79,7 @@ class Embedd:
             "source_table": table,
             "primary_key_column": "id",
             "columns": COLUMNS,
-            "embedding_model": "loopback",
+            "embedding_model": "text-embedding-3-small",
             "embedding_dimensions": DIMENSIONS,
             "mode": mode,
             **changes,
