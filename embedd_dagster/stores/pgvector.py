@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
-import psycopg
 from psycopg import sql
 
 from embedd_dagster.core.filters import Filter
@@ -22,15 +21,15 @@ from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, 
 from embedd_dagster.errors import VectorStoreUnavailable
 from embedd_dagster.stores.pgvector_database import Connection, Database, TableMissing
 from embedd_dagster.stores.pgvector_index import build_indexes, index_kind
-from embedd_dagster.stores.pgvector_place import (
-    check_owned,
-    dependents,
+from embedd_dagster.stores.pgvector_objects import (
+    Place,
+    create_table,
+    drop_table,
     drop_view,
-    find_schema,
-    find_vector_schema,
-    refuse_dependents,
     relations,
+    replace_view,
 )
+from embedd_dagster.stores.pgvector_place import find_schema, find_vector_schema
 from embedd_dagster.stores.pgvector_rows import (
     COPIED_COLUMNS,
     KeyType,
@@ -45,8 +44,6 @@ from embedd_dagster.stores.ranking import bucket_ranges, rank
 
 _KEYS_PER_STATEMENT: Final = 10_000
 _PAGE: Final = 10_000
-_INLINE_DIMENSIONS: Final = range(400, 1801)
-"""Vectors of these sizes fit into a page, and do not by themselves: kept inline they are written a fifth faster."""
 
 
 class PgvectorStore:
@@ -83,36 +80,9 @@ class PgvectorStore:
 
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
-        vector_schema = self._find_vector_schema()
-        schema, name, mark = self._home(vector_set.vector_table_id), table_name(vector_set), _mark(vector_set)
-
-        def make(connection: Connection) -> None:
-            if check_owned(connection, schema, name, mark):
-                return
-            key_type = resolve_key_type(connection, vector_set.key_type)
-            inline = vector_set.dimensions in _INLINE_DIMENSIONS
-            table = sql.Identifier(schema, name)
-            connection.execute(
-                sql.SQL(
-                    "CREATE TABLE IF NOT EXISTS {table} (pk_value {key_type} PRIMARY KEY,"
-                    " embedding {vectors}.vector({dimensions}) NOT NULL, embedded_text text NOT NULL,"
-                    " metadata jsonb NOT NULL, row_hash bigint NOT NULL, text_hash bigint NOT NULL,"
-                    " bucket integer NOT NULL, updated_at timestamptz NOT NULL DEFAULT now()) {options}"
-                ).format(
-                    table=table,
-                    key_type=sql.SQL(key_type.sql_name),  # as the server itself wrote it
-                    vectors=sql.Identifier(vector_schema),
-                    dimensions=sql.Literal(vector_set.dimensions),
-                    options=sql.SQL("WITH (toast_tuple_target = 8160)" if inline else ""),
-                )
-            )
-            if inline:
-                connection.execute(sql.SQL("ALTER TABLE {} ALTER embedding SET STORAGE MAIN").format(table))
-            connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(table, sql.Literal(mark)))
-
-        self._database.with_locks(make)
-        with self._lock:
-            self._homes[vector_set.vector_table_id] = schema
+        vector_schema, place = self._find_vector_schema(), self._table(vector_set)
+        self._database.with_locks(lambda connection: create_table(connection, vector_set, place, vector_schema))
+        self._homes[vector_set.vector_table_id] = place.schema
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
@@ -123,7 +93,7 @@ class PgvectorStore:
             return
         key_type = self._key_type(vector_set)
         body = copy_body(points, key_type)
-        table = self._table(vector_set)
+        table = self._table(vector_set).identifier
         copy = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, sql.SQL(COPIED_COLUMNS))
 
         def write(connection: Connection) -> None:
@@ -135,7 +105,7 @@ class PgvectorStore:
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""
-        key_type, table = self._key_type(vector_set), self._table(vector_set)
+        key_type, table = self._key_type(vector_set), self._table(vector_set).identifier
         for start in range(0, len(keys), _KEYS_PER_STATEMENT):
             part = list(keys[start : start + _KEYS_PER_STATEMENT])
             self._database.retrying_conflicts(
@@ -148,7 +118,7 @@ class PgvectorStore:
         Streamed out of one transaction, which ends with the iteration.
         """
         query = sql.SQL("SELECT {key}, row_hash, bucket FROM {table}").format(
-            key=_key_column(self._key_type(vector_set)), table=self._table(vector_set)
+            key=_key_column(self._key_type(vector_set)), table=self._table(vector_set).identifier
         )
         if buckets is not None:
             ranges = bucket_ranges(buckets, bits, BUCKET_BITS)
@@ -171,7 +141,7 @@ class PgvectorStore:
         key_type = self._key_type(vector_set)
         query = sql.SQL("SELECT {key}, text_hash, embedding FROM {table} WHERE pk_value = ANY(%s::{array}[])").format(
             key=_key_column(key_type),
-            table=self._table(vector_set),
+            table=self._table(vector_set).identifier,
             array=sql.SQL(key_type.base_name),
         )
         found: dict[Key, tuple[int, Vectors]] = {}
@@ -187,14 +157,13 @@ class PgvectorStore:
         build_indexes(
             self._database,
             vector_set,
-            schema=self._home(vector_set.vector_table_id),
-            table_name=table_name(vector_set),
+            self._table(vector_set),
             vector_schema=self._find_vector_schema(),
         )
 
     def count(self, vector_set: VectorSet) -> int:
         """The exact number of points; 0 where the table does not exist."""
-        query = sql.SQL("SELECT count(*) FROM {}").format(self._table(vector_set))
+        query = sql.SQL("SELECT count(*) FROM {}").format(self._table(vector_set).identifier)
         try:
             with self._database.transaction() as connection:
                 return int(connection.execute(query).fetchall()[0][0])
@@ -214,7 +183,7 @@ class PgvectorStore:
         if not vector.any():
             return []
         query = SearchQuery(
-            table=self._table(vector_set),
+            table=self._table(vector_set).identifier,
             vector_schema=self._find_vector_schema(),
             key_column=_key_column(self._key_type(vector_set)),
             vector=vector,
@@ -235,26 +204,9 @@ class PgvectorStore:
 
     def publish(self, vector_set: VectorSet) -> None:
         """Makes the view show this set, in one transaction. Views and grants of users on it stay."""
-        schema = self._home(vector_set.vector_table_id)
-        name, mark = view_name(vector_set.public_name), _mark(vector_set)
-        view = sql.Identifier(schema, name)
-        define = sql.SQL(
-            " VIEW {view} AS SELECT pk_value, embedding::{vectors}.vector AS embedding, embedded_text, metadata, row_hash,"
-            " text_hash, bucket, updated_at FROM {table}"
-        ).format(view=view, vectors=sql.Identifier(self._find_vector_schema()), table=self._table(vector_set))
-
-        def switch(connection: Connection) -> None:
-            check_owned(connection, schema, name, mark)
-            try:
-                with connection.transaction():
-                    connection.execute(sql.SQL("CREATE OR REPLACE") + define)
-            except psycopg.errors.InvalidTableDefinition:  # the primary key is of another type now
-                refuse_dependents(dependents(connection, view), schema, name)
-                connection.execute(sql.SQL("DROP VIEW {}").format(view))
-                connection.execute(sql.SQL("CREATE") + define)
-            connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(view, sql.Literal(mark)))
-
-        self._database.with_locks(switch)
+        vector_schema, table = self._find_vector_schema(), self._table(vector_set)
+        view = self._place(vector_set.vector_table_id, view_name(vector_set.public_name))
+        self._database.with_locks(lambda connection: replace_view(connection, view, table.identifier, vector_schema))
 
     def versions(self, vector_table_id: str) -> list[int]:
         """The versions of this vector table that have a table, ascending."""
@@ -266,29 +218,13 @@ class PgvectorStore:
 
     def drop(self, vector_table_id: str, version: int) -> None:
         """Removes a table, with the public view where that shows it; views of users over the table are in the way."""
-        schema, name = self._home(vector_table_id), f"embedd_{vector_table_id}_v{version}"
-        table, mark = sql.Identifier(schema, name), f"embedd:{vector_table_id}"
-
-        def remove(connection: Connection) -> None:
-            if not check_owned(connection, schema, name, mark):
-                return
-            views = dependents(connection, table)
-            refuse_dependents([view for view in views if view[2] != mark], schema, name)
-            for view_schema, view, _comment in views:
-                drop_view(connection, view_schema, view)
-            connection.execute(sql.SQL("DROP TABLE {}").format(table))
-
-        self._database.with_locks(remove)
+        table = self._place(vector_table_id, f"embedd_{vector_table_id}_v{version}")
+        self._database.with_locks(lambda connection: drop_table(connection, table))
 
     def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
         """Removes the view; views of users over it are in the way."""
-        schema, name = self._home(vector_table_id), view_name(public_name)
-
-        def remove(connection: Connection) -> None:
-            if check_owned(connection, schema, name, f"embedd:{vector_table_id}"):
-                drop_view(connection, schema, name)
-
-        self._database.with_locks(remove)
+        view = self._place(vector_table_id, view_name(public_name))
+        self._database.with_locks(lambda connection: drop_view(connection, view))
 
     def info(self, vector_set: VectorSet) -> Mapping[str, str | int]:
         """Where the set is, its size, and its index's state."""
@@ -298,17 +234,16 @@ class PgvectorStore:
                 "SELECT c.reltuples::bigint, pg_total_relation_size(c.oid), (SELECT i.indisvalid FROM pg_index i"
                 " JOIN pg_class x ON x.oid = i.indexrelid WHERE i.indrelid = c.oid AND x.relname = %s)"
                 " FROM pg_class c WHERE c.oid = to_regclass(%s)",
-                [f"{table_name(vector_set)}_hnsw", table.as_string(connection)],
+                [f"{table_name(vector_set)}_hnsw", table.identifier.as_string(connection)],
             ).fetchone()
         if row is None:
             raise TableMissing(f"There is no table {table_name(vector_set)} in {self._database.address}.")
         kind = index_kind(vector_set.dimensions)
-        schema = self._home(vector_set.vector_table_id)
         return {
             "store": "pgvector",
             "address": self._database.address,
-            "table": f"{schema}.{table_name(vector_set)}",
-            "view": f"{schema}.{view_name(vector_set.public_name)}",
+            "table": str(table),
+            "view": f"{table.schema}.{view_name(vector_set.public_name)}",
             "points_estimate": max(0, row[0]),
             "bytes": row[1],
             "index": f"none: {kind}" if kind.startswith("exact") else f"{kind}: {'ready' if row[2] else 'not built'}",
@@ -345,8 +280,11 @@ class PgvectorStore:
         self._homes[vector_table_id] = found[0][0]
         return found[0][0]
 
-    def _table(self, vector_set: VectorSet) -> sql.Identifier:
-        return sql.Identifier(self._home(vector_set.vector_table_id), table_name(vector_set))
+    def _place(self, vector_table_id: str, name: str) -> Place:
+        return Place(self._home(vector_table_id), name, f"embedd:{vector_table_id}")
+
+    def _table(self, vector_set: VectorSet) -> Place:
+        return self._place(vector_set.vector_table_id, table_name(vector_set))
 
     def _key_type(self, vector_set: VectorSet) -> KeyType:
         name = vector_set.versioned_name
@@ -369,10 +307,6 @@ def view_name(public_name: str) -> str:
 def platform_vector_ref(schema: str, public_name: str) -> str:
     """The view as the API shows it: `public.embedd_vt_<8>_<slug>`."""
     return f"{schema}.{view_name(public_name)}"
-
-
-def _mark(vector_set: VectorSet) -> str:
-    return f"embedd:{vector_set.vector_table_id}"
 
 
 def _key_column(key_type: KeyType) -> sql.SQL:

@@ -33,6 +33,8 @@ _CONNECT_SECONDS: Final = 10
 _LOCK_SECONDS: Final = 2
 _LOCK_PATIENCE_SECONDS: Final = 30.0
 _CONFLICT_ATTEMPTS: Final = 12
+# whatever the role's own settings are, which are made for its other programs
+_SESSION: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in_transaction_session_timeout": "600s"}
 
 # By SQLSTATE or by its class: what passes by itself.
 _TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
@@ -87,15 +89,17 @@ class Database:
 
     @contextmanager
     def transaction(
-        self, *, timeout_seconds: float = 0, settings: Mapping[str, str] = MappingProxyType({})
+        self, *, timeout_seconds: float | None = None, settings: Mapping[str, str] = MappingProxyType({})
     ) -> Iterator[Connection]:
         """A transaction of its own: committed at the end of the block, rolled back when it raises.
 
-        Without a timeout, statements may take as long as they need, whatever the role's own setting. `settings` of the
-        server hold until its end.
+        `timeout_seconds` of each statement: ten minutes unless told, 0 for none. `settings` of the server hold until its end.
         """
+        if timeout_seconds is not None:
+            settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
         with self.connection() as connection, connection.transaction():
-            set_local(connection, {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings})
+            if settings:
+                set_local(connection, settings)
             yield connection
 
     def with_locks(self, action: Callable[[Connection], Result]) -> Result:
@@ -108,7 +112,7 @@ class Database:
             with self.connection() as connection:
                 try:
                     with connection.transaction():
-                        set_local(connection, {"lock_timeout": f"{_LOCK_SECONDS}s", "statement_timeout": "0"})
+                        set_local(connection, {"lock_timeout": f"{_LOCK_SECONDS}s"})
                         return action(connection)
                 except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
                     if time.monotonic() > deadline:
@@ -179,7 +183,7 @@ class Database:
 
     def _open(self) -> Connection:
         try:
-            return psycopg.connect(
+            connection = psycopg.connect(
                 **self._parameters,
                 connect_timeout=_CONNECT_SECONDS,
                 application_name="embedd",
@@ -195,6 +199,12 @@ class Database:
             )
         except psycopg.Error as error:
             raise self._connect_error(error) from None
+        try:
+            _set(connection, _SESSION)
+        except psycopg.Error as error:
+            connection.close()
+            raise self.translate(error) from None
+        return connection
 
     def _connect_error(self, error: psycopg.Error) -> EmbeddError:
         text = str(error)
@@ -213,7 +223,22 @@ class Database:
 
 def set_local(connection: Connection, settings: Mapping[str, str]) -> None:
     """Sets these server settings until the end of the transaction, in one round trip."""
-    calls = ", ".join(["pg_catalog.set_config(%s, %s, true)"] * len(settings))
+    _set(connection, settings, is_local=True)
+
+
+@contextmanager
+def without_timeouts(connection: Connection) -> Iterator[None]:
+    """For a statement that may take as long as it needs and cannot be in a transaction."""
+    _set(connection, {"statement_timeout": "0"})
+    try:
+        yield
+    finally:
+        if not connection.closed:
+            _set(connection, _SESSION)
+
+
+def _set(connection: Connection, settings: Mapping[str, str], *, is_local: bool = False) -> None:
+    calls = ", ".join([f"pg_catalog.set_config(%s, %s, {is_local})"] * len(settings))
     connection.execute(f"SELECT {calls}", [part for setting in settings.items() for part in setting])
 
 

@@ -9,8 +9,9 @@ import psycopg
 from psycopg import sql
 
 from embedd_dagster.core.rows import VectorSet
-from embedd_dagster.stores.pgvector_database import Connection, Database, set_local
+from embedd_dagster.stores.pgvector_database import Connection, Database, set_local, without_timeouts
 from embedd_dagster.stores.pgvector_filters import index_expressions
+from embedd_dagster.stores.pgvector_objects import Place
 
 _MAX_VECTOR: Final = 2_000
 _MAX_HALFVEC: Final = 4_000
@@ -38,11 +39,9 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
     )
 
 
-def build_indexes(
-    database: Database, vector_set: VectorSet, *, schema: str, table_name: str, vector_schema: str
-) -> None:
+def build_indexes(database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str) -> None:
     """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one."""
-    table, vectors = sql.Identifier(schema, table_name), sql.Identifier(vector_schema)
+    table, vectors = place.identifier, sql.Identifier(vector_schema)
     # rows of unchanged buckets are told from the index alone, without the wide table
     wanted: list[tuple[str, sql.Composable]] = [
         ("bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)")),
@@ -55,22 +54,20 @@ def build_indexes(
             _indexed(vector_set.dimensions, vectors), vectors, sql.Identifier(operators)
         )
         wanted.append(("hnsw", by_distance))
-    with database.transaction() as connection:
+    with database.transaction(timeout_seconds=0) as connection:
         connection.execute(sql.SQL("ANALYZE {}").format(table))
     for suffix, method in wanted:
-        index = sql.Identifier(schema, f"{table_name}_{suffix}")
-        statement = sql.SQL("CREATE INDEX {} ON {} {}").format(sql.Identifier(f"{table_name}_{suffix}"), table, method)
+        index = sql.Identifier(place.schema, f"{place.name}_{suffix}")
+        statement = sql.SQL("CREATE INDEX {} ON {} {}").format(sql.Identifier(f"{place.name}_{suffix}"), table, method)
         try:
-            with database.transaction() as connection:
+            with database.transaction(timeout_seconds=0) as connection:
                 _build(connection, index, statement, _memory(connection, table, vector_set.dimensions))
         except _MemoryShort:
-            with database.transaction() as connection:
+            with database.transaction(timeout_seconds=0) as connection:
                 _build(connection, index, statement, {"max_parallel_maintenance_workers": "0"})
-    with database.connection() as connection:
-        # Without it the table has no visibility map, and no index alone answers; and statistics of the new expressions.
-        connection.execute("SET statement_timeout = 0")
+    # Without it the table has no visibility map, and no index alone answers; and statistics of the new expressions.
+    with database.connection() as connection, without_timeouts(connection):
         connection.execute(sql.SQL("VACUUM (ANALYZE) {}").format(table))
-        connection.execute("RESET statement_timeout")
 
 
 class _MemoryShort(Exception):
@@ -79,6 +76,7 @@ class _MemoryShort(Exception):
 
 def _build(connection: Connection, index: sql.Identifier, statement: sql.Composed, settings: Mapping[str, str]) -> None:
     name = index.as_string(connection)
+    set_local(connection, {"lock_timeout": "0", **settings})
     # a build that a killed run left behind may still be at work on the server: wait for it instead of doing it twice
     connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
     state = connection.execute("SELECT indisvalid FROM pg_index WHERE indexrelid = to_regclass(%s)", [name]).fetchone()
@@ -86,7 +84,6 @@ def _build(connection: Connection, index: sql.Identifier, statement: sql.Compose
         return
     if state is not None:
         connection.execute(sql.SQL("DROP INDEX {}").format(index))
-    set_local(connection, settings)
     try:
         connection.execute(statement)
     except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):

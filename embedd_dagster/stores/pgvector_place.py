@@ -1,9 +1,8 @@
-"""Where in the user's own database vectors may be kept, and which of its tables and views are ours."""
+"""Where in the user's own database vectors may be kept: a schema that may be written, and pgvector."""
 
 from __future__ import annotations
 
 import psycopg
-from psycopg import sql
 
 from embedd_dagster.errors import VectorStoreRejected
 from embedd_dagster.stores.pgvector_database import Connection, Database, access_denied, quoted
@@ -71,59 +70,3 @@ def _create_extension(connection: Connection, database: Database) -> None:
         ) from None
     except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateObject):
         return  # somebody else made it just now
-
-
-def check_owned(connection: Connection, schema: str, name: str, mark: str) -> bool:
-    """Whether the relation is there and ours, told by its comment. Raises VectorStoreRejected for somebody else's."""
-    row = connection.execute(
-        "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE n.nspname = %s AND c.relname = %s",
-        [schema, name],
-    ).fetchone()
-    if row is not None and row[0] != mark:
-        raise VectorStoreRejected(
-            f"There is something else called {schema}.{name}, which is not of this vector table (its comment says so).",
-            resolution=f"Rename it or move it to another schema: ALTER TABLE {quoted(schema)}.{quoted(name)} RENAME TO …;",
-        )
-    return row is not None
-
-
-def dependents(connection: Connection, relation: sql.Composable) -> list[tuple[str, str, str | None]]:
-    """The views over a relation: schema, name and comment of each."""
-    return connection.execute(
-        """
-        SELECT DISTINCT n.nspname, v.relname, obj_description(v.oid, 'pg_class')
-        FROM pg_depend d JOIN pg_rewrite r ON r.oid = d.objid JOIN pg_class v ON v.oid = r.ev_class
-        JOIN pg_namespace n ON n.oid = v.relnamespace
-        WHERE d.classid = 'pg_rewrite'::regclass AND d.refclassid = 'pg_class'::regclass
-          AND d.refobjid = to_regclass(%s) AND v.oid <> d.refobjid
-        """,
-        [relation.as_string(connection)],
-    ).fetchall()
-
-
-def drop_view(connection: Connection, schema: str, name: str) -> None:
-    """Removes a view of ours. Raises VectorStoreRejected where views of users were made over it."""
-    view = sql.Identifier(schema, name)
-    refuse_dependents(dependents(connection, view), schema, name)
-    connection.execute(sql.SQL("DROP VIEW {}").format(view))
-
-
-def refuse_dependents(views: list[tuple[str, str, str | None]], schema: str, name: str) -> None:
-    """Raises VectorStoreRejected, naming these views over the relation, if there are any."""
-    if views:
-        listed = ", ".join(f"{view_schema}.{view}" for view_schema, view, _comment in views)
-        raise VectorStoreRejected(
-            f"{schema}.{name} cannot be replaced or removed, as views were made over it: {listed}.",
-            resolution="Drop those views, then try again.",
-        )
-
-
-def relations(connection: Connection, vector_table_id: str) -> list[tuple[str, str]]:
-    """Schema and name of every table and view of a vector table."""
-    return connection.execute(
-        "SELECT n.nspname, c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
-        " WHERE c.relkind IN ('r', 'v') AND starts_with(c.relname, 'embedd_vt_')"
-        " AND obj_description(c.oid, 'pg_class') = %s ORDER BY c.relkind, c.oid",
-        [f"embedd:{vector_table_id}"],
-    ).fetchall()

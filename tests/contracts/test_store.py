@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -327,7 +328,7 @@ def test_publishing_switches_while_readers_read(store: Store, read_public: Calla
         store.finish_load(vector_set)
         sets.append(vector_set)
     store.publish(sets[0])
-    seen: set[str] = set()
+    seen: list[str] = []
     failures: list[BaseException] = []
     stop = threading.Event()
 
@@ -336,7 +337,7 @@ def test_publishing_switches_while_readers_read(store: Store, read_public: Calla
             while not stop.is_set():
                 texts = read_public(sets[0])
                 assert len(texts) == 1
-                seen.update(texts)
+                seen.extend(texts)
         except BaseException as error:
             failures.append(error)
 
@@ -346,12 +347,15 @@ def test_publishing_switches_while_readers_read(store: Store, read_public: Calla
     for vector_set in sets * 3:
         store.publish(vector_set)
         store.publish(vector_set)
+        read_before = len(seen)
+        while len(seen) < read_before + 4 and not failures:
+            time.sleep(0.001)
     stop.set()
     for reader in readers:
         reader.join()
     assert failures == []
     assert read_public(sets[0]) == {"v4"}
-    assert len(seen) > 1
+    assert set(seen) == {"v1", "v2", "v3", "v4"}
     store.drop(sets[0].vector_table_id, 1)
     assert read_public(sets[0]) == {"v4"}
     store.drop_public_name(sets[0].vector_table_id, sets[0].public_name)

@@ -19,6 +19,7 @@ from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.stores import pgvector_database, pgvector_index, pgvector_search
 from embedd_dagster.stores.pgvector import PgvectorStore, platform_vector_ref, table_name
+from embedd_dagster.stores.pgvector_filters import compile_filter
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -105,6 +106,18 @@ def test_above_4_000_dimensions_search_is_exact_and_says_so(store: PgvectorStore
     vector_set = built(store, new_set(dimensions=5000), points)
     assert store.search(vector_set, points.vectors[1], limit=1)[0].key == 2
     assert "exact" in str(store.info(vector_set)["index"])
+
+
+@pytest.mark.parametrize(
+    "raw", [{"color": "c1"}, {"color": {"in": ["c1", "c2"]}}, {"price": 1.5}, {"price": {"gte": 1, "lt": 3}}]
+)
+def test_filters_are_served_by_an_index(store: PgvectorStore, admin: Connection, raw: dict[str, object]) -> None:
+    vector_set = built(store, new_set(), batch(list(range(100))))
+    condition = compile_filter(parse_filter(raw, vector_set.filter_types), vector_set.filter_types)
+    admin.execute("SET enable_seqscan = off")
+    table = sql.Identifier(table_name(vector_set))
+    plan = admin.execute(sql.SQL("EXPLAIN SELECT FROM {} WHERE {}").format(table, condition)).fetchall()
+    assert "_filter" in str(plan)
 
 
 def test_the_view_joins_the_source_and_shows_every_column(store: PgvectorStore, admin: Connection) -> None:
