@@ -147,6 +147,7 @@ def _check_source(
         )
     with open_source_briefly(runtime, connection) as source:
         table = source.describe(configuration.source_table)
+        _check_key_type(table, configuration.primary_key_column)
         _check_columns_exist(source, table, configuration)
         spelled = replace(
             configuration,
@@ -156,7 +157,7 @@ def _check_source(
         check_columns(spelled.columns)
         _check_filter_types(table, spelled.columns)
         if check_key:
-            _check_key(source, table, spelled)
+            _check_key(source, spelled)
     return spelled
 
 
@@ -191,16 +192,18 @@ def _check_filter_types(table: SourceTable, columns: Sequence[Column]) -> None:
         )
 
 
-def _check_key(source: Source, table: SourceTable, configuration: VectorConfiguration) -> None:
-    name = configuration.primary_key_column
-    described = table.column(name)
+def _check_key_type(table: SourceTable, name: str) -> None:
+    described = table.column(_spelled(table, name))
     if described is not None and not described.is_key_type:
         raise ValidationFailed(
-            f"primary_key_column: column {name!r} is of type {described.type}; integers, text, uuid, numeric, dates and"
-            " timestamps are accepted."
+            f"primary_key_column: column {described.name!r} is of type {described.type}; integers, text, uuid, numeric,"
+            " dates and timestamps are accepted."
         )
+
+
+def _check_key(source: Source, configuration: VectorConfiguration) -> None:
     try:
-        source.check_key(configuration.source_table, name)
+        source.check_key(configuration.source_table, configuration.primary_key_column)
     except SourceRejected as error:
         raise ValidationFailed(f"primary_key_column: {error.message}", resolution=error.resolution) from None
 

@@ -65,7 +65,14 @@ class Tenant:
             return api_keys.create(session, self.org_id, environment_id, "test", Permission(permission)).raw
 
     def send(
-        self, method: str, path: str, body: Any = None, *, key: str | None = None, environment: str | None = None, **more: Any
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        key: str | None = None,
+        environment: str | None = None,
+        **more: Any,
     ) -> httpx.Response:
         headers = {"Authorization": f"Bearer {key or self.key}", **more.pop("headers", {})}
         if environment is not None:
