@@ -53,6 +53,8 @@ class Embedd:
                 "name": f"provider-{self._suffix}",
                 "provider": "openai",
                 "credentials": {"api_key": API_KEY, "base_url": provider.base_url},
+                # two batches at once: so that a slow provider makes a backfill that can be caught in the middle
+                "limits": {"concurrency": 2},
             },
         )["id"]
 

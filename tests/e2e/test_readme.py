@@ -1,0 +1,64 @@
+"""The README's commands work when they are pasted, in the order given; and the demo does what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedd_dagster.local.stack import Stack
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks(heading: str) -> list[str]:
+    """The shell blocks of a section."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    return re.findall(r"```sh\n(.*?)```", section, flags=re.DOTALL)
+
+
+def test_the_tour_with_curl(stack: Stack, tmp_path: Path) -> None:
+    start, *rest = _blocks("Five minutes with curl")
+    assert start.strip() == "make up", "the stack that runs for these tests stands in for it"
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    (tmp_path / ".embedd").symlink_to(stack.state_dir)
+    separator = "\necho @@@\n"
+    script = "set -eo pipefail\n" + separator.join(rest)
+    pasted = subprocess.run(
+        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180, env={**os.environ}
+    )
+    assert pasted.returncode == 0, pasted.stdout + pasted.stderr
+    answers = pasted.stdout.split("@@@\n")
+    assert len(answers) == len(rest)
+    found = [json.loads(answer) for answer in answers if '"results"' in answer]
+    assert [result["metadata"]["vegan"] for result in found[0]["results"]] == [True, True]
+    assert found[0]["results"][0]["embedded_text"].startswith("title: Mango sorbet")
+    assert '"task_id"' in answers[-1]
+
+
+def test_every_make_target_that_is_named_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_path_that_is_linked_is_there() -> None:
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_the_demo() -> None:
+    """Its own stack, beside the one that runs; it fails by itself where an answer is not as it must be."""
+    demo = subprocess.run(
+        [sys.executable, "-m", "embedd_dagster.cli", "demo"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert demo.returncode == 0, demo.stdout + demo.stderr
+    assert demo.stdout.count("shutil.copytree") >= 2
