@@ -23,7 +23,7 @@ def alembic_config() -> Config:
 
 
 def upgrade(database_url: str) -> None:
-    """Applies every migration that is missing, and makes `prod` where it is. Idempotent; waits for another process that is at it."""
+    """Applies every migration that is missing, and makes `prod`. Idempotent; waits for another process that is at it."""
     engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
     config = alembic_config()
     try:

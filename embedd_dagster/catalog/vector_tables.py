@@ -279,13 +279,15 @@ def _has_live_task() -> ColumnElement[bool]:
 
 
 def without_next_sync(session: Session, limit: int = 1000) -> list[VectorTable]:
-    """Batch tables that are live and not yet on the schedule: newly built ones, and those whose schedule was changed."""
+    """Tables that are live and not yet on the schedule: newly built ones, and those whose schedule was changed.
+
+    cdc tables too: until logs are followed, they are synced as batch tables are.
+    """
     statement = (
         select(VectorTable)
         .where(
             VectorTable.next_sync_at.is_(None),
             VectorTable.live_version.is_not(None),
-            VectorTable.sync_mode == SyncMode.BATCH.value,
             VectorTable.deleted_at.is_(None),
         )
         .limit(limit)

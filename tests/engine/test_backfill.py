@@ -210,7 +210,8 @@ def test_any_single_column_key(product: Product, key_type: str, values: str) -> 
     assert len(product.points()) == 50
     product.assert_true_to_source()
     product.sql(
-        "UPDATE products SET body = 'other' WHERE title IN ('product 7', 'product 9'); DELETE FROM products WHERE title = 'product 8'"
+        """UPDATE products SET body = 'other' WHERE title IN ('product 7', 'product 9');
+        DELETE FROM products WHERE title = 'product 8'"""
     )
     report = product.run(TaskType.SYNC)
     assert (report.rows_embedded, report.rows_deleted) == (2, 1)
