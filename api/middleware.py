@@ -59,8 +59,8 @@ class RequestContext:
                 _log.info(
                     "request",
                     method=scope["method"],
-                    # the route's pattern, as a path may hold anything
-                    route=getattr(scope.get("route"), "path", None),
+                    # the operation's name, as a path may hold anything
+                    operation=getattr(scope.get("route"), "name", None),
                     status=status,
                     duration_ms=round((time.perf_counter() - begun) * 1000, 1),
                     key=state.get("key_prefix"),

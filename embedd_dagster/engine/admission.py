@@ -5,14 +5,16 @@ Nothing is written here, neither to the catalog nor to a source or store, so not
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from croniter import croniter  # type: ignore[import-untyped]
+from croniter import CroniterError, croniter  # type: ignore[import-untyped]
 
 from embedd_dagster import sources, stores
 from embedd_dagster.catalog import connections, embedding_providers
+from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.connections import ConnectionStatus
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.catalog.vector_tables import NewVectorTable
@@ -33,6 +35,10 @@ MAX_SYNC_INTERVAL_SECONDS: Final = 3600
 _CONNECT_TIMEOUT_SECONDS: Final = 5
 _STATEMENT_TIMEOUT_SECONDS: Final = 30.0
 _CRON_FIELDS: Final = 5
+# without croniter's own `r` and `h`, which mean another time at every look
+_CRON_FIELD: Final = re.compile(
+    r"(\*|\?|\d{1,2}|[a-z]{3}|l\d?|\d#\d)([,/-](\*|\d{1,3}|[a-z]{3}|l\d?|\d#\d))*", re.ASCII
+)
 
 
 def open_source_briefly(
@@ -129,10 +135,22 @@ def check_schedule(mode: SyncMode, schedule: str | None, interval_seconds: int |
         )
     if schedule is None:
         return
-    if len(schedule.split()) != _CRON_FIELDS or not schedule.isascii() or not croniter.is_valid(schedule):
+    if not _is_cron(schedule):
         raise ValidationFailed(
             "sync_schedule: a cron expression of five fields is accepted, such as `*/15 * * * *` (every 15 minutes, UTC)."
         )
+
+
+def _is_cron(schedule: str) -> bool:
+    """Whether it is a cron of five fields that comes round, as 30 February does not."""
+    fields = schedule.lower().split()
+    if len(fields) != _CRON_FIELDS or not all(_CRON_FIELD.fullmatch(field) for field in fields):
+        return False
+    try:
+        croniter(schedule, now()).get_next()
+    except (CroniterError, ValueError, TypeError, KeyError):
+        return False
+    return True
 
 
 def _check_source(
