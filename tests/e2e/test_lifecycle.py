@@ -64,7 +64,7 @@ def test_a_killed_worker_is_resumed_and_little_is_paid_twice(embedd: Embedd, eve
     assert task["attempts"] == 2
     assert task["dagster_run_id"] != run_id
     assert embedd.run_status(run_id) in {"FAILURE", "CANCELED"}
-    assert embedd.run_status(task["dagster_run_id"]) == "SUCCESS"
+    eventually(lambda: embedd.run_status(task["dagster_run_id"]) == "SUCCESS")
     _assert_settled(embedd, vector_table_id, ROWS)
     stats = embedd.provider_server.stats()
     in_flight = stats["max_in_flight"] * stats["max_items"]
