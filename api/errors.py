@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, Final, NamedTuple
@@ -204,15 +205,24 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
             request.scope, "not_found", f"There is nothing at {path}.", "GET /openapi.json lists every path."
         )
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = ", ".join(_methods_at(request))
         return error_response(
             request.scope,
             "method_not_allowed",
             f"{method} is not accepted at {path}.",
             f"Use {allowed}." if allowed else "GET /openapi.json lists every method.",
-            headers=error.headers,
+            headers={"Allow": allowed},
         )
     return response_of(request.scope, ValidationFailed("The request could not be read."))
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Every method of the path; Starlette knows only those of the first route that it fits."""
+    known: set[str] = set()
+    for template, operations in request.app.openapi()["paths"].items():
+        if re.fullmatch(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template)), request.url.path):
+            known.update(method.upper() for method in operations)
+    return sorted(known)
 
 
 _REFERENCED: Final = {

@@ -31,8 +31,9 @@ class StrictRequest(Request):
     """A request whose JSON body stays raw until a schema asks for it."""
 
     async def json(self) -> Any:
-        """The body as it came."""
-        return RawBody(await self.body())
+        """The body as it came; null is no body."""
+        content = await self.body()
+        return None if content.strip() == b"null" else RawBody(content)
 
 
 class StrictRoute(APIRoute):

@@ -131,6 +131,8 @@ def test_what_was_never_built_is_not_ready(tenant: Tenant) -> None:
     for response in (
         tenant.post(f"{path}/query", {"query": "x"}),
         tenant.post(f"{path}/sync"),
+        tenant.post(f"{path}/sync", content=b"null", headers={"Content-Type": "application/json"}),
+        tenant.post(f"{path}/sync", {}),
         tenant.post(f"{path}/failed-rows/retry"),
     ):
         assert (response.status_code, code_of(response)) == (422, "vector_table_not_ready")
