@@ -169,7 +169,7 @@ class RowPipeline:
         hashes = [text_hash(row.text) for row in rows]
         known = self._find_vectors(rows, hashes)
         missing = {hashed: row.text for row, hashed in zip(rows, hashes, strict=True) if hashed not in known}
-        rejected = self._embed(missing, known, outcome)
+        embedded, rejected = self._embed(missing, known, outcome)
         kept = []
         for index, row in enumerate(rows):
             if error := rejected.get(hashes[index]):
@@ -178,8 +178,8 @@ class RowPipeline:
             else:
                 kept.append(index)
                 outcome.counts.truncated += row.truncated
-        outcome.counts.embedded += len(missing) - len(rejected)
-        outcome.counts.reused += len(kept) - (len(missing) - len(rejected))
+        outcome.counts.embedded += len(embedded)
+        outcome.counts.reused += len(kept) - len(embedded)
         if not kept:
             return
         points = PointBatch(
@@ -193,37 +193,74 @@ class RowPipeline:
         )
         self._patiently(lambda: self._store.upsert(self._set, points))
         outcome.written = points.keys
+        positions = [position for position, hashed in enumerate(points.text_hashes) if hashed in embedded]
+        self._memory.note_written(
+            [points.text_hashes[position] for position in positions], [points.keys[position] for position in positions]
+        )
 
     def _find_vectors(self, rows: list[ComposedRow], hashes: list[int]) -> dict[int, Vectors]:
         """Vectors that need not be paid for again, by text hash: of this row in an older set, or of an equal text."""
         known = self._memory.recall(hashes)
         for vector_set in self._reuse_from:
-            wanted = [(row.row.key, hashed) for row, hashed in zip(rows, hashes, strict=True) if hashed not in known]
-            if not wanted:
-                break
-            keys = [key for key, _hash in wanted]
-            stored = self._patiently(partial(self._store.vectors, vector_set, keys))
-            for key, hashed in wanted:
-                found = stored.get(key)
-                if found is not None and found[0] == hashed:
-                    known[hashed] = found[1]
+            wanted = {row.row.key: hashed for row, hashed in zip(rows, hashes, strict=True) if hashed not in known}
+            known.update(self._read_vectors(vector_set, wanted))
+        unknown = [hashed for hashed in hashes if hashed not in known]
+        elsewhere = {key: hashed for hashed, key in self._memory.find_written(unknown).items()}
+        known.update(self._read_vectors(self._set, elsewhere))
         return known
+
+    def _read_vectors(self, vector_set: VectorSet, wanted: dict[Key, int]) -> dict[int, Vectors]:
+        """Of the points of these keys, the vectors of those that still have the text wanted, by text hash."""
+        if not wanted:
+            return {}
+        stored = self._patiently(partial(self._store.vectors, vector_set, list(wanted)))
+        return {hashed: vector for key, (hashed, vector) in stored.items() if wanted.get(key) == hashed}
 
     def _embed(
         self, missing: dict[int, str], known: dict[int, Vectors], outcome: BatchOutcome
-    ) -> dict[int, TextRejected]:
-        if not missing:
-            return {}
-        result = self._embedder.embed(list(missing.values()))
-        outcome.counts.tokens += result.tokens
+    ) -> tuple[set[int], dict[int, TextRejected]]:
+        """Adds the missing vectors to `known`; gives which texts were embedded here, and which the provider rejects."""
+        embedded: set[int] = set()
         rejected: dict[int, TextRejected] = {}
-        for index, hashed in enumerate(missing):
-            if error := result.failed.get(index):
-                rejected[hashed] = error
-            else:
-                known[hashed] = result.vectors[index]
-                self._memory.remember(hashed, result.vectors[index])
-        return rejected
+        while missing:
+            mine, others = self._memory.claim(missing)
+            self._embed_claimed({hashed: missing[hashed] for hashed in mine}, known, rejected, outcome)
+            embedded.update(hashed for hashed in mine if hashed not in rejected)
+            for hashed, future in others.items():
+                found = future.result()
+                if isinstance(found, TextRejected):
+                    rejected[hashed] = found
+                elif found is not None:
+                    known[hashed] = found
+            # what is left: the batch that was at it failed, and this one tries it in its place
+            missing = {
+                hashed: text for hashed, text in missing.items() if hashed not in known and hashed not in rejected
+            }
+        return embedded, rejected
+
+    def _embed_claimed(
+        self,
+        claimed: dict[int, str],
+        known: dict[int, Vectors],
+        rejected: dict[int, TextRejected],
+        outcome: BatchOutcome,
+    ) -> None:
+        unresolved = list(claimed)
+        try:
+            if claimed:
+                result = self._embedder.embed(list(claimed.values()))
+                outcome.counts.tokens += result.tokens
+                for index, hashed in enumerate(claimed):
+                    if error := result.failed.get(index):
+                        rejected[hashed] = error
+                        self._memory.resolve(hashed, error)
+                    else:
+                        known[hashed] = result.vectors[index]
+                        self._memory.resolve(hashed, result.vectors[index])
+                unresolved = []
+        finally:
+            for hashed in unresolved:
+                self._memory.resolve(hashed, None)
 
 
 def _note_failure(outcome: BatchOutcome, row: SourceRow, step: str, error: RowError) -> None:

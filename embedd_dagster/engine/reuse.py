@@ -1,27 +1,53 @@
-"""The texts that a run has embedded already: a duplicate in the table costs one embedding."""
+"""The texts that a run has embedded already: a duplicate in the table costs one embedding, wherever it stands.
+
+Three layers, each for what the one before forgets: the vectors used last are kept in memory; a text that another batch is
+embedding at this moment is waited for; for every text written, the key of one row that has it is kept in a temporary file
+(SQLite's own, gone with the process), from where its vector can be read back out of the set. Memory does not grow with the table.
+"""
 
 from __future__ import annotations
 
+import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from typing import Final
 
+import numpy as np
+
+from embedd_dagster.core.keys import Key, decode_key, encode_key
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.errors import TextRejected
 
-_DEFAULT_BYTES = 32 * 2**20
+_VECTOR_BYTES: Final = 24 * 2**20
+_BLOOM_BITS: Final = 26  # 8 MB: at five million texts one in a hundred is looked up in vain
+_VARIABLES_A_STATEMENT: Final = 500
+
+EmbeddingInFlight = Future[Vectors | TextRejected | None]
+"""The vector of a text, its rejection, or None where the batch that was at it failed for another reason."""
 
 
 class TextMemory:
-    """Vectors by text hash, the least recently used forgotten beyond `max_bytes`. Safe to use from several threads."""
+    """What a run knows of the texts it has embedded. Safe to use from several threads; close it at the end."""
 
-    def __init__(self, max_bytes: int = _DEFAULT_BYTES) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_vector_bytes: int = _VECTOR_BYTES) -> None:
+        self._max_bytes = max_vector_bytes
         self._bytes = 0
         self._vectors: OrderedDict[int, Vectors] = OrderedDict()
+        self._in_flight: dict[int, EmbeddingInFlight] = {}
+        self._bloom = np.zeros(1 << (_BLOOM_BITS - 3), dtype=np.uint8)
         self._lock = threading.Lock()
+        self._file_lock = threading.Lock()
+        # "" is a file that SQLite makes in the temporary directory and removes at once
+        self._file = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._file.executescript(
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;"
+            "CREATE TABLE written (hash INTEGER PRIMARY KEY, key TEXT NOT NULL);"
+        )
 
     def recall(self, hashes: Iterable[int]) -> dict[int, Vectors]:
-        """The vectors of those texts that are remembered."""
+        """The vectors of those texts that are in memory."""
         found = {}
         with self._lock:
             for hashed in hashes:
@@ -31,14 +57,71 @@ class TextMemory:
                     found[hashed] = vector
         return found
 
-    def remember(self, hashed: int, vector: Vectors) -> None:
-        """Keeps the vector of a text, for as long as there is room."""
+    def claim(self, hashes: Iterable[int]) -> tuple[list[int], dict[int, EmbeddingInFlight]]:
+        """Which of these texts the caller is to embed, and those that another batch is embedding.
+
+        The caller must `resolve` each of its own before it waits for the others: so no two batches wait for each other.
+        """
+        mine, others = [], {}
         with self._lock:
-            if hashed in self._vectors:
-                return
-            # a copy: a row of the answer's array would keep the whole array alive
-            self._vectors[hashed] = vector.copy()
-            self._bytes += vector.nbytes
-            while self._bytes > self._max_bytes:
-                _oldest, forgotten = self._vectors.popitem(last=False)
-                self._bytes -= forgotten.nbytes
+            for hashed in hashes:
+                if (future := self._in_flight.get(hashed)) is not None:
+                    others[hashed] = future
+                else:
+                    self._in_flight[hashed] = Future()
+                    mine.append(hashed)
+        return mine, others
+
+    def resolve(self, hashed: int, outcome: Vectors | TextRejected | None) -> None:
+        """Tells those who wait what became of a claimed text, and keeps its vector while there is room."""
+        with self._lock:
+            future = self._in_flight.pop(hashed)
+            if isinstance(outcome, np.ndarray) and hashed not in self._vectors:
+                # a copy: a row of the answer's array would keep the whole array alive
+                outcome = outcome.copy()
+                self._vectors[hashed] = outcome
+                self._bytes += outcome.nbytes
+                while self._bytes > self._max_bytes:
+                    _oldest, forgotten = self._vectors.popitem(last=False)
+                    self._bytes -= forgotten.nbytes
+        future.set_result(outcome)
+
+    def note_written(self, hashes: Sequence[int], keys: Sequence[Key]) -> None:
+        """Remembers where these texts can be found again: in the points of these keys, which are durable."""
+        if not hashes:
+            return
+        entries = [(hashed, encode_key(key)) for hashed, key in zip(hashes, keys, strict=True)]
+        with self._file_lock:
+            for positions in self._positions(hashes):
+                np.bitwise_or.at(self._bloom, positions >> 3, (1 << (positions & 7)).astype(np.uint8))
+            self._file.execute("BEGIN")
+            self._file.executemany("INSERT OR IGNORE INTO written VALUES (?, ?)", entries)
+            self._file.execute("COMMIT")
+
+    def find_written(self, hashes: Sequence[int]) -> dict[int, Key]:
+        """The key of a row for each of those texts that this run has written."""
+        if not hashes:
+            return {}
+        maybe = np.ones(len(hashes), dtype=bool)
+        for positions in self._positions(hashes):
+            maybe &= (self._bloom[positions >> 3] >> (positions & 7)) & 1 == 1
+        asked = [hashed for hashed, is_maybe in zip(hashes, maybe, strict=True) if is_maybe]
+        found: dict[int, Key] = {}
+        for start in range(0, len(asked), _VARIABLES_A_STATEMENT):
+            some = asked[start : start + _VARIABLES_A_STATEMENT]
+            marks = ", ".join("?" * len(some))
+            with self._file_lock:
+                rows = self._file.execute(f"SELECT hash, key FROM written WHERE hash IN ({marks})", some).fetchall()  # noqa: S608 - question marks alone
+            found.update((hashed, decode_key(key)) for hashed, key in rows)
+        return found
+
+    @staticmethod
+    def _positions(hashes: Sequence[int]) -> list[np.ndarray[tuple[int], np.dtype[np.int64]]]:
+        # a 64-bit hash is two independent positions in the Bloom filter
+        bits = np.array(hashes, dtype=np.int64).view(np.uint64)
+        mask = np.uint64((1 << _BLOOM_BITS) - 1)
+        return [((bits >> np.uint64(shift)) & mask).astype(np.int64) for shift in (0, 32)]
+
+    def close(self) -> None:
+        """Lets the temporary file go."""
+        self._file.close()

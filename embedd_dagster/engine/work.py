@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -160,13 +160,14 @@ class Work:
     def pipeline(self, row: VectorSetRow, reuse_from: list[VectorSet]) -> RowPipeline:
         """The pipeline into a version, by the configuration that version is built from."""
         configuration = VectorConfiguration.from_json(row.configuration)
+        memory = self._resources.enter_context(closing(TextMemory()))
         return RowPipeline(
             vector_set=self.vector_set(row),
             configuration=configuration,
             store=self.store,
             embedder=self.embedder(configuration),
             reuse_from=reuse_from,
-            memory=TextMemory(),
+            memory=memory,
             patiently=self.patiently,
         )
 
