@@ -45,5 +45,6 @@ lock:  ## pin what pyproject.toml asks for (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
 
-clean: down  ## remove what setup and up made
-	rm -rf $(VENV) .embedd
+clean:  ## remove what setup and up made
+	@test ! -x $(BIN)/embedd || $(BIN)/embedd down --remove-state
+	rm -rf $(VENV)

@@ -64,11 +64,17 @@ def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
 
 @app.command()
 @_explained
-def down(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+def down(
+    state_dir: StateDir = _DEFAULT_STATE_DIR,
+    *,
+    remove_state: Annotated[bool, typer.Option("--remove-state", help="Also delete everything it has stored.")] = False,
+) -> None:
     """Stop the stack that `embedd up` started, children included."""
     from embedd_dagster.local import outside
 
     stopped = outside.down(state_dir)
+    if remove_state:
+        outside.discard(state_dir)
     _console.print("Stopped." if stopped else "Nothing was running.")
 
 

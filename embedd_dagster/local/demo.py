@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.errors import EmbeddError, PermanentError
 from embedd_dagster.local import stdlib_docs
-from embedd_dagster.local.outside import Endpoints
+from embedd_dagster.local.outside import Endpoints, discard
 from embedd_dagster.local.postgres import create_database
 from embedd_dagster.local.stack import StackSettings, running_stack
 
@@ -67,7 +66,7 @@ def run_demo(console: Console) -> None:
             console.print(f"   API {endpoints.api}/docs · Dagster {endpoints.dagster}")
             _walk_through(console, endpoints)
     finally:
-        shutil.rmtree(state_dir, ignore_errors=True)
+        discard(state_dir)
     console.print(f"[bold green]Done[/] in {time.monotonic() - begun:.0f} s; everything is shut down again.")
 
 

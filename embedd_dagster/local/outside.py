@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import structlog
 
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.local import files, process
+from embedd_dagster.local.postgres import EmbeddedPostgres
 
 DEFAULT_STATE_DIR = Path(".embedd")
 DOWN_TIMEOUT_SECONDS = 60.0
@@ -69,6 +71,16 @@ def down(state_dir: Path = DEFAULT_STATE_DIR) -> bool:
         return end_leftovers(state_dir) or was_running
     finally:
         lock.release()
+
+
+def discard(state_dir: Path = DEFAULT_STATE_DIR) -> None:
+    """Nothing of the stack runs, and nothing of it is left on the disk, also not what had to lie elsewhere.
+
+    Where another user may not enter the state directory, PostgreSQL's data lies in one of its own (see `postgres_place`).
+    """
+    down(state_dir)
+    EmbeddedPostgres(state_dir.resolve()).remove()
+    shutil.rmtree(state_dir, ignore_errors=True)
 
 
 def status(state_dir: Path = DEFAULT_STATE_DIR) -> StackStatus:

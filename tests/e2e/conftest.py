@@ -19,6 +19,7 @@ from sqlalchemy import make_url
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.local.outside import discard
 from embedd_dagster.local.stack import Stack, StackSettings
 from tests.support.e2e import API_KEY, Embedd
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -36,8 +37,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         }
     )
     state_dir: Path = tmp_path_factory.mktemp("stack")
-    with Stack(state_dir, settings=settings) as running:
-        yield running
+    try:
+        with Stack(state_dir, settings=settings) as running:
+            yield running
+    finally:
+        discard(state_dir)
 
 
 @pytest.fixture(scope="session")

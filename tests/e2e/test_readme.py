@@ -33,7 +33,13 @@ def test_the_tour_with_curl(stack: Stack, tmp_path: Path) -> None:
     separator = "\necho @@@\n"
     script = "set -eo pipefail\n" + separator.join(rest)
     pasted = subprocess.run(
-        ["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=180, env={**os.environ}
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+        env={**os.environ},
     )
     assert pasted.returncode == 0, pasted.stdout + pasted.stderr
     answers = pasted.stdout.split("@@@\n")
@@ -58,7 +64,12 @@ def test_every_path_that_is_linked_is_there() -> None:
 def test_the_demo() -> None:
     """Its own stack, beside the one that runs; it fails by itself where an answer is not as it must be."""
     demo = subprocess.run(
-        [sys.executable, "-m", "embedd_dagster.cli", "demo"], cwd=ROOT, capture_output=True, text=True, check=False, timeout=280
+        [sys.executable, "-m", "embedd_dagster.cli", "demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert demo.stdout.count("shutil.copytree") >= 2
