@@ -18,6 +18,7 @@ from api.routers import (
     embedding_providers,
     environments,
     health,
+    metrics,
     queries,
     tasks,
     vector_table_sync,
@@ -29,7 +30,7 @@ from embedd_dagster.settings import Settings, get_settings
 
 _DESCRIPTION = """Keeps tables of your database searchable by meaning.
 
-Every request but `/health` and `/ready` carries `Authorization: Bearer sk_…` (make a key with `embedd keys create`), and is
+Every request but `/health`, `/ready` and `/metrics` carries `Authorization: Bearer sk_…` (`embedd keys create` makes one), and is
 made in the environment of `X-Environment-Id`, or the one named `prod`. Every answer that is not 2xx is an error envelope; its
 codes are listed at [/docs/errors](/docs/errors)."""
 
@@ -63,6 +64,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     v1 = APIRouter(prefix="/v1", route_class=StrictRoute)
     for module in (
         environments,

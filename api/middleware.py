@@ -56,15 +56,25 @@ class RequestContext:
                 if status == 0:
                     await response(scope, receive, send_with_headers)
             finally:
+                seconds = time.perf_counter() - begun
+                _measure(scope, status, seconds)
                 _log.info(
                     "request",
                     method=scope["method"],
                     # the operation's name, as a path may hold anything
                     operation=getattr(scope.get("route"), "name", None),
                     status=status,
-                    duration_ms=round((time.perf_counter() - begun) * 1000, 1),
+                    duration_ms=round(seconds * 1000, 1),
                     key=state.get("key_prefix"),
                 )
+
+
+def _measure(scope: Scope, status: int, seconds: float) -> None:
+    template = getattr(scope.get("route"), "path", None)
+    # some versions of FastAPI leave out what the route's router was included under
+    if template is not None and scope["path"].startswith("/v1/") and not template.startswith("/v1/"):
+        template = f"/v1{template}"
+    scope["app"].state.embedd.metrics.request(scope["method"], template, status, seconds)
 
 
 class BodyLimit:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from api.launch import Launcher
+from api.metrics import Metrics
 from api.rate_limit import RateLimiter
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine import admission
@@ -28,18 +29,21 @@ class ApiState:
     searcher: Searcher
     launcher: Launcher
     rate_limiter: RateLimiter
+    metrics: Metrics
     _estimators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "estimate"))
 
     @classmethod
     def open(cls, settings: Settings) -> ApiState:
         """Everything that a request may need; nothing is connected to before it is used."""
         runtime = Runtime.open(settings)
+        metrics = Metrics(runtime.catalog)
         return cls(
             settings=settings,
             runtime=runtime,
-            searcher=Searcher(runtime),
+            searcher=Searcher(runtime, observer=metrics),
             launcher=Launcher(runtime.catalog, settings.dagster_url),
             rate_limiter=RateLimiter.open(settings),
+            metrics=metrics,
         )
 
     def estimate_rows(self, connection: Connection, source_table: str) -> int:
