@@ -23,6 +23,7 @@ from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mod
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Searcher
+from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings
 from tests.support.openai_server import RunningServer, running_openai_server
 
@@ -53,6 +54,20 @@ class Product:
     vector_table_id: str
     mode: Mode
     log: list[str] = field(default_factory=list)
+
+    def renew(self) -> None:
+        """Another vector table over the same source, nothing built yet; the old one is torn down."""
+        with self.runtime.catalog.transaction() as session:
+            old = vector_tables.get(session, self.environment_id, self.vector_table_id, lock=True)
+            configuration = VectorConfiguration("products", "id", COLUMNS, MODEL, DIMENSIONS, old.embedding_provider_id)
+            new = NewVectorTable(
+                uuid4().hex, old.connection_id, configuration, self.mode, SyncMode.BATCH, None, None, "public"
+            )
+            environment = environments.get(session, old.org_id, old.environment_id)
+            vector_tables.mark_deleted(old)
+            made = vector_tables.create(session, environment, new)
+        assert teardown(self.runtime, self.vector_table_id)
+        self.vector_table_id = made.id
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
