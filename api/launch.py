@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import httpx
 import structlog
+from pydantic import SecretStr
 
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.database import Catalog
@@ -36,11 +37,12 @@ _log = structlog.get_logger("embedd.api")
 class Launcher:
     """Sends launches and terminations to Dagster's webserver, two at a time."""
 
-    def __init__(self, catalog: Catalog, dagster_url: str | None) -> None:
-        """Without an URL nothing is sent: the sensor works alone."""
+    def __init__(self, catalog: Catalog, dagster_url: str | None, dagster_token: SecretStr | None = None) -> None:
+        """Without an URL nothing is sent: the sensor works alone. The token opens the guard before the webserver."""
         self._catalog = catalog
         self._url = dagster_url.rstrip("/") if dagster_url else None
-        self._http = httpx.Client(timeout=_TIMEOUT_SECONDS, trust_env=False)
+        headers = {"Authorization": f"Bearer {dagster_token.get_secret_value()}"} if dagster_token else {}
+        self._http = httpx.Client(headers=headers, timeout=_TIMEOUT_SECONDS, trust_env=False)
         self._workers = ThreadPoolExecutor(2, "launch")
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 

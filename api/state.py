@@ -41,7 +41,7 @@ class ApiState:
             settings=settings,
             runtime=runtime,
             searcher=Searcher(runtime, observer=metrics),
-            launcher=Launcher(runtime.catalog, settings.dagster_url),
+            launcher=Launcher(runtime.catalog, settings.dagster_url, settings.dagster_token),
             rate_limiter=RateLimiter.open(settings),
             metrics=metrics,
         )

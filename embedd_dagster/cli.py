@@ -53,7 +53,8 @@ def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     def ready(endpoints: Endpoints) -> None:
         _console.print("[bold green]embedd is up.[/]")
         _console.print(f"  API      {endpoints.api}/docs")
-        _console.print(f"  Dagster  {endpoints.dagster}")
+        # whole on one line, whatever the terminal's width: it is to be clicked
+        _console.print(f"  Dagster  {endpoints.dagster_login}", soft_wrap=True)
         _console.print(f"  Qdrant   {endpoints.qdrant}")
         _console.print(f"  State    {state_dir.resolve()}   (addresses in endpoints.json, logs in logs/)")
         _console.print("Make a key with [cyan]embedd keys create[/]. Ctrl-C stops everything.")
@@ -88,6 +89,8 @@ def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     _console.print(f"[bold]{found.state}[/]" + (f" (process {found.pid})" if found.pid else ""))
     for name, child in found.children.items():
         _console.print(f"  {name:18} {child['state']}")
+    if found.endpoints:
+        _console.print(f"API {found.endpoints.api}/docs · Dagster {found.endpoints.dagster_login}", soft_wrap=True)
 
 
 @app.command()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from embedd_dagster.errors import ConfigurationError
+
+S = TypeVar("S", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
@@ -23,6 +25,8 @@ class Settings(BaseSettings):
     qdrant_url: str = Field(description="Where managed vectors live")
     qdrant_api_key: SecretStr | None = None
     dagster_url: str | None = Field(default=None, description="Dagster's webserver; unset, the sensor launches alone")
+
+    dagster_token: SecretStr | None = Field(default=None, description="Opens Dagster's UI and its GraphQL to the API")
 
     api_url: str | None = Field(default=None, description="Where users reach the API; linked from Dagster's metadata")
     rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
@@ -48,17 +52,55 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "api_url", mode="before")
+    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "dagster_token", "api_url", mode="before")
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         # compose files pass variables that are not set as ""
         return None if value == "" else value
 
 
+class WebserverSettings(BaseSettings):
+    """What Dagster's UI behind its guard needs: neither the catalog nor its keys."""
+
+    model_config = SettingsConfigDict(env_prefix="EMBEDD_", frozen=True, extra="ignore", hide_input_in_errors=True)
+
+    dagster_token: SecretStr = Field(description="Whoever has it may do everything in Dagster's UI")
+    dagster_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(), description="Comma-separated names, without ports, that reach the UI beside the loopback ones"
+    )
+
+    @field_validator("dagster_token")
+    @classmethod
+    def _check_token(cls, value: SecretStr) -> SecretStr:
+        token = value.get_secret_value()
+        if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
+            raise ValueError("at least 16 characters of ASCII without spaces (`openssl rand -hex 32`)")
+        return value
+
+    @field_validator("dagster_hosts", mode="before")
+    @classmethod
+    def _split_hosts(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        hosts = tuple(part.strip().lower() for part in value.split(",") if part.strip())
+        if any("/" in host or (":" in host and not host.startswith("[")) for host in hosts):
+            raise ValueError("names alone, as in dagster.example.com: no scheme, no port, no path")
+        return hosts
+
+
 def read_settings() -> Settings:
     """The settings of the present environment. Raises ConfigurationError that names each variable at fault."""
+    return _read(Settings)
+
+
+def read_webserver_settings() -> WebserverSettings:
+    """As `read_settings`, for Dagster's webserver."""
+    return _read(WebserverSettings)
+
+
+def _read(kind: type[S]) -> S:
     try:
-        return Settings()
+        return kind()
     except ValidationError as error:
         faults = "; ".join(
             f"EMBEDD_{'_'.join(str(part) for part in fault['loc']).upper()}: {fault['msg']}" for fault in error.errors()

@@ -59,9 +59,11 @@ def get_ready(request: Request) -> Any:
 def check_parts(state: ApiState) -> dict[str, PartAnswer]:
     """Every part, asked at the same time."""
     headers = {"api-key": key.get_secret_value()} if (key := state.settings.qdrant_api_key) else {}
+    token = state.settings.dagster_token
+    dagster_headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
     checks: dict[str, Callable[[], None] | None] = {
         "catalog": state.runtime.catalog.check,
-        "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info")
+        "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info", dagster_headers)
         if state.settings.dagster_url
         else None,
         "qdrant": _get(f"{state.settings.qdrant_url.rstrip('/')}/readyz", headers),

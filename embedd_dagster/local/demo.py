@@ -63,7 +63,7 @@ def run_demo(console: Console) -> None:
     try:
         console.print("[bold]1.[/] Starting PostgreSQL, Qdrant's engine, Dagster and the API on free loopback ports …")
         with running_stack(state_dir, settings=settings) as endpoints:
-            console.print(f"   API {endpoints.api}/docs · Dagster {endpoints.dagster}")
+            console.print(f"   API {endpoints.api}/docs · Dagster {endpoints.dagster_login}", soft_wrap=True)
             _walk_through(console, endpoints)
     finally:
         discard(state_dir)

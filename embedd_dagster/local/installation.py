@@ -34,6 +34,7 @@ class External:
     dagster_database_url: str | None
     qdrant_url: str | None
     encryption_keys: str | None
+    dagster_token: str | None
 
     @classmethod
     def of_environment(cls) -> External:
@@ -43,6 +44,7 @@ class External:
             dagster_database_url=os.environ.get("EMBEDD_DAGSTER_DATABASE_URL") or None,
             qdrant_url=os.environ.get("EMBEDD_QDRANT_URL") or None,
             encryption_keys=os.environ.get("EMBEDD_ENCRYPTION_KEYS") or None,
+            dagster_token=os.environ.get("EMBEDD_DAGSTER_TOKEN") or None,
         )
 
 
@@ -64,6 +66,16 @@ def find_encryption_keys(state_dir: Path, external: External) -> str:
     path = state_dir / "encryption_keys"
     if not path.exists():
         files.write_private(path, base64.b64encode(secrets.token_bytes(32)).decode() + "\n")
+    return path.read_text().strip()
+
+
+def find_dagster_token(state_dir: Path, external: External) -> str:
+    """What opens Dagster's UI; generated at the first start, and the same until its file is removed."""
+    if external.dagster_token:
+        return external.dagster_token
+    path = state_dir / "dagster_token"
+    if not path.exists():
+        files.write_private(path, secrets.token_urlsafe(32) + "\n")
     return path.read_text().strip()
 
 
@@ -112,7 +124,7 @@ def find_code_socket(state_dir: Path) -> Path:
 
 def child_environment(
     *, database_url: str, dagster_database_url: str, qdrant_url: str, dagster_url: str, api_url: str, encryption_keys: str,
-    dagster_home: Path, code_socket: Path,
+    dagster_token: str, dagster_home: Path, code_socket: Path,
 ) -> dict[str, str]:  # fmt: skip
     """The environment of every child but PostgreSQL."""
     return {
@@ -121,6 +133,7 @@ def child_environment(
         "EMBEDD_DAGSTER_DATABASE_URL": driver_url(dagster_database_url, "postgresql+psycopg2"),
         "EMBEDD_QDRANT_URL": qdrant_url,
         "EMBEDD_DAGSTER_URL": dagster_url,
+        "EMBEDD_DAGSTER_TOKEN": dagster_token,
         "EMBEDD_API_URL": os.environ.get("EMBEDD_API_URL") or api_url,
         "EMBEDD_ENCRYPTION_KEYS": encryption_keys,
         "EMBEDD_DAGSTER_CODE_SOCKET": str(code_socket),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import structlog
 
@@ -34,8 +35,15 @@ class Endpoints:
 
     api: str
     dagster: str
+    dagster_login: str
+    """Signs a browser in to Dagster's UI: not for a log."""
     qdrant: str
     database_url: str
+
+    @property
+    def dagster_token(self) -> str:
+        """What programs send to Dagster's webserver, as `Authorization: Bearer …`."""
+        return parse_qs(urlsplit(self.dagster_login).query)["token"][0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,9 +33,9 @@ def accepts(socket_path: Path) -> bool:
     return True
 
 
-def code_locations_loaded(webserver_port: int) -> bool:
+def code_locations_loaded(webserver_port: int, token: str) -> bool:
     """Whether Dagster's webserver serves, and has loaded every code location: until then it shows nothing."""
-    status, body = _request(webserver_port, "POST", "/graphql", {"query": _LOCATIONS_QUERY})
+    status, body = _request(webserver_port, "POST", "/graphql", {"query": _LOCATIONS_QUERY}, token=token)
     if status != 200:
         return False
     workspace = (body.get("data") or {}).get("workspaceOrError") or {}
@@ -79,12 +79,15 @@ class DaemonHeartbeat:
 
 
 def _request(
-    port: int, method: str, path: str, body: dict[str, Any] | None = None
+    port: int, method: str, path: str, body: dict[str, Any] | None = None, *, token: str | None = None
 ) -> tuple[int | None, dict[str, Any]]:
     connection = http.client.HTTPConnection(LOOPBACK, port, timeout=_TIMEOUT_SECONDS)
     try:
         content = json.dumps(body) if body is not None else None
-        connection.request(method, path, content, {"Content-Type": "application/json"} if content else {})
+        headers = {"Content-Type": "application/json"} if content else {}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request(method, path, content, headers)
         response = connection.getresponse()
         raw = response.read()
         if content is None or response.status != 200:

@@ -26,6 +26,7 @@ class Services:
     code_socket: Path
     code_location_module: str
     dagster_database_url: str
+    dagster_token: str
     postgres: EmbeddedPostgres | None
     """None where the user brings a database; the same for Qdrant below."""
     embedded_qdrant: bool
@@ -82,8 +83,14 @@ def _code_server(services: Services) -> ChildSpec:
 
 def _webserver(services: Services) -> ChildSpec:
     port = services.ports["dagster-webserver"]
-    command = ["dagster_webserver", "-h", LOOPBACK, "-p", str(port), "-w", str(PROJECT_ROOT / "workspace.yaml")]
-    return _python(services, "dagster-webserver", command, is_ready=lambda: code_locations_loaded(port))
+    command = ["embedd_dagster.webserver", "--host", LOOPBACK, "--port", str(port)]
+    command += ["--workspace", str(PROJECT_ROOT / "workspace.yaml")]
+    return _python(
+        services,
+        "dagster-webserver",
+        command,
+        is_ready=lambda: code_locations_loaded(port, services.dagster_token),
+    )
 
 
 def _daemon(services: Services) -> ChildSpec:

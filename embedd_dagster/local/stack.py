@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import quote
 
 import psycopg
 import structlog
@@ -190,6 +191,7 @@ class Stack:
     def _start_children(self) -> None:
         external = installation.External.of_environment()
         encryption_keys = installation.find_encryption_keys(self.state_dir, external)
+        dagster_token = installation.find_dagster_token(self.state_dir, external)
         remembered = Ports(self.state_dir / "ports.json")
         ports = {name: remembered.claim(name) for name in ("api", "dagster-webserver", "qdrant")}
         urls = {name: f"http://{LOOPBACK}:{port}" for name, port in ports.items()}
@@ -204,7 +206,13 @@ class Stack:
         dagster_database_url = external.dagster_database_url or installation.sibling_database_url(
             database_url, installation.DAGSTER_DATABASE
         )
-        self._endpoints = Endpoints(urls["api"], urls["dagster-webserver"], qdrant_url, database_url)
+        self._endpoints = Endpoints(
+            api=urls["api"],
+            dagster=urls["dagster-webserver"],
+            dagster_login=f"{urls['dagster-webserver']}/login?token={quote(dagster_token, safe='')}",
+            qdrant=qdrant_url,
+            database_url=database_url,
+        )
 
         code_socket = installation.find_code_socket(self.state_dir)
         environment = installation.child_environment(
@@ -214,6 +222,7 @@ class Stack:
             dagster_url=urls["dagster-webserver"],
             api_url=urls["api"],
             encryption_keys=encryption_keys,
+            dagster_token=dagster_token,
             dagster_home=installation.open_dagster_home(self.state_dir),
             code_socket=code_socket,
         )
@@ -224,6 +233,7 @@ class Stack:
             code_socket=code_socket,
             code_location_module=self._settings.code_location_module,
             dagster_database_url=installation.driver_url(dagster_database_url, "postgresql"),
+            dagster_token=dagster_token,
             postgres=self._postgres,
             embedded_qdrant=external.qdrant_url is None,
             replace=self._settings.replace,

@@ -48,6 +48,7 @@ def stack():
             "EMBEDD_QDRANT_URL",
             "EMBEDD_DAGSTER_DATABASE_URL",
             "EMBEDD_ENCRYPTION_KEYS",
+            "EMBEDD_DAGSTER_TOKEN",
         ):
             patch.delenv(name, raising=False)
         stack = Stack(directory, settings=stub_settings())
@@ -86,7 +87,9 @@ def until(condition, timeout_seconds=40):
 
 
 def graphql(endpoints, query, **variables):
-    answer = httpx.post(f"{endpoints.dagster}/graphql", json={"query": query, "variables": variables}, timeout=20)
+    headers = {"Authorization": f"Bearer {endpoints.dagster_token}"}
+    body = {"query": query, "variables": variables}
+    answer = httpx.post(f"{endpoints.dagster}/graphql", json=body, headers=headers, timeout=20)
     return answer.json()["data"]
 
 
@@ -105,10 +108,11 @@ def test_writes_where_it_is_for_its_owner_alone(stack):
     assert json.loads(path.read_text()) == {
         "api": stack.endpoints.api,
         "dagster": stack.endpoints.dagster,
+        "dagster_login": stack.endpoints.dagster_login,
         "qdrant": stack.endpoints.qdrant,
         "database_url": stack.endpoints.database_url,
     }
-    for name in ("endpoints.json", "stack.json", "encryption_keys"):
+    for name in ("endpoints.json", "stack.json", "encryption_keys", "dagster_token"):
         assert (stack.state_dir / name).stat().st_mode & 0o777 == 0o600
     assert (stack.state_dir / "run").stat().st_mode & 0o777 == 0o700
     with psycopg.connect(stack.endpoints.database_url) as connection:
@@ -116,6 +120,23 @@ def test_writes_where_it_is_for_its_owner_alone(stack):
     seen = status(stack.state_dir)
     assert (seen.running, seen.state, seen.pid, seen.endpoints) == (True, "ready", os.getpid(), stack.endpoints)
     assert {name: child["state"] for name, child in seen.children.items()} == dict.fromkeys(CHILDREN, "ready")
+
+
+def test_dagster_is_closed_to_whoever_has_no_token(stack):
+    url = f"{stack.endpoints.dagster}/graphql"
+    mutation = LAUNCH.replace("($job: String!)", "").replace("$job", '"quick_job"')
+    with httpx.Client() as client:
+        assert client.post(url, json={"query": mutation}).status_code == 401
+        assert client.get(stack.endpoints.dagster_login).status_code == 200
+        assert client.get(stack.endpoints.dagster).status_code == 200  # signed in, as the browser is now
+        for accept in ("image/*", "text/html"):
+            refused = client.get(url, params={"query": mutation}, headers={"Accept": accept})
+            assert refused.status_code == 405
+        assert client.post(url, params={"query": mutation}).status_code == 415
+        assert client.post(url, json={"query": mutation}, headers={"Origin": "http://localhost:1"}).status_code == 403
+        headers = {"Origin": stack.endpoints.dagster}
+        launched = client.post(url, json={"query": mutation}, headers=headers).json()  # what the UI's button sends
+        assert launched["data"]["launchRun"]["__typename"] == "LaunchRunSuccess"
 
 
 def test_runs_are_executed(stack):

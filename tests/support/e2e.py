@@ -146,7 +146,10 @@ class Embedd:
     def graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """What Dagster's webserver answers."""
         response = httpx.post(
-            f"{self.stack.endpoints.dagster}/graphql", json={"query": query, "variables": variables}, timeout=30
+            f"{self.stack.endpoints.dagster}/graphql",
+            json={"query": query, "variables": variables},
+            headers={"Authorization": f"Bearer {self.stack.endpoints.dagster_token}"},
+            timeout=30,
         )
         response.raise_for_status()
         body: dict[str, Any] = response.json()
