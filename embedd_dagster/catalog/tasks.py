@@ -15,10 +15,10 @@ from sqlalchemy import func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_tables
+from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
-from embedd_dagster.catalog.tables import Task, VectorTable
+from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound, RunCancelled, RunSuperseded
 
@@ -218,6 +218,7 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     _move(task, TaskStatus.FAILED)
     task.ended_at = now()
     if table is not None and table.deleted_at is None:
+        _count_what_is_live(session, table)
         vector_tables.set_status(table, SyncStatus.ERROR, error)
 
 
@@ -228,7 +229,19 @@ def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
+        _count_what_is_live(session, table)
         vector_tables.set_status(table, vector_tables.resting_status(session, table))
+
+
+def _count_what_is_live(session: Session, table: VectorTable) -> None:
+    """Rows and points of the live set again, after a build that counted its own and did not get there."""
+    if table.live_version is None:
+        table.synced_rows = 0
+        return
+    live = session.get_one(VectorSetRow, (table.id, table.live_version))
+    failed_count = vector_sets.count_failures(session, table.id, live.version)
+    table.total_rows = live.row_count or 0
+    table.synced_rows = table.total_rows - (live.skipped_count or 0) - failed_count
 
 
 def request_cancel(session: Session, task: Task) -> None:

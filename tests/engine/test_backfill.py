@@ -170,6 +170,18 @@ def test_a_cancelled_run_leaves_what_was(product: Product) -> None:
     assert product.table().sync_status == SyncStatus.PENDING
 
 
+def test_a_rebackfill_that_does_not_get_there_leaves_the_counts_of_what_is_live(product: Product) -> None:
+    product.sql("UPDATE products SET title = '', body = NULL WHERE id = 1")
+    product.run()
+    product.provider.behave(latency_seconds=0.2)
+    product.reconfigure(dimensions=24)
+    before = product.provider.stats()["requests"]
+    with pytest.raises(RunCancelled):
+        product.run(TaskType.REBACKFILL, should_stop=lambda: product.provider.stats()["requests"] > before)
+    table = product.table()
+    assert (table.sync_status, table.total_rows, table.synced_rows) == (SyncStatus.PENDING_REBACKFILL, 500, 499)
+
+
 def test_a_second_run_of_one_task_ends_without_harm(product: Product) -> None:
     task_id = product.add_task()
     product.run_task(task_id)
