@@ -6,6 +6,7 @@ failure here is logged, and no more. Plain HTTP, so that the API's process never
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -48,10 +49,12 @@ class Launcher:
 
     def launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
         """Has a run launched for a pending task; returns at once."""
+        _log.info("task queued", task_id=task_id, vector_table_id=vector_table_id, task_type=task_type.value)
         self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, task_type))
 
     def terminate(self, run_id: str) -> None:
         """Has a run told to end; returns at once."""
+        _log.info("run to be ended", run_id=run_id)
         self._later("terminate", run_id, lambda: self._send(TERMINATE, {"runId": run_id}, "terminateRun"))
 
     def _later(self, what: str, subject: str, action: Callable[[], object]) -> None:
@@ -70,7 +73,8 @@ class Launcher:
                 self._waiting.release()
 
         try:
-            self._workers.submit(act)
+            # in the request's context, so that its id is in the log
+            self._workers.submit(contextvars.copy_context().run, act)
         except RuntimeError:  # shutting down
             self._waiting.release()
 
@@ -96,6 +100,7 @@ class Launcher:
             raise OrchestratorUnavailable(f"Dagster answers {answer.get('__typename')}.")
         with self._catalog.transaction() as session:
             tasks.record_launch(session, task_id, answer["run"]["runId"])
+        _log.info("run launched", task_id=task_id, run_id=answer["run"]["runId"])
 
     def _send(self, query: str, variables: Mapping[str, Any], field: str) -> dict[str, Any]:
         try:

@@ -1,15 +1,24 @@
-"""Logging: one JSON object a line on standard error. Never a secret, a question's text or a row's content."""
+"""Logging: one JSON object a line on standard error. Never a secret, a question's text or a row's content.
+
+What other libraries log through the standard library (uvicorn, mostly) becomes such a line too, without its stack traces:
+the last line of one may quote a row. Uvicorn's access log is silenced: it tells paths and parameters as they came, and
+every request has a line of ours.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from typing import Any, Final
 
 import structlog
 
+_MAX_MESSAGE: Final = 1000
+_TRACE: Final = "Traceback (most recent call last)"
+
 
 def configure() -> None:
-    """Sets structlog up, unless the process has done so already."""
+    """Sets structlog and the standard library's logging up, unless the process has done so already."""
     if structlog.is_configured():
         return
     structlog.configure(
@@ -23,3 +32,27 @@ def configure() -> None:
         logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
+    logging.getLogger().addHandler(_Forward())
+    for name in ("uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    access = logging.getLogger("uvicorn.access")
+    access.handlers.clear()
+    access.propagate = False
+
+
+class _Forward(logging.Handler):
+    """Gives a record of the standard library to structlog: its message, and of an exception only the type."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        more: dict[str, Any] = {"logger": record.name}
+        if record.exc_info and record.exc_info[0] is not None:
+            more["kind"] = record.exc_info[0].__name__
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 - a log line that cannot be made must not end a request
+            message = str(record.msg)
+        if _TRACE in message:  # Starlette's word on a start that failed: the error itself is enough
+            message = message.strip().splitlines()[-1]
+        structlog.get_logger("embedd.api").log(record.levelno, message.strip()[:_MAX_MESSAGE], **more)

@@ -61,10 +61,10 @@ def read(session: Session) -> Statistics:
         .group_by(FailedRow.step)
     )
     return Statistics(
-        vector_tables=dict(session.execute(by_status).tuples().all()),
+        vector_tables=dict(session.execute(by_status).all()),
         live_tasks={(task_type, status): number for task_type, status, number in session.execute(live)},
         staleness_seconds=_staleness(session),
-        failed_rows=dict(session.execute(failed).tuples().all()),
+        failed_rows=dict(session.execute(failed).all()),
         ended_tasks=_ended_tasks(session),
     )
 
