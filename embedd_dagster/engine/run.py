@@ -53,7 +53,7 @@ class RunReport:
     seconds: dict[str, float] = field(default_factory=dict)
     """The duration of each stage."""
     sample: list[dict[str, Any]] = field(default_factory=list)
-    """A few live points: id and metadata, never the text."""
+    """A few live points: their ids and what they are made of; nothing of a row's content, as reports are kept in logs."""
 
 
 def run_task(
@@ -174,4 +174,12 @@ def _sample(work: Work, version: int) -> list[dict[str, Any]]:
     except EmbeddError as error:
         work.log(f"No sample: {error}")
         return []
-    return [{"id": render_key(hit.key), **hit.metadata} for hit in hits]
+    return [
+        {
+            "id": render_key(hit.key),
+            "similarity_score": round(hit.similarity_score, 4),
+            "text_length": len(hit.embedded_text),
+            "metadata": sorted(name for name, value in hit.metadata.items() if value is not None),
+        }
+        for hit in hits
+    ]
