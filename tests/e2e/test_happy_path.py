@@ -89,8 +89,15 @@ def test_a_changed_configuration_is_swapped_in_without_a_failed_query(
                 problems.append(f"{len(texts)} results of {kinds}")
             seen.add("new" if True in kinds else "old")
 
-    asker = threading.Thread(target=ask)
-    asker.start()
+    def write() -> None:
+        """Somebody works with the table all the time."""
+        while not stop.is_set():
+            embedd.sql("UPDATE products SET price = price + 1 WHERE id = (random() * 399)::int + 1")
+            embedd.sql("UPDATE products SET body = body || '.' WHERE id = (random() * 99)::int + 301")
+
+    threads = [threading.Thread(target=ask), threading.Thread(target=write)]
+    for thread in threads:
+        thread.start()
     try:
         columns = [{**COLUMNS[0], "name_prefix": "item: "}, *COLUMNS[1:]]
         response = embedd.api.put(f"/v1/vector-tables/{vector_table_id}", json={"columns": columns})
@@ -99,11 +106,32 @@ def test_a_changed_configuration_is_swapped_in_without_a_failed_query(
         eventually(lambda: "new" in seen, within=10)
     finally:
         stop.set()
-        asker.join()
+        for thread in threads:
+            thread.join()
     assert problems == []
     assert seen == {"old", "new"}
     newest = embedd.get(f"/v1/tasks?target_id={vector_table_id}")["data"][0]
     assert (newest["task_type"], newest["status"]) == ("rebackfill", "completed")
+    task = embedd.wait_for_task(embedd.post(f"/v1/vector-tables/{vector_table_id}/sync")["task_id"])
+    assert task["status"] == "completed"
+    source = embedd.sql("SELECT id, 'item: ' || title || E'\\n' || body, price::float8 FROM products")
+    assert _stored(embedd, vector_table_id, mode) == {key: (text, price) for key, text, price in source}
+
+
+def _stored(embedd: Embedd, vector_table_id: str, mode: str) -> dict[int, tuple[str, float]]:
+    """Text and price of every point, by id, read by the store's own interface."""
+    table = embedd.table(vector_table_id)
+    if mode == "platform":
+        schema, _, name = table["platform_vector_ref"].partition(".")
+        rows = embedd.sql(f"""SELECT pk_value, embedded_text, (metadata->>'price')::float8 FROM "{schema}"."{name}\"""")
+        return {key: (text, price) for key, text, price in rows}
+    url = f"{embedd.stack.endpoints.qdrant}/collections/{table['qdrant_collection']}/points/scroll"
+    points = httpx.post(url, json={"limit": 1000, "with_payload": True}).json()["result"]["points"]
+    payloads = [point["payload"] for point in points]
+    return {
+        int(payload["pk"].removeprefix("i:")): (payload["embedded_text"], payload["metadata"]["price"])
+        for payload in payloads
+    }
 
 
 def test_a_change_of_metadata_alone_embeds_nothing(embedd: Embedd, eventually: Callable[..., Any]) -> None:
