@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 
 from embedd_dagster.catalog import vector_sets
+from embedd_dagster.core.rows import SourceRow
+from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.teardown import drop_retired_sets, teardown
@@ -17,9 +20,11 @@ from embedd_dagster.errors import (
     RunCancelled,
     RunSuperseded,
     SourceTableNotFound,
+    SourceUnavailable,
     TooManyFailedRows,
     ValidationFailed,
 )
+from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.openai_server import POISON
 
@@ -213,6 +218,47 @@ def test_writers_on_the_source_during_the_build_are_caught_up(product: Product) 
     writer.join()
     assert changed.is_set()
     product.assert_true_to_source()
+
+
+def test_a_source_that_goes_away_in_the_middle_is_waited_for_and_read_on(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every third page is lost on the way; what came before it is neither read nor embedded again."""
+    product.sql("INSERT INTO products SELECT n, 'p ' || n, 'b', 'red', n FROM generate_series(501, 9000) n")
+    monkeypatch.setattr("embedd_dagster.engine.backfill._PAGE_ROWS", 500)
+    original = PostgresTableReader.read
+    lost = 0
+
+    def read(reader: PostgresTableReader, key_range: KeyRange, **limits: int) -> Iterator[list[SourceRow]]:
+        nonlocal lost
+        for number, page in enumerate(original(reader, key_range, **limits), start=1):
+            if number == 3:
+                lost += 1
+                product.sql(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                    "WHERE application_name = 'embedd' AND datname = current_database() AND state = 'idle'"
+                )
+                raise SourceUnavailable("The connection was lost.")
+            yield page
+
+    monkeypatch.setattr(PostgresTableReader, "read", read)
+    report = product.run()
+    assert lost >= 4
+    assert (report.rows_read, report.rows_embedded) == (9000, 9000)
+    product.assert_true_to_source()
+
+
+def test_a_drop_that_was_killed_is_repeated(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    product.run()
+    product.reconfigure(dimensions=24)
+    product.run(TaskType.REBACKFILL)
+    with monkeypatch.context() as patch:
+        patch.setattr(vector_sets, "forget", lambda *_args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            drop_retired_sets(product.runtime)
+    assert drop_retired_sets(product.runtime) == 1
+    assert drop_retired_sets(product.runtime) == 0
+    assert product.search("title: product 7\nthe body of 7")[0].key == 7
 
 
 @pytest.mark.parametrize(
