@@ -34,6 +34,8 @@ _OPTIONS = {
     "max_connections": "200",  # three Dagster services, the API and runs, each with a pool
     "timezone": "UTC",
     "log_timezone": "UTC",
+    # what a statement failed at is told to whoever sent it; here it would keep a row's content in a file
+    "log_min_messages": "log",
     "logging_collector": "off",  # the owner keeps the log
 }
 
