@@ -4,16 +4,19 @@ import re
 from urllib.parse import quote
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from starlette.applications import Starlette
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.routing import Route, WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
+from api.launch import Launcher
+from embedd_dagster.local import readiness
 from embedd_dagster.settings import WebserverSettings
 from embedd_dagster.webserver.guard import Guard
 from embedd_dagster.webserver.sessions import SESSION_SECONDS, Sessions
+from tests.support.serving import serving
 
 TOKEN = "a-token-of-a-test-0123456789"
 ORIGIN = "http://127.0.0.1:3000"
@@ -392,3 +395,20 @@ def test_hosts_are_names(monkeypatch):
         monkeypatch.setenv("EMBEDD_DAGSTER_HOSTS", wrong)
         with pytest.raises(ValidationError):
             WebserverSettings()
+
+
+def test_the_api_has_the_token(dagster):
+    def terminate(url, token):
+        launcher = Launcher(None, url, token)
+        launcher.terminate("a-run")
+        launcher._workers.shutdown(wait=True)
+        launcher.close()
+
+    with serving(Guard(dagster.app, token=TOKEN)) as port:
+        for token in (None, SecretStr("a-wrong-token-of-a-test")):
+            terminate(f"http://127.0.0.1:{port}", token)
+        assert dagster.reached == []
+        terminate(f"http://127.0.0.1:{port}", SecretStr(TOKEN))
+        assert dagster.reached == [("POST", "/graphql")]
+        assert readiness.answers(port, "/_guard/health") == 200
+        assert readiness.answers(port, "/server_info") == 401

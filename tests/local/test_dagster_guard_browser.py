@@ -4,20 +4,16 @@ The page comes from another port of the same address, whose requests carry even 
 another name. The same attacks against a webserver without the guard reach it: that is what is tested against.
 """
 
-import contextlib
-import socket
-import threading
-import time
 from urllib.parse import quote
 
 import pytest
-import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
 
 from embedd_dagster.webserver.guard import Guard
 from tests.support.chromium import open_chromium
+from tests.support.serving import serving
 
 TOKEN = "a-token-of-a-test-0123456789"
 MUTATION = "mutation { launchRun }"
@@ -103,24 +99,6 @@ class Dagster:
         self.reached.append(("WEBSOCKET", websocket.url.path, await websocket.receive_text()))
         await websocket.send_text("logs")
         await websocket.close()
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The port of a server for the application, in a thread."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive()
-                time.sleep(0.01)
-            yield listener.getsockname()[1]
-        finally:
-            server.should_exit = True
-            thread.join()
 
 
 def hostile_app(targets):

@@ -85,13 +85,15 @@ class Tab:
 @contextmanager
 def open_chromium(profile: Path, *options: str) -> Iterator[Tab]:
     """The tab of a browser with a profile of its own; ended with the block."""
+    active_port = profile / "DevToolsActivePort"
+    active_port.unlink(missing_ok=True)  # of an earlier browser with this profile
     process = subprocess.Popen(
         [find_chromium(), *_OPTIONS, f"--user-data-dir={profile}", *options, "about:blank"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     try:
-        port = _wait_for_port(process, profile / "DevToolsActivePort")
+        port = _wait_for_port(process, active_port)
         targets = httpx.get(f"http://127.0.0.1:{port}/json", trust_env=False).json()
         page = next(target for target in targets if target["type"] == "page")
         with connect(page["webSocketDebuggerUrl"], max_size=None, proxy=None) as connection:
