@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check lint format lock clean
+.PHONY: help setup demo up down test check fuzz lint format lock clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ test: setup  ## every test
 	@$(BIN)/pytest
 
 check: lint test  ## what CI runs
+
+fuzz: setup  ## ten thousand hypothesis-made requests by the OpenAPI, recorded
+	@FUZZ_EXAMPLES=200 FUZZ_RESULT=benchmarks/results/schemathesis.md $(BIN)/pytest -q --timeout 3600 tests/api/test_schemathesis.py
 
 lint: setup  ## style, types, import contracts
 	@$(BIN)/ruff format --check .

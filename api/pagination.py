@@ -32,7 +32,11 @@ _MAX_MICROSECONDS: Final = 253_402_300_799_999_999  # the last of the year 9999
 Limit = Annotated[int, Query(ge=1, le=MAX_LIMIT, description="How many at the most")]
 Cursor = Annotated[
     str | None,
-    Query(max_length=_MAX_CURSOR, description="`pagination.next_cursor` of the page before; left out, the first page"),
+    Query(
+        max_length=_MAX_CURSOR,
+        pattern="^[A-Za-z0-9_-]+$",
+        description="`pagination.next_cursor` of the page before; left out, the first page",
+    ),
 ]
 
 

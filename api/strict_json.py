@@ -17,6 +17,7 @@ from fastapi.routing import APIRoute
 from embedd_dagster.errors import ValidationFailed
 
 MAX_DEPTH: Final = 32
+_EXACT: Final = 2**53  # beyond, not every whole number is a float
 _RESOLUTION: Final = "Send one JSON object (RFC 8259) in UTF-8."
 
 
@@ -63,6 +64,17 @@ def parse_json(content: bytes) -> Any:
     except ValueError:  # a number of thousands of digits
         raise ValidationFailed("body: a number is too long.", resolution=_RESOLUTION) from None
     _check(value, "", 1)
+    return _whole(value)
+
+
+def _whole(value: Any) -> Any:
+    """The value with 5.0 as 5: to JSON a number is whole where it has no fraction, however it is written."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < _EXACT else value
+    if isinstance(value, dict):
+        return {name: _whole(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
     return value
 
 

@@ -9,14 +9,31 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, Final
 
 from fastapi import Path
-from pydantic import AfterValidator, BaseModel, ConfigDict, PlainSerializer, StringConstraints, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PlainSerializer,
+    StringConstraints,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from api.strict_json import RawBody, parse_json
 from embedd_dagster.errors import NotFound, ValidationFailed
 
 _MAX_SHOWN: Final = 64
 _ID: Final = re.compile(r"[a-z]{2,8}_[0-9a-z]{26}")
+
+
+def _forbid_nul(described: dict[str, Any]) -> None:
+    for variant in (described, *described.get("anyOf", [])):
+        if variant.get("type") == "string" and not {"pattern", "enum", "const"} & variant.keys():
+            variant["pattern"] = r"^[^\u0000]*$"
 
 
 class Body(BaseModel):
@@ -26,6 +43,14 @@ class Body(BaseModel):
 
     immutable_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of the resource that cannot be changed: refused with a reason of its own."""
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema, which says of every text that it must not contain NUL: no database holds that."""
+        found = handler.resolve_ref_schema(handler(schema))
+        for described in found.get("properties", {}).values():
+            _forbid_nul(described)
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -67,16 +92,28 @@ Timestamp = Annotated[datetime, PlainSerializer(_instant, return_type=str, when_
 """ISO 8601 in UTC, with milliseconds and `Z`."""
 
 
-def _without_controls(value: str) -> str:
-    if any(unicodedata.category(character) == "Cc" for character in value):
-        raise PydanticCustomError("control_character", "control characters are not accepted")
+_MAX_NAME: Final = 100
+_CONTROLS: Final = r"\u0000-\u001f\u007f-\u009f"
+_NAME_PATTERN: Final = rf"^[^{_CONTROLS}]*[^\s{_CONTROLS}][^{_CONTROLS}]*$"
+
+
+def _as_it_came(value: Any) -> Any:
+    """Refuses before blanks are stripped what the schema does not allow either."""
+    if isinstance(value, str):
+        if any(unicodedata.category(character) == "Cc" for character in value):
+            raise PydanticCustomError("control_character", "control characters are not accepted")
+        if len(value) > _MAX_NAME:
+            raise PydanticCustomError(
+                "string_too_long", "at most 100 characters are accepted", {"max_length": _MAX_NAME}
+            )
     return value
 
 
 Name = Annotated[
     str,
-    StringConstraints(strip_whitespace=True, min_length=1, max_length=100),
-    AfterValidator(_without_controls),
+    StringConstraints(strip_whitespace=True, min_length=1, max_length=_MAX_NAME),
+    BeforeValidator(_as_it_came),
+    Field(json_schema_extra={"pattern": _NAME_PATTERN}),
 ]
 """A name for people: any characters but controls."""
 

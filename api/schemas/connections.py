@@ -24,7 +24,9 @@ class PostgresqlCredentials(Body):
     """How to reach a PostgreSQL database. Encrypted at rest; the password is never returned."""
 
     host: Annotated[_Text, AfterValidator(_one_host)] = Field(
-        description="Host name or address", examples=["db.example.com"]
+        description="Host name or address",
+        examples=["db.example.com"],
+        json_schema_extra={"pattern": r"^[^,\s\u0000]+$"},
     )
     port: int = Field(default=5432, ge=1, le=65535)
     database: _Text = Field(examples=["shop"])

@@ -39,7 +39,7 @@ class EmbeddingCredentials(Body):
     api_key: Annotated[str, StringConstraints(min_length=1, max_length=1024), AfterValidator(_one_line)] = Field(
         default_factory=unset,
         description="Required for OpenAI itself; a server behind `base_url` may need none",
-        json_schema_extra={"writeOnly": True},
+        json_schema_extra={"writeOnly": True, "pattern": "^[!-~]+$"},
     )
     base_url: Annotated[str, StringConstraints(min_length=1, max_length=2048), AfterValidator(_http_url)] | None = (
         Field(

@@ -22,7 +22,11 @@ class QueryBody(Body):
     """A question to a vector table."""
 
     query: Annotated[str, StringConstraints(min_length=1, max_length=MAX_QUERY_LENGTH), AfterValidator(_not_blank)] = (
-        Field(description="What to look for, in plain words", examples=["waterproof hiking boots"])
+        Field(
+            description="What to look for, in plain words",
+            examples=["waterproof hiking boots"],
+            json_schema_extra={"pattern": r"^[^\u0000]*[^\s\u0000][^\u0000]*$"},
+        )
     )
     limit: int = Field(default=10, ge=1, le=100, description="How many results at the most")
     min_similarity_score: float | None = Field(default=None, ge=0, le=1, description="Cosine similarity from here up")

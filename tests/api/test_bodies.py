@@ -140,3 +140,16 @@ def test_a_message_never_repeats_a_secret(tenant: Tenant) -> None:
     assert response.status_code == 422
     assert secret not in response.text
     assert "credentials.password: a text is expected" in response.json()["error"]["message"]
+
+
+def test_a_number_without_a_fraction_is_whole_however_it_is_written(tenant: Tenant) -> None:
+    body = json.dumps(tenant.table_body()).replace('"embedding_dimensions": 384', '"embedding_dimensions": 3.84e2')
+    response = tenant.post("/v1/vector-tables", content=body.encode(), headers=JSON)
+    assert (response.status_code, response.json()["embedding_dimensions"]) == (201, 384)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x85", "a\x00", "  ", "", "x" * 101, "x" + " " * 100])
+def test_names_that_are_refused(tenant: Tenant, name: str) -> None:
+    response = tenant.post("/v1/api-keys", {"name": name})
+    assert (response.status_code, code_of(response)) == (422, "validation_error")
+    assert "name" in response.json()["error"]["message"]

@@ -163,7 +163,7 @@ BAD: list[tuple[dict[str, Any], int, str, str]] = [
     ({"columns": "title"}, 422, "validation_error", "columns"),
     ({"embedding_dimensions": 385}, 422, "validation_error", "384"),
     ({"embedding_dimensions": "384"}, 422, "validation_error", "embedding_dimensions"),
-    ({"embedding_dimensions": 384.0}, 422, "validation_error", "embedding_dimensions"),
+    ({"embedding_dimensions": 384.5}, 422, "validation_error", "embedding_dimensions"),
     ({"embedding_dimensions": True}, 422, "validation_error", "embedding_dimensions"),
     ({"embedding_dimensions": 0}, 422, "validation_error", "embedding_dimensions"),
     ({"embedding_model": "gpt-9"}, 422, "validation_error", "all-MiniLM-L6-v2"),
