@@ -19,6 +19,7 @@ from sqlalchemy.exc import ArgumentError
 
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import files
+from embedd_dagster.settings import read_webserver_settings
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CATALOG_DATABASE = "embedd"
@@ -70,9 +71,12 @@ def find_encryption_keys(state_dir: Path, external: External) -> str:
 
 
 def find_dagster_token(state_dir: Path, external: External) -> str:
-    """What opens Dagster's UI; generated at the first start, and the same until its file is removed."""
+    """What opens Dagster's UI; generated at the first start, and the same until its file is removed.
+
+    Raises ConfigurationError where the environment's own one is too weak.
+    """
     if external.dagster_token:
-        return external.dagster_token
+        return read_webserver_settings().dagster_token.get_secret_value()
     path = state_dir / "dagster_token"
     if not path.exists():
         files.write_private(path, secrets.token_urlsafe(32) + "\n")

@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from api.launch import Launcher
-from embedd_dagster.local import readiness
+from embedd_dagster.errors import ConfigurationError
+from embedd_dagster.local import installation, readiness
 from embedd_dagster.settings import WebserverSettings
 from embedd_dagster.webserver.guard import Guard
 from embedd_dagster.webserver.sessions import SESSION_SECONDS, Sessions
@@ -372,6 +373,23 @@ def test_a_websocket_from_elsewhere_is_refused(client, dagster, clock, is_signed
     assert caught.value.code == 1008
     assert (caught.value.reason == "not_signed_in") == (not is_signed_in and "Authorization" not in headers)
     assert dagster.reached == []
+
+
+def test_the_token_is_made_once_for_its_owner_alone_and_yours_wins(tmp_path, monkeypatch):
+    def find():
+        return installation.find_dagster_token(tmp_path, installation.External.of_environment())
+
+    monkeypatch.delenv("EMBEDD_DAGSTER_TOKEN", raising=False)
+    made = find()
+    assert len(made) >= 40
+    assert find() == made
+    assert (tmp_path / "dagster_token").stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("EMBEDD_DAGSTER_TOKEN", TOKEN)
+    assert find() == TOKEN
+    monkeypatch.setenv("EMBEDD_DAGSTER_TOKEN", "easy to guess")
+    with pytest.raises(ConfigurationError, match=r"EMBEDD_DAGSTER_TOKEN: .*at least 16 characters") as caught:
+        find()
+    assert "easy" not in str(caught.value)
 
 
 def test_two_installations_on_one_host_do_not_end_each_others_sessions():
