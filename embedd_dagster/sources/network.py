@@ -1,33 +1,23 @@
-"""Which addresses a user's host name may lead to: the service must not be a way into the network it runs in."""
+"""Which addresses a connection's host may lead to, in the errors of a source."""
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
-from typing import Final
-
+from embedd_dagster import network
 from embedd_dagster.errors import SourceRejected, SourceUnavailable
+from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver, refusal
 
-Resolver = Callable[[str, int], list[str]]
-
-# The clouds' metadata services hand out the machine's own credentials to whoever asks from it.
-_METADATA: Final = frozenset(map(ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
-_NAT64: Final = IPv6Network("64:ff9b::/96")
-_MAX_ADDRESSES: Final = 4
+__all__ = ["Resolver", "allowed_addresses", "refusal", "resolve"]
 
 
 def resolve(host: str, port: int) -> list[str]:
     """The host's addresses in the system's order, without repeats. Raises SourceUnavailable."""
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no valid name"
+        return network.resolve(host, port)
+    except NameUnknown as error:
         raise SourceUnavailable(
-            f"The host name {host!r} does not resolve: {reason}.",
+            f"The host name {host!r} does not resolve: {error}.",
             resolution="Check the spelling of the connection's host, and the name server of this machine.",
         ) from None
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 def allowed_addresses(host: str, port: int, *, deny_private_networks: bool, resolver: Resolver = resolve) -> list[str]:
@@ -37,34 +27,10 @@ def allowed_addresses(host: str, port: int, *, deny_private_networks: bool, reso
         SourceRejected: One of them is link-local or a metadata service, or private where that is denied.
         SourceUnavailable: The name does not resolve.
     """
-    addresses = resolver(host, port)
-    for text in addresses:
-        if reason := refusal(text, deny_private_networks=deny_private_networks):
-            raise SourceRejected(
-                f"The host {host!r} leads to {reason}, to which this service does not connect.",
-                resolution="Use a host that is reachable under a public address, or ask the operator of this service.",
-            )
-    return addresses[:_MAX_ADDRESSES]
-
-
-def refusal(address: str, *, deny_private_networks: bool) -> str | None:
-    """What kind of forbidden address this is, or None where connecting is allowed."""
-    parsed = _unwrap(ip_address(address.partition("%")[0]))
-    if parsed in _METADATA:
-        return "a cloud's metadata service"
-    if parsed.is_link_local:
-        return "a link-local address"
-    if parsed.is_multicast:
-        return "a multicast address"
-    if deny_private_networks and not parsed.is_global:
-        return "a private address"
-    return None
-
-
-def _unwrap(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
-    """The IPv4 address inside an IPv6 one: a mapped, translated or tunnelled form must not hide it."""
-    if isinstance(address, IPv4Address):
-        return address
-    if address in _NAT64:
-        return IPv4Address(int(address) & 0xFFFF_FFFF)
-    return address.ipv4_mapped or address.sixtofour or address
+    try:
+        return network.vetted_addresses(host, port, deny_private_networks=deny_private_networks, resolver=resolver)
+    except AddressForbidden as error:
+        raise SourceRejected(
+            f"The host {host!r} leads to {error}, to which this service does not connect.",
+            resolution="Use a host that is reachable under a public address, or ask the operator of this service.",
+        ) from None

@@ -13,8 +13,10 @@ from embedd_dagster.embedders import open_embedder
 from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.embedders.local import LocalEmbedder
 from embedd_dagster.errors import TextRejected
+from tests.support.gemini_server import running_gemini_server
 from tests.support.memory_embedder import POISON, MemoryEmbedder
 from tests.support.openai_server import RunningServer, running_openai_server
+from tests.support.voyage_server import running_voyage_server
 
 TEXTS = [
     "copy a whole directory tree",
@@ -32,8 +34,37 @@ def server() -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture(params=["memory", "openai-small", "openai-512", "openai-unknown-model", "openai-float-lists", "local"])
-def embedder(request: pytest.FixtureRequest, server: RunningServer) -> Iterator[Embedder]:
+@pytest.fixture(scope="module")
+def gemini_server() -> Iterator[RunningServer]:
+    with running_gemini_server(max_tokens_per_text=2048) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def voyage_server() -> Iterator[RunningServer]:
+    with running_voyage_server() as running:
+        yield running
+
+
+@pytest.fixture(
+    params=[
+        "memory",
+        "openai-small",
+        "openai-512",
+        "openai-unknown-model",
+        "openai-float-lists",
+        "gemini",
+        "gemini-768",
+        "voyage",
+        "voyage-2048",
+        "local",
+    ]
+)
+def embedder(
+    request: pytest.FixtureRequest, server: RunningServer, gemini_server: RunningServer, voyage_server: RunningServer
+) -> Iterator[Embedder]:
+    gemini = {"api_key": "AIza-test", "base_url": f"{gemini_server.url}/v1beta"}
+    voyage = {"api_key": "pa-test", "base_url": voyage_server.base_url}
     server.reset()
     # it only estimates tokens, where the real one counts: here the count is tested
     server.behave(max_tokens_per_text=1_000_000)
@@ -51,6 +82,14 @@ def embedder(request: pytest.FixtureRequest, server: RunningServer) -> Iterator[
         case "openai-float-lists":
             server.behave(encoding_format_field="ignore")
             opened = open_embedder("openai", credentials=credentials, model="text-embedding-3-small", dimensions=1536)
+        case "gemini":
+            opened = open_embedder("gemini", credentials=gemini, model="gemini-embedding-001", dimensions=3072)
+        case "gemini-768":
+            opened = open_embedder("gemini", credentials=gemini, model="gemini-embedding-001", dimensions=768)
+        case "voyage":
+            opened = open_embedder("voyage", credentials=voyage, model="voyage-3.5", dimensions=1024)
+        case "voyage-2048":
+            opened = open_embedder("voyage", credentials=voyage, model="voyage-3-large", dimensions=2048)
         case _:
             opened = open_embedder("local", credentials={}, model="all-MiniLM-L6-v2", dimensions=384)
     with opened:

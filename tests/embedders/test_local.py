@@ -76,7 +76,7 @@ def test_an_embedder_that_is_only_opened_loads_no_model() -> None:
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("provider", ["gemini", "voyage", "nonsense"])
+@pytest.mark.parametrize("provider", ["cohere", "nonsense"])
 def test_an_unknown_provider_is_answered_with_the_known_ones(provider: str) -> None:
-    with pytest.raises(ConfigurationError, match="openai, local"):
+    with pytest.raises(ConfigurationError, match="openai, gemini, voyage, local"):
         open_embedder(provider, credentials={}, model="m", dimensions=8)

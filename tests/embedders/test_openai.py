@@ -373,7 +373,7 @@ def test_when_to_try_again(headers: dict[str, str], seconds: float | None) -> No
 def test_refusals_of_other_servers(status: int, body: object, expected: type[EmbeddError]) -> None:
     import httpx
 
-    from embedd_dagster.embedders.openai_errors import refusal
+    from embedd_dagster.embedders.http_refusals import refusal
 
     content = b"<html>" if body is None else orjson.dumps(body)
     assert type(refusal(httpx.Response(status, content=content), provider="It", model="m")) is expected

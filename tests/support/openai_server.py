@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from email.utils import formatdate
 from functools import lru_cache
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -86,7 +87,7 @@ class Stats:
     by_status: Counter[int] = field(default_factory=Counter)
     text_counts: Counter[str] = field(default_factory=Counter)
     last_request: dict[str, Any] = field(default_factory=dict)
-    """The fields of the last request but its input, and `authorization` and `api-key` of its headers."""
+    """The fields of the last request but its input, and those of its headers that hold a key."""
 
 
 class _Pool:
@@ -126,16 +127,22 @@ def vector_of(text: str, dimensions: int) -> np.ndarray:
     return _pool(dimensions).vector(text.encode())
 
 
-class _Refused(Exception):
+class Refused(Exception):
+    """An answer that is not 200."""
+
     def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        kind = "invalid_request_error" if status < 500 else "server_error"
         self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
         self.headers: dict[str, str] = {}
-        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 class OpenAIServer:
-    """The server as an ASGI application."""
+    """The server as an ASGI application. Those of other protocols differ in how they read, check and write."""
+
+    path_ending = "/embeddings"
+    key_headers: tuple[str, ...] = ("authorization", "api-key")
 
     def __init__(self, behaviour: Behaviour | None = None) -> None:
         self.behaviour = behaviour or Behaviour()
@@ -147,7 +154,7 @@ class OpenAIServer:
             return
         body = await _read(receive)
         path: str = scope["path"]
-        if path.endswith("/embeddings"):
+        if path.endswith(self.path_ending):
             status, headers, content = await self._embeddings(dict(scope["headers"]), body)
         else:
             status, headers, content = self._control(path, body)
@@ -188,8 +195,8 @@ class OpenAIServer:
         try:
             content = await self._answer(request_headers, body, headers)
             status = 200
-        except _Refused as refused:
-            status, content = refused.status, orjson.dumps(refused.body)
+        except Refused as refused:
+            status, content = refused.status, orjson.dumps(self.error_body(refused))
             headers |= refused.headers
         finally:
             stats.in_flight -= 1
@@ -206,21 +213,17 @@ class OpenAIServer:
             await asyncio.sleep(behaviour.latency_seconds)
         self._check_account(request_headers)
         if self._counts_down("fail_next") or (behaviour.fail_every and number % behaviour.fail_every == 0):
-            raise _Refused(behaviour.fail_status, "The server had an error while processing your request.")
+            raise Refused(behaviour.fail_status, "The server had an error while processing your request.")
         if self._counts_down("refuse_next") or (behaviour.refuse_every and number % behaviour.refuse_every == 0):
             raise self._rate_limited()
         request = orjson.loads(body)
-        texts: list[str] = request["input"] if isinstance(request["input"], list) else [request["input"]]
+        texts = self.texts_of(request)
         self.stats.max_items = max(self.stats.max_items, len(texts))
-        self.stats.last_request = {name: value for name, value in request.items() if name != "input"} | {
-            name: request_headers.get(name.encode(), b"").decode() for name in ("authorization", "api-key")
+        self.stats.last_request = self.fields_of(request) | {
+            name: request_headers.get(name.encode(), b"").decode() for name in self.key_headers
         }
-        tokens = self._check_request(request, texts)
-        dimensions = behaviour.default_dimensions
-        if behaviour.dimensions_field == "take":
-            dimensions = request.get("dimensions", dimensions)
-        is_base64 = request.get("encoding_format") == "base64" and behaviour.encoding_format_field == "take"
-        content = self._render(request["model"], texts, dimensions, tokens, is_base64=is_base64)
+        tokens = self.check_request(request, texts)
+        content = self.render(request, texts, tokens)
         garble = behaviour.garble
         if garble != "none" and (behaviour.garble_next is None or self._counts_down("garble_next")):
             return self._garbled(garble, content, headers)
@@ -229,6 +232,16 @@ class OpenAIServer:
         if behaviour.counts_texts:
             self.stats.text_counts.update(texts)
         return content
+
+    def error_body(self, refused: Refused) -> dict[str, Any]:
+        kind = "invalid_request_error" if refused.status < 500 else "server_error"
+        return {"error": {"message": refused.message, "type": kind, "param": refused.param, "code": refused.code}}
+
+    def texts_of(self, request: dict[str, Any]) -> list[str]:
+        return request["input"] if isinstance(request["input"], list) else [request["input"]]
+
+    def fields_of(self, request: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in request.items() if name != "input"}
 
     def _counts_down(self, name: str) -> bool:
         left = getattr(self.behaviour, name)
@@ -241,17 +254,20 @@ class OpenAIServer:
         key = self.behaviour.api_key
         if key is None:
             return
-        sent = request_headers.get(b"authorization", b"").decode().removeprefix("Bearer ")
-        sent = sent or request_headers.get(b"api-key", b"").decode()
+        sent = "".join(request_headers.get(name.encode(), b"").decode() for name in self.key_headers)
+        sent = sent.removeprefix("Bearer ")
         if sent != key:
-            # as OpenAI does, it repeats a part of the key
-            raise _Refused(401, f"Incorrect API key provided: {sent[:8]}****.", code="invalid_api_key")
+            raise self.wrong_key(sent)
 
-    def _rate_limited(self) -> _Refused:
+    def wrong_key(self, sent: str) -> Refused:
+        # as OpenAI does, it repeats a part of the key
+        return Refused(401, f"Incorrect API key provided: {sent[:8]}****.", code="invalid_api_key")
+
+    def _rate_limited(self) -> Refused:
         behaviour = self.behaviour
         if behaviour.is_quota_exhausted:
-            return _Refused(429, "You exceeded your current quota.", code="insufficient_quota")
-        refused = _Refused(429, "Rate limit reached for requests.", code="rate_limit_exceeded")
+            return Refused(429, "You exceeded your current quota.", code="insufficient_quota")
+        refused = Refused(429, "Rate limit reached for requests.", code="rate_limit_exceeded")
         seconds = behaviour.retry_after_seconds
         if behaviour.retry_after == "seconds":
             refused.headers = {"retry-after": f"{seconds:g}"}
@@ -268,31 +284,42 @@ class OpenAIServer:
             }
         return refused
 
-    def _check_request(self, request: dict[str, Any], texts: list[str]) -> int:
+    def check_request(self, request: dict[str, Any], texts: list[str]) -> int:
         """The tokens of the request, four bytes each. Raises for what OpenAI answers 400 or 404 to."""
         behaviour = self.behaviour
         if behaviour.models is not None and request["model"] not in behaviour.models:
-            raise _Refused(404, f"The model `{request['model']}` does not exist.", code="model_not_found")
+            raise Refused(404, f"The model `{request['model']}` does not exist.", code="model_not_found")
         if "dimensions" in request and behaviour.dimensions_field == "refuse":
-            raise _Refused(400, "This model does not support specifying dimensions.", param="dimensions")
+            raise Refused(400, "This model does not support specifying dimensions.", param="dimensions")
         if "encoding_format" in request and behaviour.encoding_format_field == "refuse":
-            raise _Refused(400, "Unknown field encoding_format.", param="encoding_format")
+            raise Refused(400, "Unknown field encoding_format.", param="encoding_format")
+        return self.check_texts(texts)
+
+    def check_texts(self, texts: list[str]) -> int:
+        """The tokens of the texts. Raises for what any of these protocols refuses, in OpenAI's words."""
+        behaviour = self.behaviour
         if len(texts) > behaviour.max_items:
-            raise _Refused(400, f"batch size {len(texts)} > maximum allowed batch size {behaviour.max_items}")
+            raise Refused(400, f"batch size {len(texts)} > maximum allowed batch size {behaviour.max_items}")
         sizes = [len(text.encode()) // 4 + 1 for text in texts]
         if max(sizes, default=0) > behaviour.max_tokens_per_text:
-            raise _Refused(400, f"This model's maximum context length is {behaviour.max_tokens_per_text} tokens.")
+            raise Refused(400, f"This model's maximum context length is {behaviour.max_tokens_per_text} tokens.")
         if sum(sizes) > behaviour.max_tokens:
-            raise _Refused(400, f"Requested {sum(sizes)} tokens.", code="max_tokens_per_request")
+            raise Refused(400, f"Requested {sum(sizes)} tokens.", code="max_tokens_per_request")
         for text in texts:
             if POISON in text or behaviour.rejects_everything or not text:
                 # as some servers do, it repeats the text
-                raise _Refused(400, f"'$.input' is invalid: {text}", param="input")
+                raise Refused(400, f"'$.input' is invalid: {text}", param="input")
             if FATAL in text:
-                raise _Refused(500, "The server had an error while processing your request.")
+                raise Refused(500, "The server had an error while processing your request.")
         return sum(sizes)
 
-    def _render(self, model: str, texts: list[str], dimensions: int, tokens: int, *, is_base64: bool) -> bytes:
+    def render(self, request: dict[str, Any], texts: list[str], tokens: int, *, asked: str = "dimensions") -> bytes:
+        """The answer, with as many dimensions as the field `asked` says."""
+        behaviour = self.behaviour
+        dimensions = behaviour.default_dimensions
+        if behaviour.dimensions_field == "take":
+            dimensions = request.get(asked, dimensions)
+        is_base64 = request.get("encoding_format") == "base64" and behaviour.encoding_format_field == "take"
         pool = _pool(dimensions)
         parts = []
         for index, text in enumerate(texts):
@@ -304,7 +331,7 @@ class OpenAIServer:
             parts.append(b'{"object":"embedding","index":%d,"embedding":%b}' % (index, vector))
         usage = b'"usage":{"prompt_tokens":%d,"total_tokens":%d}' % (tokens, tokens)
         data = b",".join(parts)
-        return b'{"object":"list","data":[%b],"model":%b,%b}' % (data, orjson.dumps(model), usage)
+        return b'{"object":"list","data":[%b],"model":%b,%b}' % (data, orjson.dumps(request["model"]), usage)
 
     def _garbled(self, how: str, content: bytes, headers: dict[str, str]) -> bytes:
         if how == "truncated":
@@ -366,11 +393,18 @@ class RunningServer:
         return answer
 
 
-@contextlib.contextmanager
-def running_openai_server(**behaviour: Any) -> Iterator[RunningServer]:
+def running_openai_server(**behaviour: Any) -> contextlib.AbstractContextManager[RunningServer]:
     """A server on a free port in a process of its own, stopped at the end."""
-    command = [sys.executable, __file__, "--port", "0", "--behaviour", orjson.dumps(behaviour).decode()]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    return running_server("openai_server", **behaviour)
+
+
+@contextlib.contextmanager
+def running_server(module: str, **behaviour: Any) -> Iterator[RunningServer]:
+    """As `running_openai_server`, the server of a module beside this one."""
+    program = [sys.executable, "-m", f"tests.support.{module}"]
+    command = [*program, "--port", "0", "--behaviour", orjson.dumps(behaviour).decode()]
+    repository = Path(__file__).parents[2]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=repository) as process:
         try:
             assert process.stdout is not None
             url = process.stdout.readline().strip().removesuffix("/v1")
@@ -381,9 +415,9 @@ def running_openai_server(**behaviour: Any) -> Iterator[RunningServer]:
             process.wait(10)
 
 
-def main() -> None:
+def main(application: type[OpenAIServer] = OpenAIServer) -> None:
     """Serves until it is terminated, or until the process that started it is gone."""
-    parser = argparse.ArgumentParser(description="A loopback server that speaks OpenAI's embeddings protocol")
+    parser = argparse.ArgumentParser(description="A loopback server that speaks a provider's embeddings protocol")
     parser.add_argument("--port", type=int, default=0, help="0 for a free one")
     parser.add_argument("--latency-seconds", type=float)
     parser.add_argument("--dimensions", type=int, help="of answers to requests that do not ask for any")
@@ -401,7 +435,7 @@ def main() -> None:
     listener.bind(("127.0.0.1", options.port))
     listener.listen(256)
     print(f"http://127.0.0.1:{listener.getsockname()[1]}/v1", flush=True)
-    config = uvicorn.Config(OpenAIServer(behaviour), log_level="error", access_log=False, timeout_graceful_shutdown=1)
+    config = uvicorn.Config(application(behaviour), log_level="error", access_log=False, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     asyncio.run(_serve(server, listener, os.getppid()))
 

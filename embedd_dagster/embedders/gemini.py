@@ -1,0 +1,110 @@
+"""Gemini, by `POST {base_url}/models/{model}:batchEmbedContents`.
+
+Plain httpx, as for OpenAI. Vectors come as numbers only. Those of fewer dimensions than the model's own are cut from the
+long ones and not of length 1 (`gemini-embedding-001`), so they are made so here. The answer does not count tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+from urllib.parse import quote
+
+import numpy as np
+import orjson
+
+from embedd_dagster.core.embedded_text import clean_text
+from embedd_dagster.core.models import ProviderKind, find_model
+from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
+from embedd_dagster.embedders.cutting import cut_at_bytes
+from embedd_dagster.embedders.http_client import DEFAULT_CONCURRENCY, HttpEmbedder, check_key, estimate_tokens
+from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER
+
+DEFAULT_BASE_URL: Final = "https://generativelanguage.googleapis.com/v1beta"
+
+_MAX_ITEMS: Final = 100  # the API's own limit
+# no limit is published but on the whole request's bytes
+_MAX_TOKENS_PER_REQUEST: Final = 250_000
+_UNKNOWN_MODEL_MAX_BYTES: Final = 2_048
+
+
+class GeminiEmbedder(HttpEmbedder):
+    """One model of the Gemini API, asked as RETRIEVAL_DOCUMENT for rows and as RETRIEVAL_QUERY for questions."""
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None,
+        base_url: str | None,
+        model: str,
+        dimensions: int,
+        concurrency: int | None = None,
+        timeout_seconds: float = 60.0,
+        deny_private_networks: bool = False,
+    ) -> None:
+        concurrency = concurrency or DEFAULT_CONCURRENCY
+        name = model.removeprefix("models/")
+        super().__init__(
+            provider="Gemini",
+            model=name,
+            dimensions=dimensions,
+            base_url=base_url,
+            default_base_url=DEFAULT_BASE_URL,
+            concurrency=concurrency,
+            timeout_seconds=timeout_seconds,
+            deny_private_networks=deny_private_networks,
+        )
+        key = check_key(api_key, provider="Gemini", required=not base_url)
+        if key:
+            self._http.headers["x-goog-api-key"] = key
+        known = find_model(ProviderKind.GEMINI, name)
+        self.limits = EmbedderLimits(
+            batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
+            max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
+            concurrency=concurrency,
+        )
+        self._options: dict[str, Any] = {"model": f"models/{name}"}
+        if known is None or known.dimensions != dimensions:
+            self._options["outputDimensionality"] = dimensions
+        self._url = self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents")
+
+    def cut(self, text: str) -> CutText:
+        """The text cut by bytes, which are never fewer than tokens: Gemini's tokenizer is not public in a small form."""
+        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+
+    def embed_documents(self, texts: Sequence[str]) -> Embedded:
+        """The vectors of these texts as documents: one request. Its tokens are estimated."""
+        return Embedded(self._embed(texts, "RETRIEVAL_DOCUMENT"), estimate_tokens(texts))
+
+    def embed_query(self, text: str) -> Vectors:
+        """The vector of a search question, shape (dimensions,)."""
+        vector: Vectors = self._embed([self.cut(clean_text(text)).text], "RETRIEVAL_QUERY")[0]
+        return vector
+
+    def _embed(self, texts: Sequence[str], task_type: str) -> Vectors:
+        options = self._options | {"taskType": task_type}
+        requests = [options | {"content": {"parts": [{"text": text}]}} for text in texts]
+        content = self._ask_once(self._url, {"requests": requests})
+        try:
+            vectors = _parse_answer(content, len(texts))
+        except NOT_AN_ANSWER:
+            raise self._not_an_answer(len(texts)) from None
+        self._check_finite(vectors)
+        if vectors.shape[1] != self._dimensions:
+            raise self._wrong_dimensions(vectors.shape[1])
+        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+        vectors /= np.where(lengths > 0, lengths, 1)
+        return vectors
+
+
+def _parse_answer(content: bytes, text_count: int) -> Vectors:
+    """The vectors, in the order of the requests. Raises one of `NOT_AN_ANSWER` for what is none."""
+    items = orjson.loads(content)["embeddings"]
+    if len(items) != text_count:
+        raise ValueError("not one vector a text")
+    vectors = np.asarray([item["values"] for item in items], dtype=np.float32)
+    if vectors.ndim != 2:
+        raise ValueError("not one vector a text")
+    return vectors

@@ -1,0 +1,260 @@
+"""How the providers behind an HTTP API are reached: their address vetted at every connection, their faults translated."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
+from types import TracebackType
+from typing import Any, Self
+
+import httpcore
+import httpx
+import numpy as np
+import orjson
+
+from embedd_dagster import network
+from embedd_dagster.core.rows import Vectors
+from embedd_dagster.embedders.cutting import byte_count
+from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
+from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
+from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
+
+_CONNECT_TIMEOUT_SECONDS = 10.0
+DEFAULT_CONCURRENCY = 16
+
+
+class HttpEmbedder:
+    """What the embedders behind an HTTP API share: one pool of connections, one way to ask. Redirects are not followed."""
+
+    def __init__(
+        self,
+        *,
+        provider: str,
+        model: str,
+        dimensions: int,
+        base_url: str | None,
+        default_base_url: str,
+        concurrency: int,
+        timeout_seconds: float,
+        deny_private_networks: bool,
+    ) -> None:
+        self._model = model
+        self._dimensions = dimensions
+        self._timeout_seconds = timeout_seconds
+        url = _parse_base_url(base_url or default_base_url, example=default_base_url)
+        self._name = f"The embedding provider at {url.host}" if base_url else provider
+        self._base_url = url
+        tls: ssl.SSLContext | bool = _tls_context() if url.scheme == "https" else False
+        pool = httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=concurrency + 2)
+        is_proxied = _is_proxied(url)
+        if is_proxied:
+            # the operator's proxy decides where it connects to, and resolves the names; an address it is given as it is
+            _check_literal(url.host, deny_private_networks=deny_private_networks)
+        self._http = httpx.Client(
+            # vectors as base64 hardly get smaller by compression, but cost as much again to unpack
+            headers={"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "embedd"},
+            timeout=httpx.Timeout(timeout_seconds, connect=min(_CONNECT_TIMEOUT_SECONDS, timeout_seconds)),
+            limits=pool,
+            verify=tls,
+            trust_env=is_proxied,
+            follow_redirects=False,
+            transport=None
+            if is_proxied
+            else VettedTransport(tls=tls, limits=pool, deny_private_networks=deny_private_networks),
+        )
+
+    def close(self) -> None:
+        """Gives connections back."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _endpoint(self, path: str) -> httpx.URL:
+        # a query such as Azure's ?api-version=… stays behind the path
+        return self._base_url.copy_with(path=self._base_url.path.rstrip("/") + path)
+
+    def _ask(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
+        """The body of the answer 200. Raises as `Embedder` says, and FieldRefused."""
+        try:
+            body = orjson.dumps(fields)
+        except TypeError:
+            raise TextRejected("The text is not valid Unicode.") from None
+        try:
+            response = self._http.post(url, content=body)
+        except httpx.TimeoutException:
+            raise EmbeddingUnavailable(f"{self._name} did not answer within {self._timeout_seconds:g} s.") from None
+        except httpx.RequestError as error:
+            raise EmbeddingUnavailable(f"{self._name} cannot be reached ({type(error).__name__}).") from None
+        if response.status_code != httpx.codes.OK:
+            raise refusal(response, provider=self._name, model=self._model)
+        return response.content
+
+    def _ask_once(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
+        """As `_ask`, of a provider whose dialect is known: a field that it refuses is the configuration's fault."""
+        try:
+            return self._ask(url, fields)
+        except FieldRefused:
+            raise self._wrong_dimensions(None) from None
+
+    def _not_an_answer(self, text_count: int) -> EmbeddingUnavailable:
+        # nothing of the cause: it may quote the answer
+        return EmbeddingUnavailable(
+            f"{self._name} gave an answer that is not one of the embeddings protocol, for {text_count} texts.",
+            resolution="It is tried again. If it goes on, check that the provider's base_url is that of its API.",
+        )
+
+    def _check_finite(self, vectors: Vectors) -> None:
+        if not np.isfinite(vectors).all():
+            raise TextRejected(f"{self._name} gives a vector with numbers that are not finite.")
+
+    def _wrong_dimensions(self, given: int | None) -> EmbeddingRejected:
+        if given is None:
+            message = f"{self._name} does not let model {self._model!r} be asked for {self._dimensions} dimensions."
+        else:
+            message = (
+                f"{self._name} gives vectors of {given} dimensions for model {self._model!r}, "
+                f"where {self._dimensions} are configured."
+            )
+        return EmbeddingRejected(
+            message,
+            resolution="Set the vector table's embedding_dimensions to what the model gives, or change the model.",
+        )
+
+
+def estimate_tokens(texts: Sequence[str]) -> int:
+    """What these texts count for where the answer does not say."""
+    return sum(map(byte_count, texts)) // 4
+
+
+def check_key(api_key: str | None, *, provider: str, required: bool) -> str:
+    """The key as it is sent, "" for none. Raises EmbeddingRejected for one that cannot be right."""
+    key = (api_key or "").strip()
+    if not key and required:
+        raise EmbeddingRejected(
+            f"The embedding provider has no api_key, and {provider} asks for one.",
+            resolution="Set credentials.api_key of the embedding provider.",
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise EmbeddingRejected(
+            "The embedding provider's api_key holds characters that no key has.",
+            resolution="Enter credentials.api_key of the embedding provider again.",
+        )
+    return key
+
+
+class VettedTransport(httpx.HTTPTransport):
+    """Connects only to addresses that are allowed, found and checked anew for every connection.
+
+    The address that was checked is the one that is connected to, so a name cannot lead elsewhere in between; Host header
+    and TLS name stay those of the URL.
+    """
+
+    def __init__(
+        self,
+        *,
+        tls: ssl.SSLContext | bool,
+        limits: httpx.Limits,
+        deny_private_networks: bool,
+        resolver: Resolver = network.resolve,
+    ) -> None:
+        super().__init__(verify=tls, limits=limits, trust_env=False)
+        self._pool.close()
+        # httpx has no parameter for this; that it is used at all is tested
+        self._pool = httpcore.ConnectionPool(
+            ssl_context=tls if isinstance(tls, ssl.SSLContext) else None,
+            max_connections=limits.max_connections,
+            max_keepalive_connections=limits.max_keepalive_connections,
+            keepalive_expiry=limits.keepalive_expiry,
+            network_backend=_VettedBackend(deny_private_networks=deny_private_networks, resolver=resolver),
+        )
+
+
+class _VettedBackend(httpcore.SyncBackend):
+    def __init__(self, *, deny_private_networks: bool, resolver: Resolver) -> None:
+        self._deny_private_networks = deny_private_networks
+        self._resolver = resolver
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[Any] | None = None,
+    ) -> httpcore.NetworkStream:
+        try:
+            addresses = network.vetted_addresses(
+                host, port, deny_private_networks=self._deny_private_networks, resolver=self._resolver
+            )
+        except NameUnknown:
+            raise httpcore.ConnectError("The name does not resolve.") from None
+        except AddressForbidden as error:
+            raise _forbidden(host, str(error)) from None
+        failure: Exception = httpcore.ConnectError("The name has no address.")
+        for address in addresses:
+            try:
+                return super().connect_tcp(address, port, timeout, local_address, socket_options)
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
+
+
+def _forbidden(host: str, reason: str) -> EmbeddingRejected:
+    return EmbeddingRejected(
+        f"The embedding provider's host {host!r} leads to {reason}, to which this service does not connect.",
+        resolution="Use a base_url that is reachable under a public address, or ask the operator of this service.",
+    )
+
+
+def _check_literal(host: str, *, deny_private_networks: bool) -> None:
+    try:
+        reason = network.refusal(host, deny_private_networks=deny_private_networks)
+    except ValueError:
+        return  # a name
+    if reason:
+        raise _forbidden(host, reason)
+
+
+def _is_proxied(url: httpx.URL) -> bool:
+    # a proxy of the environment cannot reach our own loopback
+    if _is_loopback(url.host):
+        return False
+    proxies = urllib.request.getproxies()
+    return (url.scheme in proxies or "all" in proxies) and not urllib.request.proxy_bypass(url.host)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_base_url(base_url: str, *, example: str) -> httpx.URL:
+    try:
+        url = httpx.URL(base_url.strip())
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise EmbeddingRejected(
+            "The embedding provider's base_url is not an http(s) address.",
+            resolution=f"Give it like `{example}`, without what follows in the addresses of its calls.",
+        )
+    return url
+
+
+@lru_cache(maxsize=1)
+def _tls_context() -> ssl.SSLContext:
+    # reading the certificates takes longer than a query: once for the process
+    return httpx.create_ssl_context()

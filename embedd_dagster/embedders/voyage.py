@@ -1,0 +1,97 @@
+"""Voyage, by `POST {base_url}/embeddings`: OpenAI's answer to other questions, with limits of each model's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from embedd_dagster.core.embedded_text import clean_text
+from embedd_dagster.core.models import ProviderKind, find_model
+from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
+from embedd_dagster.embedders.cutting import cut_at_bytes
+from embedd_dagster.embedders.http_client import DEFAULT_CONCURRENCY, HttpEmbedder, check_key, estimate_tokens
+from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, parse_answer
+
+DEFAULT_BASE_URL: Final = "https://api.voyageai.com/v1"
+
+# the API takes 1,000; see openai.py for why fewer are sent
+_MAX_ITEMS: Final = 256
+_MAX_TOKENS_PER_REQUEST: Final = {
+    "voyage-4-lite": 1_000_000,
+    "voyage-3.5-lite": 1_000_000,
+    "voyage-4": 320_000,
+    "voyage-3.5": 320_000,
+}
+_LEAST_MAX_TOKENS_PER_REQUEST: Final = 120_000
+_UNKNOWN_MODEL_MAX_BYTES: Final = 16_000
+# Voyage puts "Represent the document for retrieval: " before each text
+_PROMPT_TOKENS: Final = 16
+
+
+class VoyageEmbedder(HttpEmbedder):
+    """One model of Voyage, asked with input_type `document` for rows and `query` for questions."""
+
+    def __init__(
+        self,
+        *,
+        api_key: str | None,
+        base_url: str | None,
+        model: str,
+        dimensions: int,
+        concurrency: int | None = None,
+        timeout_seconds: float = 60.0,
+        deny_private_networks: bool = False,
+    ) -> None:
+        concurrency = concurrency or DEFAULT_CONCURRENCY
+        super().__init__(
+            provider="Voyage",
+            model=model,
+            dimensions=dimensions,
+            base_url=base_url,
+            default_base_url=DEFAULT_BASE_URL,
+            concurrency=concurrency,
+            timeout_seconds=timeout_seconds,
+            deny_private_networks=deny_private_networks,
+        )
+        key = check_key(api_key, provider="Voyage", required=not base_url)
+        if key:
+            self._http.headers["Authorization"] = f"Bearer {key}"
+        known = find_model(ProviderKind.VOYAGE, model)
+        most = _MAX_TOKENS_PER_REQUEST.get(model, _LEAST_MAX_TOKENS_PER_REQUEST)
+        self.limits = EmbedderLimits(
+            batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=most - _MAX_ITEMS * _PROMPT_TOKENS),
+            max_tokens_per_text=(known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES) - _PROMPT_TOKENS,
+            concurrency=concurrency,
+        )
+        # what is longer is cut and counted here: a text that were cut there would be cut in silence
+        self._options: dict[str, Any] = {"model": model, "encoding_format": "base64", "truncation": False}
+        if known is None or known.dimensions != dimensions:
+            self._options["output_dimension"] = dimensions
+        self._url = self._endpoint("/embeddings")
+
+    def cut(self, text: str) -> CutText:
+        """The text cut by bytes, which are never fewer than tokens: Voyage's tokenizers would have to be downloaded."""
+        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+
+    def embed_documents(self, texts: Sequence[str]) -> Embedded:
+        """The vectors of these texts as documents: one request."""
+        return self._embed(texts, "document")
+
+    def embed_query(self, text: str) -> Vectors:
+        """The vector of a search question, shape (dimensions,)."""
+        vector: Vectors = self._embed([self.cut(clean_text(text)).text], "query").vectors[0]
+        return vector
+
+    def _embed(self, texts: Sequence[str], input_type: str) -> Embedded:
+        content = self._ask_once(self._url, self._options | {"input": list(texts), "input_type": input_type})
+        try:
+            answer = parse_answer(content, len(texts))
+        except NOT_AN_ANSWER:
+            raise self._not_an_answer(len(texts)) from None
+        self._check_finite(answer.vectors)
+        given = answer.vectors.shape[1]
+        if given != self._dimensions:
+            raise self._wrong_dimensions(given)
+        return Embedded(answer.vectors, estimate_tokens(texts) if answer.tokens is None else answer.tokens)

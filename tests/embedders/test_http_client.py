@@ -1,0 +1,121 @@
+"""Where an embedding provider's base_url may lead, checked at every connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from embedd_dagster.embedders import open_embedder
+from embedd_dagster.embedders.http_client import VettedTransport
+from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable
+from embedd_dagster.network import NameUnknown
+from tests.support.openai_server import RunningServer, running_openai_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    with running_openai_server() as running:
+        yield running
+
+
+class Names:
+    """A name server: each name's answers in turn, the last one for ever."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, host: str, port: int) -> list[str]:
+        self.asked.append((host, port))
+        return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+
+def client(names: Names, *, deny: bool = False, keep: int = 1) -> httpx.Client:
+    limits = httpx.Limits(max_connections=2, max_keepalive_connections=keep)
+    return httpx.Client(
+        transport=VettedTransport(tls=False, limits=limits, deny_private_networks=deny, resolver=names),
+        trust_env=False,
+    )
+
+
+def test_connects_to_the_address_that_was_checked_under_the_name_that_was_given(server: RunningServer) -> None:
+    names = Names(["127.0.0.1"])
+    port = httpx.URL(server.url).port
+    with client(names) as http:
+        response = http.get(f"http://provider.example:{port}/_stats")
+        assert response.status_code == 200
+        assert response.request.headers["host"] == f"provider.example:{port}"
+        http.get(f"http://provider.example:{port}/_stats")
+    assert names.asked == [("provider.example", port)]  # once a connection
+
+
+def test_a_name_that_leads_elsewhere_the_second_time_is_refused(server: RunningServer) -> None:
+    names = Names(["127.0.0.1"], ["169.254.169.254"])
+    url = f"http://provider.example:{httpx.URL(server.url).port}/_stats"
+    with client(names, keep=0) as http:
+        assert http.get(url).status_code == 200
+        with pytest.raises(EmbeddingRejected, match="metadata service"):
+            http.get(url)
+
+
+def test_a_name_that_was_public_when_it_was_admitted_is_refused_when_it_is_private(server: RunningServer) -> None:
+    names = Names(["8.8.8.8"], ["127.0.0.1"])
+    assert names("provider.example", 80) == ["8.8.8.8"]
+    with client(names, deny=True) as http, pytest.raises(EmbeddingRejected, match="a private address"):
+        http.get(f"http://provider.example:{httpx.URL(server.url).port}/_stats")
+
+
+def test_one_forbidden_address_among_others_refuses_the_name() -> None:
+    with client(Names(["127.0.0.1", "fe80::1%lo"])) as http, pytest.raises(EmbeddingRejected, match="link-local"):
+        http.get("http://provider.example:1/")
+
+
+def test_the_next_address_is_tried_where_one_does_not_answer(server: RunningServer) -> None:
+    with client(Names(["127.0.0.2", "127.0.0.1"])) as http:
+        assert http.get(f"http://provider.example:{httpx.URL(server.url).port}/_stats").status_code == 200
+
+
+def test_a_name_that_does_not_resolve_is_a_connection_that_fails() -> None:
+    def unknown(host: str, port: int) -> list[str]:
+        raise NameUnknown("no such name")
+
+    transport = VettedTransport(tls=False, limits=httpx.Limits(), deny_private_networks=False, resolver=unknown)
+    with httpx.Client(transport=transport) as http, pytest.raises(httpx.ConnectError):
+        http.get("http://provider.example/")
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "dimensions"),
+    [
+        ("openai", "text-embedding-3-small", 1536),
+        ("gemini", "gemini-embedding-001", 3072),
+        ("voyage", "voyage-3.5", 1024),
+    ],
+)
+def test_every_provider_is_vetted(server: RunningServer, provider: str, model: str, dimensions: int) -> None:
+    for base_url, deny in (("http://169.254.169.254/v1", False), (server.base_url, True)):
+        credentials = {"api_key": "key", "base_url": base_url}
+        with (
+            open_embedder(
+                provider, credentials=credentials, model=model, dimensions=dimensions, deny_private_networks=deny
+            ) as embedder,
+            pytest.raises(EmbeddingRejected, match="does not connect"),
+        ):
+            embedder.embed_documents(["a"])
+
+
+def test_an_address_is_not_handed_to_the_operators_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    credentials = {"api_key": "key", "base_url": "http://169.254.169.254/v1"}
+    with pytest.raises(EmbeddingRejected, match="metadata service"):
+        open_embedder("openai", credentials=credentials, model="m", dimensions=8)
+    credentials["base_url"] = "http://provider.example/v1"
+    with (
+        open_embedder("openai", credentials=credentials, model="m", dimensions=8) as embedder,
+        pytest.raises(EmbeddingUnavailable, match="ConnectError"),
+    ):
+        embedder.embed_documents(["a"])
