@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
     redis_url: SecretStr | None = Field(default=None, description="Counts rate limits across processes")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    request_timeout_seconds: float = Field(
+        default=30.0, gt=0, description="How long a request waits for a source, for a store and for a provider, each"
+    )
     deny_private_networks: bool = Field(default=False, description="Refuse sources and providers in private networks")
 
     max_failed_rows_percent: float = Field(default=5.0, ge=0, le=100)

@@ -173,7 +173,7 @@ def check_embedding_provider(
             model=model,
             dimensions=dimensions,
             limits=row.limits,
-            timeout_seconds=_TEST_TIMEOUT_SECONDS,
+            timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
         ) as embedder:
             embedder.embed_query("test")
     except EmbeddError as error:

@@ -48,11 +48,13 @@ def open_source_briefly(
 
     Raises SecretUnreadable, ConfigurationError.
     """
+    patience = runtime.settings.request_timeout_seconds
     return sources.open_source(
         connection.provider,
         connections.open_credentials(connection, runtime.box),
-        connect_timeout_seconds=_CONNECT_TIMEOUT_SECONDS,
-        statement_timeout_seconds=statement_timeout_seconds,
+        # libpq takes whole seconds, from 2 on
+        connect_timeout_seconds=max(2, min(_CONNECT_TIMEOUT_SECONDS, round(patience))),
+        statement_timeout_seconds=min(statement_timeout_seconds, patience),
         deny_private_networks=runtime.settings.deny_private_networks,
     )
 

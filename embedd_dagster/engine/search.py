@@ -79,6 +79,7 @@ class Searcher:
     def __init__(self, runtime: Runtime, *, observer: SearchObserver | None = None) -> None:
         self._runtime = runtime
         self._observer = observer
+        self._patience = runtime.settings.request_timeout_seconds
         self._stores: _OpenCache[Store] = _OpenCache(64)
         self._embedders: _OpenCache[Embedder] = _OpenCache(64)
 
@@ -171,13 +172,17 @@ class Searcher:
     def _store(self, live: LiveTable) -> Store:
         mode = Mode(live.vector_table.mode)
         key = (mode, live.connection.id, live.connection.updated_at) if mode is Mode.PLATFORM else mode
-        return self._stores.get(key, lambda: self._runtime.open_store(mode, live.connection))
+        return self._stores.get(
+            key, lambda: self._runtime.open_store(mode, live.connection, read_timeout_seconds=self._patience)
+        )
 
     def _embedder(self, live: LiveTable, configuration: VectorConfiguration) -> Embedder:
         provider = live.embedding_provider
         model, dimensions = configuration.embedding_model, configuration.embedding_dimensions
         key = (provider.id, provider.updated_at, model, dimensions) if provider else (None, model, dimensions)
-        return self._embedders.get(key, lambda: self._runtime.open_embedder(provider, model, dimensions))
+        return self._embedders.get(
+            key, lambda: self._runtime.open_embedder(provider, model, dimensions, timeout_seconds=self._patience)
+        )
 
     def close(self) -> None:
         """Gives every connection back."""

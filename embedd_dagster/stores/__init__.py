@@ -12,14 +12,14 @@ from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.stores.base import PlatformStore, Store
 
 
-def open_qdrant(url: str, api_key: str | None = None) -> Store:
+def open_qdrant(url: str, api_key: str | None = None, *, read_timeout_seconds: float | None = None) -> Store:
     """Our own Qdrant (managed mode), which is connected to when it is first used; to be closed.
 
-    Raises ConfigurationError for what is no URL.
+    A search waits `read_timeout_seconds`, half a minute where that is not given. Raises ConfigurationError for what is no URL.
     """
     from embedd_dagster.stores.qdrant import QdrantStore
 
-    return QdrantStore(url, api_key)
+    return QdrantStore(url, api_key, read_timeout_seconds=read_timeout_seconds)
 
 
 def open_platform_store(provider: str, credentials: Mapping[str, Any], schema: str | None = None) -> PlatformStore:

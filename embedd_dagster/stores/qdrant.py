@@ -24,7 +24,7 @@ from embedd_dagster.stores.qdrant_filters import (
     payload_path,
 )
 from embedd_dagster.stores.qdrant_points import point_uuid, split_batch, upsert_body
-from embedd_dagster.stores.qdrant_rest import SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
+from embedd_dagster.stores.qdrant_rest import READ_SECONDS, SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
 _INDEXING_THRESHOLD_KB: Final = 20_000  # Qdrant's own default was this for years; smaller segments are scanned fast
@@ -44,8 +44,15 @@ class QdrantStore:
     same direction again. A vector of zeros has no direction: it is stored and counted, and never found.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, transport: httpx.BaseTransport | None = None) -> None:
-        self._rest = QdrantRest(url, api_key, transport)
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        read_timeout_seconds: float | None = None,
+    ) -> None:
+        self._rest = QdrantRest(url, api_key, transport, read_timeout_seconds=read_timeout_seconds or READ_SECONDS)
 
     def check(self) -> None:
         """Returns when Qdrant answers to this key."""

@@ -35,7 +35,15 @@ class SetMissing(VectorStoreRejected):
 class QdrantRest:
     """Calls against one Qdrant. Safe to use from several threads; nothing is connected to before the first call."""
 
-    def __init__(self, url: str, api_key: str | None, transport: httpx.BaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        transport: httpx.BaseTransport | None = None,
+        *,
+        read_timeout_seconds: float = READ_SECONDS,
+    ) -> None:
+        self._read_timeout_seconds = read_timeout_seconds
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
@@ -53,7 +61,7 @@ class QdrantRest:
         )
 
     def call(
-        self, method: str, path: Sequence[str], body: Any = None, *, seconds: float = READ_SECONDS, wait: bool = False
+        self, method: str, path: Sequence[str], body: Any = None, *, seconds: float | None = None, wait: bool = False
     ) -> Any:
         """The `result` of a call. `path` is quoted part by part; `body` is JSON, or bytes that are.
 
@@ -62,6 +70,7 @@ class QdrantRest:
             SetMissing: 404.
             VectorStoreRejected: Any other 4xx.
         """
+        seconds = self._read_timeout_seconds if seconds is None else seconds
         content = body if body is None or isinstance(body, bytes) else orjson.dumps(body)
         target = "/".join(quote(part, safe="") for part in path)
         try:
@@ -70,7 +79,7 @@ class QdrantRest:
                 f"/{target}",
                 content=content,
                 params={"wait": "true"} if wait else None,
-                timeout=httpx.Timeout(seconds, connect=_CONNECT_SECONDS),
+                timeout=httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
             )
         except httpx.TimeoutException:
             raise VectorStoreUnavailable(f"Qdrant at {self.address} did not answer in time.") from None
