@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint, text
+from sqlalchemy import BigInteger, Double, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -117,6 +117,22 @@ class EmbeddingProvider(Base):
     limits: Mapped[dict[str, Any]]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
+
+
+class ProviderBudget(Base):
+    """What all processes together have booked of a provider's limit a minute, see `provider_budgets.py`."""
+
+    __tablename__ = "provider_budgets"
+
+    embedding_provider_id: Mapped[str] = mapped_column(
+        ForeignKey("embedding_providers.id", ondelete="CASCADE"), primary_key=True
+    )
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    """`requests` or `tokens`."""
+    level: Mapped[float] = mapped_column(Double())
+    """What was booked and not yet paid off at `updated_at`; it drains at the limit."""
+    updated_at: Mapped[datetime]
+    """By the database's clock."""
 
 
 class VectorTable(Base):

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.provider_budgets import CatalogBudget
 from embedd_dagster.catalog.tables import Task, VectorSetRow
 from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.keys import Key, render_key
@@ -180,10 +181,12 @@ class Work:
         )
         if name not in self._embedders:
             provider = self._endpoints.embedding_provider
+            limits = provider.limits if provider else {}
             raw = self._resources.enter_context(self.runtime.open_embedder(provider, name[1], name[2]))
             self._embedders[name] = PacedEmbedder(
                 raw,
-                limits=provider.limits if provider else {},
+                limits=limits,
+                budget=CatalogBudget.from_limits(self.runtime.catalog, provider.id, limits) if provider else None,
                 patience_seconds=self.settings.outage_patience_seconds,
                 check=self.check,
             )

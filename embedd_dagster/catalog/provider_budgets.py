@@ -1,0 +1,126 @@
+"""What an account may use in a minute, kept by the catalog: it holds over all runs and processes that use the provider.
+
+One row a provider and kind (requests, tokens) holds a leaking bucket: `level` is what is booked and not yet paid off, at
+`updated_at` by the database's clock; it drains at the limit. So nobody's own clock counts, and a limit may be edited
+while runs are under way. A process books more than the one request, by what it used of late, up to a second's worth, and
+has a second to use it: so it costs about one short transaction a second.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Final, Self
+
+from sqlalchemy import ColumnElement, Double, cast, extract, func
+from sqlalchemy.dialects.postgresql import TIMESTAMP, insert
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.tables import ProviderBudget
+from embedd_dagster.errors import CatalogUnavailable, EmbeddingRateLimited
+
+_BURST_SECONDS: Final = 1.0
+_LEASE_SECONDS: Final = 1.0
+_RETRY_AFTER_SECONDS: Final = 1.0
+# always in this order: two processes that book both lock the rows alike
+_KINDS: Final = ("requests", "tokens")
+
+
+def _database_clock() -> ColumnElement[datetime]:
+    return func.clock_timestamp(type_=TIMESTAMP(timezone=True))
+
+
+class CatalogBudget:
+    """One provider's budget in this process. Safe to use from several threads; as many as one likes may share an account.
+
+    Any minute stays within 2/60 of the limit: a second's burst, and what was booked a second before and is used within
+    it. A request above a second's worth is let through when everything before it is paid off.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        embedding_provider_id: str,
+        limits_per_minute: Mapping[str, int],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        database_clock: Callable[[], ColumnElement[datetime]] = _database_clock,
+    ) -> None:
+        self._catalog = catalog
+        self._embedding_provider_id = embedding_provider_id
+        self._rates = {kind: limits_per_minute[kind] / 60 for kind in _KINDS if limits_per_minute.get(kind)}
+        self._clock = clock
+        self._database_clock = database_clock
+        self._lock = threading.Lock()
+        self._left = dict.fromkeys(self._rates, 0.0)
+        self._used = dict.fromkeys(self._rates, 0.0)
+        self._begins_at = self._ends_at = float("-inf")
+
+    @classmethod
+    def from_limits(cls, catalog: Catalog, embedding_provider_id: str, limits: Mapping[str, int | None]) -> Self | None:
+        """The budget that a provider's `limits` ask for, or None where they ask for none."""
+        wanted = {kind: limits.get(f"{kind}_per_minute") for kind in _KINDS}
+        given = {kind: number for kind, number in wanted.items() if number}
+        return cls(catalog, embedding_provider_id, given) if given else None
+
+    def acquire(self, requests: int, tokens: int) -> float:
+        """Seconds to wait before a request of this size is sent; it is booked.
+
+        Raises EmbeddingRateLimited while the catalog does not answer: what nobody counts is not sent.
+        """
+        size = {"requests": float(requests), "tokens": float(tokens)}
+        with self._lock:
+            is_over = self._clock() >= self._ends_at
+            if is_over or any(self._left[kind] < size[kind] for kind in self._rates):
+                self._lease(size, is_over=is_over)
+            for kind in self._rates:
+                self._left[kind] -= size[kind]
+                self._used[kind] += size[kind]
+            return max(0.0, self._begins_at - self._clock())
+
+    def _lease(self, size: Mapping[str, float], *, is_over: bool) -> None:
+        """Books what this request lacks, and as much beside as was used of late."""
+        if is_over:
+            # not used in its time: lost, or whoever comes back after a pause would come with a burst
+            self._left = dict.fromkeys(self._rates, 0.0)
+        units = {}
+        for kind, rate in self._rates.items():
+            # used up before its end: twice as much the next time
+            wanted = min(self._used[kind] * (1 if is_over else 2), rate * _LEASE_SECONDS)
+            units[kind] = max(0.0, max(size[kind], wanted) - self._left[kind])
+        try:
+            with self._catalog.transaction() as session:
+                waits = [self._book(session, kind, units[kind]) for kind in self._rates]
+        except CatalogUnavailable as error:
+            raise EmbeddingRateLimited(
+                "The catalog, which counts this embedding provider's requests and tokens, does not answer.",
+                retry_after_seconds=_RETRY_AFTER_SECONDS,
+                resolution=error.resolution,
+            ) from None
+        self._begins_at = max(self._begins_at, self._clock() + max(waits))
+        self._ends_at = max(self._begins_at, self._clock()) + _LEASE_SECONDS
+        for kind in self._rates:
+            self._left[kind] += units[kind]
+        self._used = dict.fromkeys(self._rates, 0.0)
+
+    def _book(self, session: Session, kind: str, units: float) -> float:
+        """Seconds until the bucket has room for these units, or is empty where they are more than it holds."""
+        rate = self._rates[kind]
+        now = self._database_clock()
+        table = ProviderBudget
+        elapsed = func.greatest(0.0, cast(extract("epoch", now - table.updated_at), Double))
+        statement = insert(table).values(
+            embedding_provider_id=self._embedding_provider_id, kind=kind, level=units, updated_at=now
+        )
+        statement = statement.on_conflict_do_update(
+            index_elements=[table.embedding_provider_id, table.kind],
+            set_={
+                "level": func.greatest(0.0, table.level - rate * elapsed) + units,
+                "updated_at": func.greatest(now, table.updated_at),
+            },
+        )
+        level: float = session.execute(statement.returning(table.level)).scalar_one()
+        return (level - units + min(units, rate * _BURST_SECONDS)) / rate - _BURST_SECONDS
