@@ -48,6 +48,12 @@ lock:  ## pin what pyproject.toml asks for (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
 
+bench: setup  ## ours against the barest script and against peers; recorded in benchmarks/results/ (long)
+	@$(BIN)/python -m benchmarks.engine --peers
+
+bench-sync: setup  ## what a sync costs, up to a million rows; recorded too
+	@$(BIN)/python -m benchmarks.sync
+
 clean:  ## remove what setup and up made
 	@test ! -x $(BIN)/embedd || $(BIN)/embedd down --remove-state
 	rm -rf $(VENV)
