@@ -55,7 +55,7 @@ def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
         _console.print(f"  API      {endpoints.api}/docs")
         # whole on one line, whatever the terminal's width: it is to be clicked
         _console.print(f"  Dagster  {endpoints.dagster_login}", soft_wrap=True)
-        _console.print(f"  Qdrant   {endpoints.qdrant}")
+        _console.print(f"  Qdrant   {endpoints.qdrant}   (its key is in endpoints.json)")
         _console.print(f"  State    {state_dir.resolve()}   (addresses in endpoints.json, logs in logs/)")
         _console.print("Make a key with [cyan]embedd keys create[/]. Ctrl-C stops everything.")
 

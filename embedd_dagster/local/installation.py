@@ -35,6 +35,7 @@ class External:
     dagster_database_url: str | None
     qdrant_url: str | None
     encryption_keys: str | None
+    qdrant_api_key: str | None
     dagster_token: str | None
 
     @classmethod
@@ -45,6 +46,7 @@ class External:
             dagster_database_url=os.environ.get("EMBEDD_DAGSTER_DATABASE_URL") or None,
             qdrant_url=os.environ.get("EMBEDD_QDRANT_URL") or None,
             encryption_keys=os.environ.get("EMBEDD_ENCRYPTION_KEYS") or None,
+            qdrant_api_key=os.environ.get("EMBEDD_QDRANT_API_KEY") or None,
             dagster_token=os.environ.get("EMBEDD_DAGSTER_TOKEN") or None,
         )
 
@@ -70,6 +72,16 @@ def find_encryption_keys(state_dir: Path, external: External) -> str:
     return path.read_text().strip()
 
 
+def find_qdrant_api_key(state_dir: Path, external: External) -> str:
+    """What the embedded Qdrant asks for, "" for a Qdrant of the user's that asks for nothing.
+
+    Loopback alone protects it from nobody who opens a page: a browser sends what a page tells it to, also to 127.0.0.1.
+    """
+    if external.qdrant_api_key or external.qdrant_url:
+        return external.qdrant_api_key or ""
+    return _kept_secret(state_dir / "qdrant_api_key")
+
+
 def find_dagster_token(state_dir: Path, external: External) -> str:
     """What opens Dagster's UI; generated at the first start, and the same until its file is removed.
 
@@ -77,7 +89,11 @@ def find_dagster_token(state_dir: Path, external: External) -> str:
     """
     if external.dagster_token:
         return read_webserver_settings().dagster_token.get_secret_value()
-    path = state_dir / "dagster_token"
+    return _kept_secret(state_dir / "dagster_token")
+
+
+def _kept_secret(path: Path) -> str:
+    """The random text in this file, which is made, readable for its owner alone, where it is missing."""
     if not path.exists():
         files.write_private(path, secrets.token_urlsafe(32) + "\n")
     return path.read_text().strip()
@@ -128,7 +144,7 @@ def find_code_socket(state_dir: Path) -> Path:
 
 def child_environment(
     *, database_url: str, dagster_database_url: str, qdrant_url: str, dagster_url: str, api_url: str, encryption_keys: str,
-    dagster_token: str, dagster_home: Path, code_socket: Path,
+    qdrant_api_key: str, dagster_token: str, dagster_home: Path, code_socket: Path,
 ) -> dict[str, str]:  # fmt: skip
     """The environment of every child but PostgreSQL."""
     return {
@@ -137,6 +153,7 @@ def child_environment(
         "EMBEDD_DAGSTER_DATABASE_URL": driver_url(dagster_database_url, "postgresql+psycopg2"),
         "EMBEDD_QDRANT_URL": qdrant_url,
         "EMBEDD_DAGSTER_URL": dagster_url,
+        "EMBEDD_QDRANT_API_KEY": qdrant_api_key,
         "EMBEDD_DAGSTER_TOKEN": dagster_token,
         "EMBEDD_API_URL": os.environ.get("EMBEDD_API_URL") or api_url,
         "EMBEDD_ENCRYPTION_KEYS": encryption_keys,

@@ -38,6 +38,8 @@ class Endpoints:
     dagster_login: str
     """Signs a browser in to Dagster's UI: not for a log."""
     qdrant: str
+    qdrant_api_key: str
+    """Empty where it asks for none."""
     database_url: str
 
     @property

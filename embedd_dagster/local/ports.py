@@ -30,6 +30,10 @@ class Ports:
             files.write_json(self._path, {**remembered, name: port})
         return port
 
+    def any_taken(self) -> bool:
+        """Whether somebody listens on one of the remembered ports."""
+        return any(isinstance(port, int) and not is_free(port) for port in files.read_json(self._path).values())
+
 
 def is_free(port: int) -> bool:
     """Whether a server could listen on this loopback port now."""

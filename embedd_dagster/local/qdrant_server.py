@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hmac
+import os
 import signal
 import sys
 import time
@@ -122,8 +123,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="the directory to keep everything in")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--api-key", help="required of every client, in the header `api-key`")
     options = parser.parse_args(arguments)
+    # from the environment: arguments can be seen by every user of the machine
+    api_key = os.environ.get("EMBEDD_QDRANT_API_KEY") or None
     # uvicorn raises the signal that ended it once more when all is closed: an asked-for end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         port=options.port,
     )
     uvicorn.run(
-        create_app(catalog, options.api_key),
+        create_app(catalog, api_key),
         host=options.host,
         port=options.port,
         access_log=False,

@@ -32,7 +32,7 @@ from embedd_dagster.local.outside import (
 from embedd_dagster.local.ports import LOOPBACK, Ports
 from embedd_dagster.local.postgres import EmbeddedPostgres, create_database
 from embedd_dagster.local.services import Services, service_specs
-from embedd_dagster.local.supervisor import ChildSpec, Supervisor
+from embedd_dagster.local.supervisor import ChildFailed, ChildSpec, Supervisor
 
 __all__ = [
     "DEFAULT_STATE_DIR",
@@ -129,6 +129,15 @@ class Stack:
             StackAlreadyRunning: It runs already.
             EmbeddError: It could not be started; what had been started is stopped.
         """
+        try:
+            return self._start()
+        except ChildFailed:
+            # between the choice of a port and its use, somebody else may take it: then others are chosen, once
+            if not Ports(self.state_dir / "ports.json").any_taken():
+                raise
+        return self._start()
+
+    def _start(self) -> Endpoints:
         self.state_dir.mkdir(parents=True, exist_ok=True)
         if not self._lock.acquire():
             raise StackAlreadyRunning(describe_running(self.state_dir))
@@ -192,6 +201,7 @@ class Stack:
         external = installation.External.of_environment()
         encryption_keys = installation.find_encryption_keys(self.state_dir, external)
         dagster_token = installation.find_dagster_token(self.state_dir, external)
+        qdrant_api_key = installation.find_qdrant_api_key(self.state_dir, external)
         remembered = Ports(self.state_dir / "ports.json")
         ports = {name: remembered.claim(name) for name in ("api", "dagster-webserver", "qdrant")}
         urls = {name: f"http://{LOOPBACK}:{port}" for name, port in ports.items()}
@@ -211,6 +221,7 @@ class Stack:
             dagster=urls["dagster-webserver"],
             dagster_login=f"{urls['dagster-webserver']}/login?token={quote(dagster_token, safe='')}",
             qdrant=qdrant_url,
+            qdrant_api_key=qdrant_api_key,
             database_url=database_url,
         )
 
@@ -222,6 +233,7 @@ class Stack:
             dagster_url=urls["dagster-webserver"],
             api_url=urls["api"],
             encryption_keys=encryption_keys,
+            qdrant_api_key=qdrant_api_key,
             dagster_token=dagster_token,
             dagster_home=installation.open_dagster_home(self.state_dir),
             code_socket=code_socket,
@@ -250,8 +262,10 @@ class Stack:
         if "postgres" in specs:
             self._supervisor.wait_ready("postgres", interrupted=self._stop_asked)
         self._create_databases()
-        self._supervisor.start("dagster-webserver", "dagster-daemon")
         self._migrate(self.endpoints.database_url)
+        # a webserver that finds no code server tries again, but not before long
+        self._supervisor.wait_ready("code-server", interrupted=self._stop_asked)
+        self._supervisor.start("dagster-webserver", "dagster-daemon")
         self._supervisor.start("api")
         self._supervisor.wait_ready(*specs, interrupted=self._stop_asked)
 

@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 
 from embedd_dagster.core.embedded_text import text_hash
@@ -58,8 +57,7 @@ def test_users_reach_a_managed_table_by_its_alias(embedd: Embedd) -> None:
     embedd.build(vector_table_id)
     alias = embedd.table(vector_table_id)["qdrant_collection"]
     assert alias.startswith(f"vt_{vector_table_id.removeprefix('vt_')[:8]}_")
-    counted = httpx.post(f"{embedd.stack.endpoints.qdrant}/collections/{alias}/points/count", json={"exact": True})
-    assert counted.json()["result"]["count"] == 20
+    assert embedd.qdrant("POST", f"/collections/{alias}/points/count", {"exact": True})["count"] == 20
 
 
 @pytest.mark.parametrize("mode", ["managed", "platform"])
@@ -125,8 +123,8 @@ def _stored(embedd: Embedd, vector_table_id: str, mode: str) -> dict[int, tuple[
         schema, _, name = table["platform_vector_ref"].partition(".")
         rows = embedd.sql(f"""SELECT pk_value, embedded_text, (metadata->>'price')::float8 FROM "{schema}"."{name}\"""")
         return {key: (text, price) for key, text, price in rows}
-    url = f"{embedd.stack.endpoints.qdrant}/collections/{table['qdrant_collection']}/points/scroll"
-    points = httpx.post(url, json={"limit": 1000, "with_payload": True}).json()["result"]["points"]
+    path = f"/collections/{table['qdrant_collection']}/points/scroll"
+    points = embedd.qdrant("POST", path, {"limit": 1000, "with_payload": True})["points"]
     payloads = [point["payload"] for point in points]
     return {
         int(payload["pk"].removeprefix("i:")): (payload["embedded_text"], payload["metadata"]["price"])
@@ -188,7 +186,7 @@ def test_a_deleted_vector_table_leaves_nothing(embedd: Embedd, mode: str, eventu
     assert embedd.api.get(f"/v1/vector-tables/{vector_table_id}").status_code == 404
     eventually(lambda: vector_table_id not in _partitions(embedd), within=40)
     if mode == "managed":
-        names = httpx.get(f"{embedd.stack.endpoints.qdrant}/collections").json()["result"]["collections"]
+        names = embedd.qdrant("GET", "/collections")["collections"]
         assert not [entry for entry in names if vector_table_id in entry["name"]]
     else:
         assert embedd.sql("SELECT relname FROM pg_class WHERE relname LIKE 'embedd_%'") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import socket
@@ -30,8 +31,8 @@ POINTS = 300
 class Server:
     """The server as its users start it: a process on a port of its own."""
 
-    def __init__(self, data: Path, *options: str) -> None:
-        self._data, self._options = data, options
+    def __init__(self, data: Path, **environment: str) -> None:
+        self._data, self._environment = data, {**os.environ, **environment}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
@@ -40,8 +41,8 @@ class Server:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "embedd_dagster.local.qdrant_server"]
-        command += ["--data", str(self._data), "--port", str(self._port), *self._options]
-        self.process = subprocess.Popen(command)
+        command += ["--data", str(self._data), "--port", str(self._port)]
+        self.process = subprocess.Popen(command, env=self._environment)
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             assert self.process.poll() is None
@@ -180,7 +181,7 @@ def test_a_huge_body_is_refused_and_a_large_one_is_not(server: Server, collectio
 
 
 def test_a_key_is_required_where_one_is_set(tmp_path: Path) -> None:
-    server = Server(tmp_path, "--api-key", "s3cret")
+    server = Server(tmp_path, EMBEDD_QDRANT_API_KEY="s3cret")
     try:
         assert httpx.get(f"{server.url}/collections").status_code == 401
         assert httpx.get(f"{server.url}/collections", headers={"api-key": "wrong"}).status_code == 401

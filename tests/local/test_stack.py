@@ -110,9 +110,10 @@ def test_writes_where_it_is_for_its_owner_alone(stack):
         "dagster": stack.endpoints.dagster,
         "dagster_login": stack.endpoints.dagster_login,
         "qdrant": stack.endpoints.qdrant,
+        "qdrant_api_key": stack.endpoints.qdrant_api_key,
         "database_url": stack.endpoints.database_url,
     }
-    for name in ("endpoints.json", "stack.json", "encryption_keys", "dagster_token"):
+    for name in ("endpoints.json", "stack.json", "encryption_keys", "dagster_token", "qdrant_api_key"):
         assert (stack.state_dir / name).stat().st_mode & 0o777 == 0o600
     assert (stack.state_dir / "run").stat().st_mode & 0o777 == 0o700
     with psycopg.connect(stack.endpoints.database_url) as connection:

@@ -143,6 +143,13 @@ class Embedd:
         results: list[dict[str, Any]] = answer["results"]
         return results
 
+    def qdrant(self, method: str, path: str, body: Any = None) -> Any:
+        """What Qdrant itself answers."""
+        endpoints = self.stack.endpoints
+        headers = {"api-key": endpoints.qdrant_api_key}
+        response = httpx.request(method, f"{endpoints.qdrant}{path}", json=body, headers=headers, trust_env=False)
+        return response.raise_for_status().json()["result"]
+
     def graphql(self, query: str, **variables: Any) -> dict[str, Any]:
         """What Dagster's webserver answers."""
         response = httpx.post(
