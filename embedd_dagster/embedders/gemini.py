@@ -7,7 +7,7 @@ long ones and not of length 1 (`gemini-embedding-001`), so they are made so here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Unpack
 from urllib.parse import quote
 
 import numpy as np
@@ -19,7 +19,7 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
 from embedd_dagster.embedders.cutting import cut_at_bytes
-from embedd_dagster.embedders.http_client import DEFAULT_CONCURRENCY, HttpEmbedder, check_key, estimate_tokens
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER
 
 DEFAULT_BASE_URL: Final = "https://generativelanguage.googleapis.com/v1beta"
@@ -33,37 +33,23 @@ _UNKNOWN_MODEL_MAX_BYTES: Final = 2_048
 class GeminiEmbedder(HttpEmbedder):
     """One model of the Gemini API, asked as RETRIEVAL_DOCUMENT for rows and as RETRIEVAL_QUERY for questions."""
 
-    def __init__(
-        self,
-        *,
-        api_key: str | None,
-        base_url: str | None,
-        model: str,
-        dimensions: int,
-        concurrency: int | None = None,
-        timeout_seconds: float = 60.0,
-        deny_private_networks: bool = False,
-    ) -> None:
-        concurrency = concurrency or DEFAULT_CONCURRENCY
+    def __init__(self, *, model: str, dimensions: int, **options: Unpack[HttpOptions]) -> None:
         name = model.removeprefix("models/")
         super().__init__(
             provider="Gemini",
             model=name,
             dimensions=dimensions,
-            base_url=base_url,
             default_base_url=DEFAULT_BASE_URL,
-            concurrency=concurrency,
-            timeout_seconds=timeout_seconds,
-            deny_private_networks=deny_private_networks,
+            **options,
         )
-        key = check_key(api_key, provider="Gemini", required=not base_url)
+        key = check_key(options["api_key"], provider="Gemini", required=not options["base_url"])
         if key:
             self._http.headers["x-goog-api-key"] = key
         known = find_model(ProviderKind.GEMINI, name)
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
             max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
-            concurrency=concurrency,
+            concurrency=self._concurrency,
         )
         self._options: dict[str, Any] = {"model": f"models/{name}"}
         if known is None or known.dimensions != dimensions:

@@ -8,7 +8,7 @@ import urllib.request
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpcore
 import httpx
@@ -23,7 +23,17 @@ from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextR
 from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
-DEFAULT_CONCURRENCY = 16
+_DEFAULT_CONCURRENCY = 16
+
+
+class HttpOptions(TypedDict):
+    """How a provider is reached: what its embedder hands on as it is."""
+
+    api_key: str | None
+    base_url: str | None
+    concurrency: NotRequired[int | None]
+    timeout_seconds: NotRequired[float]
+    deny_private_networks: NotRequired[bool]
 
 
 class HttpEmbedder:
@@ -35,15 +45,15 @@ class HttpEmbedder:
         provider: str,
         model: str,
         dimensions: int,
-        base_url: str | None,
         default_base_url: str,
-        concurrency: int,
-        timeout_seconds: float,
-        deny_private_networks: bool,
+        **options: Unpack[HttpOptions],
     ) -> None:
+        base_url, timeout_seconds = options["base_url"], options.get("timeout_seconds", 60.0)
+        deny_private_networks = options.get("deny_private_networks", False)
         self._model = model
         self._dimensions = dimensions
         self._timeout_seconds = timeout_seconds
+        self._concurrency = concurrency = options.get("concurrency") or _DEFAULT_CONCURRENCY
         url = _parse_base_url(base_url or default_base_url, example=default_base_url)
         self._name = f"The embedding provider at {url.host}" if base_url else provider
         self._base_url = url

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 
@@ -19,7 +19,7 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
 from embedd_dagster.embedders.cutting import cut_at_bytes, cut_at_tokens
-from embedd_dagster.embedders.http_client import DEFAULT_CONCURRENCY, HttpEmbedder, check_key, estimate_tokens
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.http_refusals import FieldRefused
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, Answer, parse_answer
 
@@ -49,29 +49,15 @@ class OpenAIEmbedder(HttpEmbedder):
     know is first asked without, because many reject the field even where it asks for what they give anyway.
     """
 
-    def __init__(
-        self,
-        *,
-        api_key: str | None,
-        base_url: str | None,
-        model: str,
-        dimensions: int,
-        concurrency: int | None = None,
-        timeout_seconds: float = 60.0,
-        deny_private_networks: bool = False,
-    ) -> None:
-        concurrency = concurrency or DEFAULT_CONCURRENCY
+    def __init__(self, *, model: str, dimensions: int, **options: Unpack[HttpOptions]) -> None:
         super().__init__(
             provider="OpenAI",
             model=model,
             dimensions=dimensions,
-            base_url=base_url,
             default_base_url=DEFAULT_BASE_URL,
-            concurrency=concurrency,
-            timeout_seconds=timeout_seconds,
-            deny_private_networks=deny_private_networks,
+            **options,
         )
-        self._http.headers.update(_key_header(self._base_url, api_key))
+        self._http.headers.update(_key_header(self._base_url, options["api_key"]))
         self._url = self._endpoint("/embeddings")
         # LiteLLM and its like put the vendor before the name
         known = find_model(ProviderKind.OPENAI, model.rsplit("/", 1)[-1])
@@ -82,7 +68,7 @@ class OpenAIEmbedder(HttpEmbedder):
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_DEFAULT_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
             max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
-            concurrency=concurrency,
+            concurrency=self._concurrency,
         )
         self._dialect = _Dialect(encoding_format=True, dimensions=known is not None and known.dimensions != dimensions)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Unpack
 
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
@@ -11,7 +11,7 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
 from embedd_dagster.embedders.cutting import cut_at_bytes
-from embedd_dagster.embedders.http_client import DEFAULT_CONCURRENCY, HttpEmbedder, check_key, estimate_tokens
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, parse_answer
 
 DEFAULT_BASE_URL: Final = "https://api.voyageai.com/v1"
@@ -33,29 +33,15 @@ _PROMPT_TOKENS: Final = 16
 class VoyageEmbedder(HttpEmbedder):
     """One model of Voyage, asked with input_type `document` for rows and `query` for questions."""
 
-    def __init__(
-        self,
-        *,
-        api_key: str | None,
-        base_url: str | None,
-        model: str,
-        dimensions: int,
-        concurrency: int | None = None,
-        timeout_seconds: float = 60.0,
-        deny_private_networks: bool = False,
-    ) -> None:
-        concurrency = concurrency or DEFAULT_CONCURRENCY
+    def __init__(self, *, model: str, dimensions: int, **options: Unpack[HttpOptions]) -> None:
         super().__init__(
             provider="Voyage",
             model=model,
             dimensions=dimensions,
-            base_url=base_url,
             default_base_url=DEFAULT_BASE_URL,
-            concurrency=concurrency,
-            timeout_seconds=timeout_seconds,
-            deny_private_networks=deny_private_networks,
+            **options,
         )
-        key = check_key(api_key, provider="Voyage", required=not base_url)
+        key = check_key(options["api_key"], provider="Voyage", required=not options["base_url"])
         if key:
             self._http.headers["Authorization"] = f"Bearer {key}"
         known = find_model(ProviderKind.VOYAGE, model)
@@ -63,7 +49,7 @@ class VoyageEmbedder(HttpEmbedder):
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=most - _MAX_ITEMS * _PROMPT_TOKENS),
             max_tokens_per_text=(known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES) - _PROMPT_TOKENS,
-            concurrency=concurrency,
+            concurrency=self._concurrency,
         )
         # what is longer is cut and counted here: a text that were cut there would be cut in silence
         self._options: dict[str, Any] = {"model": model, "encoding_format": "base64", "truncation": False}
