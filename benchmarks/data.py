@@ -6,11 +6,65 @@ import psycopg
 
 TABLE = "bench_products"
 
-_WORDS = (
-    "river stone market garden window silver paper morning engine signal bridge carbon island harbor meadow copper violet "
-    "lantern orbit timber canvas marble prairie summit anchor beacon cedar delta ember fjord glacier hollow indigo jasper "
-    "kernel lagoon mosaic nectar opal pebble quartz ripple saddle tundra umbra valley willow xenon yarrow zephyr"
-).split()  # noqa: SIM905 - a list of fifty words is easier to read so
+_WORDS = [
+    *(
+        "river",
+        "stone",
+        "market",
+        "garden",
+        "window",
+        "silver",
+        "paper",
+        "morning",
+        "engine",
+        "signal",
+        "bridge",
+        "carbon",
+    ),
+    *(
+        "island",
+        "harbor",
+        "meadow",
+        "copper",
+        "violet",
+        "lantern",
+        "orbit",
+        "timber",
+        "canvas",
+        "marble",
+        "prairie",
+        "summit",
+    ),
+    *(
+        "anchor",
+        "beacon",
+        "cedar",
+        "delta",
+        "ember",
+        "fjord",
+        "glacier",
+        "hollow",
+        "indigo",
+        "jasper",
+        "kernel",
+        "lagoon",
+    ),
+    *(
+        "mosaic",
+        "nectar",
+        "opal",
+        "pebble",
+        "quartz",
+        "ripple",
+        "saddle",
+        "tundra",
+        "umbra",
+        "valley",
+        "willow",
+        "xenon",
+    ),
+    *("yarrow", "zephyr"),
+]
 
 
 def create_table(database_url: str, row_count: int, words: int = 66) -> None:

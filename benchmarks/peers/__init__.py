@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import data
-from benchmarks.ours import Bench
+from benchmarks.ours import Bench, without_index
 from benchmarks.results import record, table
 from benchmarks.servers import ROOT, Servers
 from embedd_dagster.core.vector_table import Mode
@@ -24,12 +24,16 @@ def measure(servers: Servers, rows: int, names: list[str]) -> None:
     """Each peer cold, and ours (its whole run, index and swap included) in the same run."""
     data.create_table(servers.database_url, rows)
     servers.provider.behave(latency_seconds=0.02)
-    ours = []
+    loads, wholes = [], []
     for _ in range(3):
         bench = Bench(servers, Mode.PLATFORM, 384)
-        ours.append(bench.run().seconds)
+        wholes.append(bench.run().seconds)
         bench.close()
-    our_seconds = median(ours)
+        bench = Bench(servers, Mode.PLATFORM, 384)
+        with without_index():
+            loads.append(bench.run().seconds)
+        bench.close()
+    whole, load = median(wholes), median(loads)
     found = {}
     for name in names:
         try:
@@ -38,26 +42,24 @@ def measure(servers: Servers, rows: int, names: list[str]) -> None:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:600]}
         print(name, found[name], flush=True)
     lines: list[list[object]] = [
-        ["ours: whole run, searchable by HNSW", f"{our_seconds:.1f}", f"{rows / our_seconds:,.0f}", ""]
+        ["**ours**, whole run without the index, as the peers", f"{load:.2f}", f"{rows / load:,.0f}", "1.0", "", ""],
+        ["**ours**, whole run with HNSW built", f"{whole:.2f}", f"{rows / whole:,.0f}", "", "1.0", ""],
     ]
     for name, result in found.items():
         if "error" in result:
-            lines.append([name, "not measured", "", result["error"].replace("\n", " ").replace("|", "/")])
+            lines.append([name, "not measured", "", "", "", result["error"].replace("\n", " ").replace("|", "/")])
         else:
-            seconds = result["seconds"]
+            seconds = result["seconds"] * rows / result["rows"]
+            rate = f"{rows / seconds:,.0f}"
             lines.append(
-                [
-                    name,
-                    f"{seconds:.1f}",
-                    f"{result['rows'] / seconds:,.0f}",
-                    f"ours is {seconds / our_seconds:.1f} times faster; {result['what']}",
-                ]
+                [name, f"{seconds:.2f}", rate, f"{seconds / load:.1f}", f"{seconds / whole:.1f}", result["what"]]
             )
+    heads = ["", "seconds", "rows/s", "ours is so many times faster, like for like", "with our index counted", ""]
     body = (
-        f"{rows:,} rows, 384 dimensions, 20 ms, into pgvector, cold; peers without an index, imports not counted"
-        f" (target: five times the best).\n\n{table(['', 'seconds', 'rows/s', ''], lines)}"
+        f"{rows:,} rows, 384 dimensions, 20 ms, into pgvector, cold. Peers build no index; their imports are not counted, our"
+        f" fixed start is. Target: five times the best.\n\n{table(heads, lines)}"
     )
-    record("peers", "Peers", body, {"ours": ours, "peers": found, "rows": rows}, "make bench (--peers)")
+    record("peers", "Peers", body, {"load": loads, "whole": wholes, "peers": found, "rows": rows}, "make bench")
 
 
 def _run(servers: Servers, name: str) -> dict:
@@ -74,7 +76,9 @@ def _run(servers: Servers, name: str) -> dict:
         timeout=TIMEOUT_SECONDS, check=False,
     )  # fmt: skip
     if done.returncode != 0:
-        raise RuntimeError(done.stderr.strip()[-500:])
+        said = done.stderr.strip().replace(servers.database_url, "DATABASE_URL")
+        # what went wrong first, where the tool says so; else the end of what it said
+        raise RuntimeError(next((line for line in said.splitlines() if "[error" in line), said)[-500:])
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -1,0 +1,41 @@
+"""pgai's vectorizer worker, without the extension: batches of 500, concurrency 4, one chunk a row."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psycopg
+
+URL, TABLE = os.environ["DATABASE_URL"], os.environ["SOURCE_TABLE"]
+PGAI = str(Path(sys.executable).with_name("pgai"))
+NAME = f"bench_pgai_{int(time.time())}"
+
+subprocess.run([PGAI, "install", "-d", URL], check=True, stdout=sys.stderr)
+with psycopg.connect(URL, autocommit=True) as connection:
+    vectorizer = connection.execute(
+        f"""SELECT ai.create_vectorizer('{TABLE}'::regclass, name => '{NAME}',
+        loading => ai.loading_column('body'),
+        destination => ai.destination_table('{NAME}'),
+        embedding => ai.embedding_openai('text-embedding-3-small', 384, base_url => '{os.environ["OPENAI_BASE_URL"]}'),
+        chunking => ai.chunking_none(), formatting => ai.formatting_python_template('title: $title\n$chunk'),
+        indexing => ai.indexing_none(), scheduling => ai.scheduling_none(),
+        processing => ai.processing_default(batch_size => 500, concurrency => 4))"""
+    ).fetchone()[0]
+    begun = time.perf_counter()
+    subprocess.run(
+        [PGAI, "vectorizer", "worker", "-d", URL, "-i", str(vectorizer), "--once", "-c", "4"],
+        check=True,
+        stdout=sys.stderr,
+    )
+    seconds = time.perf_counter() - begun
+    rows = (
+        connection.execute(f"SELECT count(*) FROM {NAME}_store").fetchone()[0]
+        if connection.execute("SELECT to_regclass(%s)", [f"{NAME}_store"]).fetchone()[0]
+        else connection.execute(f"SELECT count(*) FROM {NAME}").fetchone()[0]
+    )
+    connection.execute("SELECT ai.drop_vectorizer(%s, drop_all => true)", [vectorizer])
+what = "vectorizer worker, batches of 500, concurrency 4; the start of its process counted"
+print(json.dumps({"rows": rows, "seconds": seconds, "what": what}))
