@@ -12,7 +12,7 @@ from typing import Final
 
 from croniter import CroniterError, croniter  # type: ignore[import-untyped]
 
-from embedd_dagster import sources, stores
+from embedd_dagster import sources
 from embedd_dagster.catalog import connections, embedding_providers
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.connections import ConnectionStatus
@@ -64,8 +64,7 @@ def check_connection(runtime: Runtime, connection: Connection) -> None:
     with open_source_briefly(runtime, connection) as source:
         source.check()
     if connection.mode == Mode.PLATFORM:
-        credentials = connections.open_credentials(connection, runtime.box)
-        with stores.open_platform_store(connection.provider, credentials) as store:
+        with runtime.open_platform_store(connection) as store:
             store.check()
 
 
@@ -229,9 +228,8 @@ def _check_key(source: Source, configuration: VectorConfiguration) -> None:
 
 
 def _platform_schema(runtime: Runtime, connection: Connection) -> str:
-    credentials = connections.open_credentials(connection, runtime.box)
     try:
-        with stores.open_platform_store(connection.provider, credentials) as store:
+        with runtime.open_platform_store(connection) as store:
             store.check()
             return store.schema
     except (VectorStoreRejected, ConfigurationError) as error:

@@ -16,7 +16,7 @@ from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.settings import Settings
 from embedd_dagster.sources.base import Source
-from embedd_dagster.stores.base import Store
+from embedd_dagster.stores.base import PlatformStore, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,19 @@ class Runtime:
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
         """Where vectors of this mode live; the caller closes it. Raises SecretUnreadable."""
         if mode is Mode.PLATFORM:
-            credentials = connections.open_credentials(connection, self.box)
-            return stores.open_platform_store(connection.provider, credentials)
+            return self.open_platform_store(connection)
         api_key = self.settings.qdrant_api_key
         return stores.open_qdrant(
             self.settings.qdrant_url,
             api_key.get_secret_value() if api_key else None,
             read_timeout_seconds=read_timeout_seconds,
+        )
+
+    def open_platform_store(self, connection: Connection) -> PlatformStore:
+        """The store inside a connection's own database; the caller closes it. Raises SecretUnreadable."""
+        credentials = connections.open_credentials(connection, self.box)
+        return stores.open_platform_store(
+            connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
         )
 
     def open_embedder(

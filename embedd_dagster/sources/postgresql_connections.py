@@ -1,26 +1,21 @@
-"""Connections to somebody's PostgreSQL: how one is opened, what its session is set to, and the few that are kept.
-
-Not psycopg_pool: it connects in the background and reports a wrong password as a timeout, half a minute later. Here the
-thread that needs a connection opens it, and gets the real error at once.
-"""
+"""Connections to somebody's PostgreSQL: how one is opened, what its session is set to, and the few that are kept."""
 
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
 import psycopg
-from psycopg import pq
 from psycopg.adapt import Buffer, Loader
 from psycopg.sql import Composable
 from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
+from embedd_dagster.postgresql import CONNECT_OPTIONS, ConnectionPool, host_parameters
 from embedd_dagster.sources.network import allowed_addresses
 from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
 
@@ -100,56 +95,31 @@ class Connections:
         self._statement_timeout_seconds = statement_timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
         self._deny_private_networks = deny_private_networks
-        self._lock = threading.Lock()
-        self._idle: list[psycopg.Connection[Any]] = []
-        self._closed = False
+        self._pool = ConnectionPool(
+            self._open,
+            kept=_KEPT,
+            closed_error=lambda: SourceUnavailable(f"The source {self.server} has been closed."),
+        )
         self.may_hold_invalid_text = False
         """Whether the database is of no encoding, so that text may be any bytes; known from the first connection on."""
 
     @contextmanager
     def borrow(self) -> Iterator[psycopg.Connection[Any]]:
         """A working connection, in autocommit; closed instead of kept when the block raises or leaves a statement open."""
-        connection = self._take()
+        connection = self._pool.take()
         try:
             yield connection
         except EmbeddError:  # what we found out by it, not what befell it
-            self._give_back(connection)
+            self._pool.give_back(connection)
             raise
         except BaseException:
             connection.close()
             raise
-        self._give_back(connection)
+        self._pool.give_back(connection)
 
     def close(self) -> None:
         """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-
-    def _take(self) -> psycopg.Connection[Any]:
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise SourceUnavailable(f"The source {self.server} has been closed.")
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                return self._open()
-            try:
-                connection.execute("")  # it may have died unnoticed since
-            except psycopg.Error:
-                connection.close()
-            else:
-                return connection
-
-    def _give_back(self, connection: psycopg.Connection[Any]) -> None:
-        usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
-        with self._lock:
-            if usable and not self._closed and len(self._idle) < _KEPT:
-                self._idle.append(connection)
-                return
-        connection.close()
+        self._pool.close()
 
     def _open(self) -> psycopg.Connection[Any]:
         credentials, server = self._credentials, self.server
@@ -161,16 +131,7 @@ class Connections:
                 password=credentials.password,
                 sslmode=credentials.ssl_mode,
                 connect_timeout=self._connect_timeout_seconds,
-                application_name="embedd",
-                client_encoding="UTF8",
-                options="",  # else PGOPTIONS of our own environment would count
-                gssencmode="disable",
-                keepalives=1,
-                keepalives_idle=30,
-                keepalives_interval=10,
-                keepalives_count=3,
-                autocommit=True,
-                prepare_threshold=None,  # a pooler such as PgBouncer may stand between
+                **CONNECT_OPTIONS,
             )
         except psycopg.Error as error:
             raise connect_error(error, server, credentials.password) from None
@@ -189,8 +150,7 @@ class Connections:
                 raise SourceRejected("The host is a local socket, to which this service does not connect.")
             return {"host": server.host, "port": server.port}
         found = allowed_addresses(server.host, server.port, deny_private_networks=self._deny_private_networks)
-        # The name stays beside each address: the server's certificate is checked against it.
-        return {"host": ",".join([server.host] * len(found)), "hostaddr": ",".join(found), "port": server.port}
+        return host_parameters(server.host, server.port, found)
 
     def _prepare(self, connection: psycopg.Connection[Any]) -> None:
         if connection.info.server_version < _OLDEST_VERSION:

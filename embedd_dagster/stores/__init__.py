@@ -22,13 +22,16 @@ def open_qdrant(url: str, api_key: str | None = None, *, read_timeout_seconds: f
     return QdrantStore(url, api_key, read_timeout_seconds=read_timeout_seconds)
 
 
-def open_platform_store(provider: str, credentials: Mapping[str, Any], schema: str | None = None) -> PlatformStore:
+def open_platform_store(
+    provider: str, credentials: Mapping[str, Any], schema: str | None = None, *, deny_private_networks: bool = False
+) -> PlatformStore:
     """The store inside a source database (platform mode), which is connected to when it is first used; to be closed.
 
     Args:
         provider: One of `PLATFORM_PROVIDERS`.
         credentials: As the API takes them for this provider.
         schema: Where new vector tables go; by default the first schema of the search path that may be written.
+        deny_private_networks: Refuse hosts in private networks; link-local and metadata addresses always are.
 
     Raises:
         ConfigurationError: The provider has no platform store, or a credential is missing.
@@ -37,16 +40,16 @@ def open_platform_store(provider: str, credentials: Mapping[str, Any], schema: s
         raise ConfigurationError(
             f"{provider!r} has no platform store.", resolution=f"Known providers: {', '.join(PLATFORM_PROVIDERS)}."
         )
-    return _PLATFORM_STORES[provider](credentials, schema)
+    return _PLATFORM_STORES[provider](credentials, schema, deny_private_networks)
 
 
-def _open_pgvector(credentials: Mapping[str, Any], schema: str | None) -> PlatformStore:
+def _open_pgvector(credentials: Mapping[str, Any], schema: str | None, deny_private_networks: bool) -> PlatformStore:  # noqa: FBT001
     from embedd_dagster.stores.pgvector import PgvectorStore
 
-    return PgvectorStore(credentials, schema)
+    return PgvectorStore(credentials, schema, deny_private_networks=deny_private_networks)
 
 
-_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None], PlatformStore]]] = {
+_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None, bool], PlatformStore]]] = {
     "postgresql": _open_pgvector,
 }
 PLATFORM_PROVIDERS: Final = tuple(_PLATFORM_STORES)

@@ -1,13 +1,8 @@
-"""The user's own PostgreSQL: connections, transactions, and its errors as ours.
-
-Not psycopg_pool: it connects in the background and reports a wrong password as a timeout. Here the thread that needs a
-connection opens it, and gets the real error at once.
-"""
+"""The user's own PostgreSQL: connections, transactions, and its errors as ours."""
 
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +10,8 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import psycopg
-from psycopg import pq
 
+from embedd_dagster import network
 from embedd_dagster.errors import (
     ConfigurationError,
     EmbeddError,
@@ -24,9 +19,9 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
+from embedd_dagster.postgresql import CONNECT_OPTIONS, Connection, ConnectionPool, host_parameters
 
 Result = TypeVar("Result")
-Connection = psycopg.Connection[Any]
 
 _KEPT: Final = 8  # idle connections; as many as there are threads at work are open
 _CONNECT_SECONDS: Final = 10
@@ -52,11 +47,10 @@ class TableMissing(VectorStoreRejected):
 class Database:
     """Connections to one database. Safe to use from several threads; nothing is connected to before the first use."""
 
-    def __init__(self, credentials: Mapping[str, Any]) -> None:
+    def __init__(self, credentials: Mapping[str, Any], *, deny_private_networks: bool = False) -> None:
         try:
+            self._host, self._port = str(credentials["host"]), int(credentials.get("port") or 5432)
             self._parameters: dict[str, Any] = {
-                "host": credentials["host"],
-                "port": credentials.get("port") or 5432,
                 "dbname": credentials["database"],
                 "user": credentials["user"],
                 "password": credentials.get("password") or "",
@@ -65,27 +59,28 @@ class Database:
         except KeyError as error:
             raise ConfigurationError(f"credentials.{error.args[0]}: required.") from None
         self.user = str(self._parameters["user"])
-        self.address = "{host}:{port}/{dbname}".format(**self._parameters)
-        self._lock = threading.Lock()
-        self._idle: list[Connection] = []
-        self._closed = False
+        self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
+        self._deny_private_networks = deny_private_networks
+        self._pool = ConnectionPool(
+            self._open, kept=_KEPT, closed_error=lambda: VectorStoreUnavailable("The vector store has been closed.")
+        )
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
         """A working connection, in autocommit. psycopg's errors leave the block as ours, and close it."""
-        connection = self._take()
+        connection = self._pool.take()
         try:
             yield connection
         except EmbeddError:
-            self._give_back(connection)
+            self._pool.give_back(connection)
             raise
         except psycopg.Error as error:
-            self._give_back(connection)
+            self._pool.give_back(connection)
             raise self.translate(error) from None
         except BaseException:
             connection.close()
             raise
-        self._give_back(connection)
+        self._pool.give_back(connection)
 
     @contextmanager
     def transaction(
@@ -134,11 +129,7 @@ class Database:
 
     def close(self) -> None:
         """Idle connections are closed now, borrowed ones when they come back. Idempotent."""
-        with self._lock:
-            self._closed = True
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        self._pool.close()
 
     def translate(self, error: psycopg.Error) -> EmbeddError:
         """Our error for one of psycopg's. A server's text may quote a row, so only the name of the error is passed on."""
@@ -158,44 +149,13 @@ class Database:
             )
         return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
 
-    def _take(self) -> Connection:
-        while True:
-            with self._lock:
-                if self._closed:
-                    raise VectorStoreUnavailable("The vector store has been closed.")
-                connection = self._idle.pop() if self._idle else None
-            if connection is None:
-                return self._open()
-            try:
-                connection.execute("")  # it may have died unnoticed since
-            except psycopg.Error:
-                connection.close()
-            else:
-                return connection
-
-    def _give_back(self, connection: Connection) -> None:
-        usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
-        with self._lock:
-            if usable and not self._closed and len(self._idle) < _KEPT:
-                self._idle.append(connection)
-                return
-        connection.close()
-
     def _open(self) -> Connection:
         try:
             connection = psycopg.connect(
                 **self._parameters,
+                **self._addresses(),
                 connect_timeout=_CONNECT_SECONDS,
-                application_name="embedd",
-                client_encoding="UTF8",
-                options="",  # else PGOPTIONS of our own environment would count
-                gssencmode="disable",
-                keepalives=1,
-                keepalives_idle=30,
-                keepalives_interval=10,
-                keepalives_count=3,
-                autocommit=True,
-                prepare_threshold=None,  # a pooler such as PgBouncer may stand between; plans must follow a growing table
+                **CONNECT_OPTIONS,
             )
         except psycopg.Error as error:
             raise self._connect_error(error) from None
@@ -205,6 +165,21 @@ class Database:
             connection.close()
             raise self.translate(error) from None
         return connection
+
+    def _addresses(self) -> dict[str, Any]:
+        host, port = self._host, self._port
+        if host.startswith(("/", "@")) and not self._deny_private_networks:
+            return {"host": host, "port": port}
+        try:
+            found = network.vetted_addresses(host, port, deny_private_networks=self._deny_private_networks)
+        except network.NameUnknown as error:
+            raise VectorStoreUnavailable(f"The host name {host!r} does not resolve: {error}.") from None
+        except network.AddressForbidden as error:
+            raise VectorStoreRejected(
+                f"The host {host!r} leads to {error}, to which this service does not connect.",
+                resolution="Use a host that is reachable under a public address, or ask the operator of this service.",
+            ) from None
+        return host_parameters(host, port, found)
 
     def _connect_error(self, error: psycopg.Error) -> EmbeddError:
         text = str(error)

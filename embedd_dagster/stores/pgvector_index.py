@@ -9,7 +9,8 @@ import psycopg
 from psycopg import sql
 
 from embedd_dagster.core.rows import VectorSet
-from embedd_dagster.stores.pgvector_database import Connection, Database, set_local, without_timeouts
+from embedd_dagster.postgresql import Connection
+from embedd_dagster.stores.pgvector_database import Database, set_local, without_timeouts
 from embedd_dagster.stores.pgvector_filters import index_expressions
 from embedd_dagster.stores.pgvector_objects import Place
 

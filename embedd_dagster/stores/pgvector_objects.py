@@ -10,7 +10,8 @@ from psycopg import sql
 
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.errors import VectorStoreRejected
-from embedd_dagster.stores.pgvector_database import Connection, quoted
+from embedd_dagster.postgresql import Connection
+from embedd_dagster.stores.pgvector_database import quoted
 from embedd_dagster.stores.pgvector_rows import resolve_key_type
 
 _INLINE_DIMENSIONS: Final = range(400, 1801)

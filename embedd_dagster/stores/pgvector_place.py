@@ -5,7 +5,8 @@ from __future__ import annotations
 import psycopg
 
 from embedd_dagster.errors import VectorStoreRejected
-from embedd_dagster.stores.pgvector_database import Connection, Database, access_denied, quoted
+from embedd_dagster.postgresql import Connection
+from embedd_dagster.stores.pgvector_database import Database, access_denied, quoted
 
 
 def find_schema(connection: Connection, database: Database, schema: str | None) -> str:

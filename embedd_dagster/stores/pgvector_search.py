@@ -11,7 +11,8 @@ from psycopg import sql
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.stores.pgvector_database import Connection, Database
+from embedd_dagster.postgresql import Connection
+from embedd_dagster.stores.pgvector_database import Database
 from embedd_dagster.stores.pgvector_filters import compile_filter
 from embedd_dagster.stores.pgvector_index import distance_expression, index_kind
 from embedd_dagster.stores.pgvector_rows import vector_literal

@@ -17,7 +17,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.stores import pgvector_database, pgvector_index, pgvector_search
+from embedd_dagster.stores import open_platform_store, pgvector_database, pgvector_index, pgvector_search
 from embedd_dagster.stores.pgvector import PgvectorStore, platform_vector_ref, table_name
 from embedd_dagster.stores.pgvector_filters import compile_filter
 
@@ -382,3 +382,12 @@ def test_all_matching_rows_are_found_also_by_way_of_the_index(
     monkeypatch.setattr(pgvector_search, "_MAX_SCAN_TUPLES", 50)  # the walk ends early, the exact search takes over
     hits = store.search(vector_set, points.vectors[3], limit=10, filters=tree)
     assert {hit.key for hit in hits} == set(range(6))
+
+
+@pytest.mark.parametrize(("host", "denied"), [("169.254.169.254", False), ("127.0.0.1", True), ("/tmp", True)])
+def test_an_address_that_is_not_to_be_reached_is_not_connected_to(host: str, denied: bool) -> None:
+    credentials = {"host": host, "port": 5432, "database": "d", "user": "u", "password": "p"}
+    with open_platform_store("postgresql", credentials, deny_private_networks=denied) as store:
+        with pytest.raises((VectorStoreRejected, VectorStoreUnavailable)) as refused:
+            store.check()
+    assert "does not connect" in refused.value.message or "resolve" in refused.value.message

@@ -1,0 +1,91 @@
+"""What sources and platform stores share of PostgreSQL: how a connection is opened, and the few that are kept open.
+
+Not psycopg_pool: it connects in the background and reports a wrong password as a timeout, half a minute later. Here the
+thread that needs a connection opens it, and gets the real error at once.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Final
+
+import psycopg
+from psycopg import pq
+
+Connection = psycopg.Connection[Any]
+
+CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "application_name": "embedd",
+        "client_encoding": "UTF8",
+        "options": "",  # else PGOPTIONS of our own environment would count
+        "gssencmode": "disable",
+        "keepalives": 1,
+        "keepalives_idle": 30,
+        "keepalives_interval": 10,
+        "keepalives_count": 3,
+        "autocommit": True,
+        # a pooler such as PgBouncer may stand between, and plans must follow a growing table
+        "prepare_threshold": None,
+    }
+)
+
+
+def host_parameters(host: str, port: int, addresses: Sequence[str]) -> dict[str, Any]:
+    """What makes libpq connect to these vetted addresses and nowhere else.
+
+    The name stays beside each address: the server's certificate is checked against it.
+    """
+    return {"host": ",".join([host] * len(addresses)), "hostaddr": ",".join(addresses), "port": port}
+
+
+class ConnectionPool:
+    """Connections that are kept open while idle. Safe to use from several threads; opens nothing by itself.
+
+    As many are open as there are threads at work; `kept` of them stay. `closed_error` is what to raise after `close`.
+    """
+
+    def __init__(
+        self, open_connection: Callable[[], Connection], *, kept: int, closed_error: Callable[[], Exception]
+    ) -> None:
+        self._open = open_connection
+        self._kept = kept
+        self._closed_error = closed_error
+        self._lock = threading.Lock()
+        self._idle: list[Connection] = []
+        self._closed = False
+
+    def take(self) -> Connection:
+        """A connection that answers: an idle one, else a new one. Raises what opening it raises."""
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise self._closed_error()
+                connection = self._idle.pop() if self._idle else None
+            if connection is None:
+                return self._open()
+            try:
+                connection.execute("")  # it may have died unnoticed since
+            except psycopg.Error:
+                connection.close()
+            else:
+                return connection
+
+    def give_back(self, connection: Connection) -> None:
+        """Keeps the connection for the next; closes it where it is of no more use, or a statement is still open on it."""
+        usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
+        with self._lock:
+            if usable and not self._closed and len(self._idle) < self._kept:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def close(self) -> None:
+        """Idle connections are closed now, borrowed ones when they come back. Idempotent."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
