@@ -10,7 +10,6 @@ from api.pagination import whole_list
 from api.schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
 from api.strict_json import StrictRoute
 from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
-from embedd_dagster.embedders import KNOWN_PROVIDERS
 
 router = APIRouter(prefix="/embedding-models", tags=["Embedding providers"], route_class=StrictRoute)
 
@@ -25,7 +24,6 @@ def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
         other_dimensions=list(model.other_dimensions),
         max_tokens=model.max_tokens,
         price_per_million_tokens=model.price_per_million_tokens,
-        available=model.provider in KNOWN_PROVIDERS,
     )
 
 

@@ -25,7 +25,7 @@ from api.strict_json import StrictRoute
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
-from embedd_dagster.embedders import KNOWN_PROVIDERS, open_embedder
+from embedd_dagster.embedders import open_embedder
 from embedd_dagster.errors import EmbeddError, SourceRejected, SourceUnavailable, ValidationFailed
 from embedd_dagster.sources.network import allowed_addresses
 
@@ -68,12 +68,6 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer) -> 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
     """The credentials, if this provider takes them. Raises ValidationFailed."""
-    if kind not in KNOWN_PROVIDERS:
-        known = ", ".join(KNOWN_PROVIDERS)
-        raise ValidationFailed(
-            f"provider: {kind} is not available in this version; available: {known}.",
-            resolution="Use `openai` with a base_url for any server that speaks OpenAI's protocol.",
-        )
     credentials = given.as_given()
     if kind is ProviderKind.LOCAL:
         if credentials:
@@ -174,6 +168,7 @@ def check_embedding_provider(
             dimensions=dimensions,
             limits=row.limits,
             timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
+            deny_private_networks=caller.state.settings.deny_private_networks,
         ) as embedder:
             embedder.embed_query("test")
     except EmbeddError as error:

@@ -67,8 +67,7 @@ class EmbeddingProviderCreate(Body):
 
     name: Name = Field(description="Unique in the environment", examples=["openai"])
     provider: Literal["openai", "gemini", "voyage", "local"] = Field(
-        description="Whose protocol it speaks; `local` is a small model in the process, without a key. "
-        "`gemini` and `voyage` are not available in this version"
+        description="Whose protocol it speaks; `local` is a small model in the process, without a key"
     )
     credentials: EmbeddingCredentials = Field(default_factory=EmbeddingCredentials)
     limits: EmbeddingLimits = Field(default_factory=EmbeddingLimits)
@@ -124,7 +123,6 @@ class EmbeddingModelAnswer(Answer):
     other_dimensions: list[int] = Field(description="Further single numbers that may be asked for")
     max_tokens: int = Field(description="Longer texts are cut", examples=[8192])
     price_per_million_tokens: float = Field(description="US dollars, list price; only for estimates", examples=[0.02])
-    available: bool = Field(description="Whether this version can use its provider")
 
 
 class EmbeddingModelList(ListAnswer[EmbeddingModelAnswer]):
