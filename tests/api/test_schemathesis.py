@@ -55,6 +55,7 @@ EXPLAINED = {
     "a text must not contain": "lone surrogates and NUL inside of `filters`",
     "is not known": "unknown names in `filters`",
 }  # fmt: skip
+OUTSIDE = {"source_unavailable", "embedding_failed"}
 CODES = {"connection_not_ready", "vector_table_not_ready", "source_table_not_found"}
 _IGNORED = re.compile(r"query.*`additionalProperties`|^header:|in header\b")
 
@@ -129,7 +130,8 @@ def _at_home(case: Any) -> None:
     """No request makes the service look for a host elsewhere than on loopback."""
     credentials = case.body.get("credentials") if isinstance(case.body, dict) else None
     if isinstance(credentials, dict):
-        if isinstance(credentials.get("host"), str):
+        # one that is refused for its form stays as it is
+        if isinstance(credentials.get("host"), str) and re.fullmatch(r"[^,\s\x00]{1,255}", credentials["host"]):
             credentials["host"] = "127.0.0.1"
         if isinstance(credentials.get("base_url"), str) and credentials["base_url"].startswith("http"):
             credentials["base_url"] = "http://127.0.0.1:1/v1"
@@ -142,6 +144,8 @@ def _is_positive(case: Any, location: ParameterLocation) -> bool:
 
 def _explained(failure: Failure, response: httpx.Response) -> str | None:
     kind = type(failure).__name__
+    if kind == "ServerError" and response.status_code in (502, 503) and response.json()["error"]["code"] in OUTSIDE:
+        return "502 and 503, as documented: a made-up host is not there"
     if kind == "RejectedPositiveData":
         error = response.json()["error"]
         if error["code"] in CODES:
@@ -153,7 +157,7 @@ def _explained(failure: Failure, response: httpx.Response) -> str | None:
         parts = [line.strip().removeprefix("Invalid component:").lstrip(" -") for line in failure.message.splitlines()]
         faulty = [part for part in parts if "violates" in part]
         if faulty and all(_IGNORED.search(part) for part in faulty):
-            return "unknown query parameters and headers are ignored, as HTTP has it; the real key is always sent"
+            return "unknown query parameters and headers are ignored, as HTTP has it"
     return None
 
 
@@ -261,7 +265,7 @@ def test_stateful(world: World) -> None:
                     raise left[0] from None
 
     broken_off = 0
-    for seed in range(max(6, EXAMPLES // 2)):
+    for seed in range(min(40, max(6, EXAMPLES // 2))):
         if RESULT is None:
             random.seed(seed)
         try:
