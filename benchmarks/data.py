@@ -81,7 +81,7 @@ def create_table(database_url: str, row_count: int, words: int = 66) -> None:
                 (SELECT string_agg((%s::text[])[1 + ((n * 7919 + w * 104729 + n * w * 31) %% {len(_WORDS)})], ' ')
                  FROM generate_series(1, {words - 2}) w),
                 (ARRAY['red', 'green', 'blue', 'black'])[n %% 4 + 1], (n %% 10000) / 100.0
-            FROM generate_series(1, {row_count}) n""",
+            FROM generate_series(1::bigint, {row_count}) n""",
             [_WORDS],
         )
         connection.execute(f"VACUUM ANALYZE {TABLE}")

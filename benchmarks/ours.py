@@ -24,6 +24,7 @@ from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings
+from embedd_dagster.stores import pgvector_index
 from embedd_dagster.stores.pgvector import PgvectorStore
 from embedd_dagster.stores.qdrant import QdrantStore
 
@@ -157,3 +158,8 @@ def without_index() -> Iterator[None]:
         yield
     finally:
         PgvectorStore.finish_load, QdrantStore.finish_load = kept
+
+
+def leave_out_hnsw() -> None:
+    """From now on this process builds every index of a pgvector set but that over the vectors."""
+    pgvector_index._MAX_HALFVEC = 0
