@@ -224,43 +224,33 @@ class RowPipeline:
         rejected: dict[int, TextRejected] = {}
         while missing:
             mine, others = self._memory.claim(missing)
-            self._embed_claimed({hashed: missing[hashed] for hashed in mine}, known, rejected, outcome)
-            embedded.update(hashed for hashed in mine if hashed not in rejected)
+            found = self._embed_claimed({hashed: missing[hashed] for hashed in mine}, outcome)
+            embedded.update(hashed for hashed, vector in found.items() if not isinstance(vector, TextRejected))
             for hashed, future in others.items():
-                found = future.result()
-                if isinstance(found, TextRejected):
-                    rejected[hashed] = found
-                elif found is not None:
-                    known[hashed] = found
+                if (theirs := future.result().get(hashed)) is not None:
+                    found[hashed] = theirs
+            for hashed, vector in found.items():
+                if isinstance(vector, TextRejected):
+                    rejected[hashed] = vector
+                else:
+                    known[hashed] = vector
             # what is left: the batch that was at it failed, and this one tries it in its place
             missing = {
                 hashed: text for hashed, text in missing.items() if hashed not in known and hashed not in rejected
             }
         return embedded, rejected
 
-    def _embed_claimed(
-        self,
-        claimed: dict[int, str],
-        known: dict[int, Vectors],
-        rejected: dict[int, TextRejected],
-        outcome: BatchOutcome,
-    ) -> None:
-        unresolved = list(claimed)
+    def _embed_claimed(self, claimed: dict[int, str], outcome: BatchOutcome) -> dict[int, Vectors | TextRejected]:
+        found: dict[int, Vectors | TextRejected] = {}
         try:
             if claimed:
                 result = self._embedder.embed(list(claimed.values()))
                 outcome.counts.tokens += result.tokens
                 for index, hashed in enumerate(claimed):
-                    if error := result.failed.get(index):
-                        rejected[hashed] = error
-                        self._memory.resolve(hashed, error)
-                    else:
-                        known[hashed] = result.vectors[index]
-                        self._memory.resolve(hashed, result.vectors[index])
-                unresolved = []
+                    found[hashed] = result.failed.get(index) or result.vectors[index]
         finally:
-            for hashed in unresolved:
-                self._memory.resolve(hashed, None)
+            self._memory.resolve(list(claimed), dict(found))
+        return found
 
 
 def _note_failure(outcome: BatchOutcome, row: SourceRow, step: str, error: RowError) -> None:

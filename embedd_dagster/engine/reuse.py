@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Final
 
@@ -24,8 +24,8 @@ _VECTOR_BYTES: Final = 24 * 2**20
 _BLOOM_BITS: Final = 26  # 8 MB: at five million texts one in a hundred is looked up in vain
 _VARIABLES_A_STATEMENT: Final = 500
 
-EmbeddingInFlight = Future[Vectors | TextRejected | None]
-"""The vector of a text, its rejection, or None where the batch that was at it failed for another reason."""
+EmbeddingInFlight = Future[Mapping[int, Vectors | TextRejected]]
+"""What becomes of the texts of one batch, by hash; one that is missing has to be tried again: the batch failed."""
 
 
 class TextMemory:
@@ -60,31 +60,35 @@ class TextMemory:
     def claim(self, hashes: Iterable[int]) -> tuple[list[int], dict[int, EmbeddingInFlight]]:
         """Which of these texts the caller is to embed, and those that another batch is embedding.
 
-        The caller must `resolve` each of its own before it waits for the others: so no two batches wait for each other.
+        The caller must `resolve` its own before it waits for the others: so no two batches wait for each other.
         """
         mine, others = [], {}
+        own: EmbeddingInFlight = Future()  # one a batch: one a text cost a quarter of the engine's CPU
         with self._lock:
             for hashed in hashes:
                 if (future := self._in_flight.get(hashed)) is not None:
                     others[hashed] = future
                 else:
-                    self._in_flight[hashed] = Future()
+                    self._in_flight[hashed] = own
                     mine.append(hashed)
         return mine, others
 
-    def resolve(self, hashed: int, outcome: Vectors | TextRejected | None) -> None:
-        """Tells those who wait what became of a claimed text, and keeps its vector while there is room."""
+    def resolve(self, claimed: Sequence[int], outcomes: Mapping[int, Vectors | TextRejected]) -> None:
+        """Tells those who wait what became of all the texts of a claim, and keeps their vectors while there is room."""
+        if not claimed:
+            return
         with self._lock:
-            future = self._in_flight.pop(hashed)
-            if isinstance(outcome, np.ndarray) and hashed not in self._vectors:
-                # a copy: a row of the answer's array would keep the whole array alive
-                outcome = outcome.copy()
-                self._vectors[hashed] = outcome
-                self._bytes += outcome.nbytes
-                while self._bytes > self._max_bytes:
-                    _oldest, forgotten = self._vectors.popitem(last=False)
-                    self._bytes -= forgotten.nbytes
-        future.set_result(outcome)
+            for hashed in claimed:
+                future = self._in_flight.pop(hashed)
+                outcome = outcomes.get(hashed)
+                if isinstance(outcome, np.ndarray) and hashed not in self._vectors:
+                    # a copy: a row of the answer's array would keep the whole array alive
+                    self._vectors[hashed] = outcome.copy()
+                    self._bytes += outcome.nbytes
+            while self._bytes > self._max_bytes:
+                _oldest, forgotten = self._vectors.popitem(last=False)
+                self._bytes -= forgotten.nbytes
+        future.set_result(outcomes)
 
     def note_written(self, hashes: Sequence[int], keys: Sequence[Key]) -> None:
         """Remembers where these texts can be found again: in the points of these keys, which are durable."""
