@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
@@ -13,6 +13,7 @@ from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_curso
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
     BackfillAnswer,
+    EstimateAnswer,
     SourceColumnAnswer,
     SourceSchemaAnswer,
     VectorTableAnswer,
@@ -27,6 +28,7 @@ from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import admission
+from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import NotFound
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
@@ -208,3 +210,19 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
     return SourceSchemaAnswer(
         columns=[SourceColumnAnswer(name=c.name, type=c.type, nullable=c.nullable) for c in table.columns]
     )
+
+
+@router.post(
+    "/{vector_table_id}/estimate",
+    responses=answers(
+        "vector_table_not_found",
+        "source_table_not_found",
+        "source_table_access_denied",
+        "source_unavailable",
+        "vector_store_unavailable",
+    ),
+)
+def estimate_backfill(vector_table_id: VectorTableId, caller: Writer) -> EstimateAnswer:
+    """Estimate what a backfill would cost: rows, tokens, money, time, and what it would reuse. Embeds nothing."""
+    found = estimate(caller.state.runtime, caller.environment.id, vector_table_id)
+    return EstimateAnswer(**asdict(found))

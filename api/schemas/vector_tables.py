@@ -208,3 +208,16 @@ class SourceSchemaAnswer(Answer):
     """The columns of the source table."""
 
     columns: list[SourceColumnAnswer]
+
+
+class EstimateAnswer(Answer):
+    """What a backfill of the present configuration would take. From a sample; nothing was embedded."""
+
+    rows: int = Field(description="Rows of the source table", examples=[10000])
+    sampled_rows: int = Field(description="Rows the estimate is made from", examples=[512])
+    rows_to_embed: int = Field(examples=[9500])
+    rows_reused: int = Field(description="Rows whose vector is in the live set already", examples=[400])
+    rows_skipped: int = Field(description="Rows without any text: they get no vector", examples=[100])
+    tokens: int = Field(description="Reckoned with four bytes a token", examples=[855000])
+    cost_usd: float = Field(description="By list price; 0 for a model without one in the catalog", examples=[0.0171])
+    seconds: float = Field(description="At the provider's configured limits, else at what was measured", examples=[2.0])

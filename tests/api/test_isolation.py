@@ -29,6 +29,7 @@ OPERATIONS: list[tuple[str, str, Any]] = [
     ("PUT", "/v1/vector-tables/{vector_table_id}", {"name": "stolen", "columns": COLUMNS[:1]}),
     ("DELETE", "/v1/vector-tables/{vector_table_id}", None),
     ("POST", "/v1/vector-tables/{vector_table_id}/backfill", None),
+    ("POST", "/v1/vector-tables/{vector_table_id}/estimate", None),
     ("GET", "/v1/vector-tables/{vector_table_id}/schema", None),
     ("POST", "/v1/vector-tables/{vector_table_id}/query", {"query": "x"}),
     ("GET", "/v1/vector-tables/{vector_table_id}/sync/status", None),

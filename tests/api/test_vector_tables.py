@@ -297,3 +297,15 @@ def test_names_are_unique_also_by_update(tenant: Tenant) -> None:
     first, second = tenant.table(), tenant.table()
     response = tenant.put(f"/v1/vector-tables/{second['id']}", {"name": first["name"]})
     assert (response.status_code, code_of(response)) == (409, "name_conflict")
+
+
+def test_an_estimate_counts_rows_tokens_and_money_and_starts_nothing(tenant: Tenant) -> None:
+    table = tenant.table()
+    found = tenant.post(f"/v1/vector-tables/{table['id']}/estimate").json()
+    assert found["rows"] == found["sampled_rows"] == found["rows_to_embed"] + found["rows_skipped"]
+    assert found["tokens"] > 0
+    assert found["rows_reused"] == 0
+    assert tenant.get(f"/v1/tasks?target_id={table['id']}").json()["data"] == []
+    assert tenant.get(f"/v1/vector-tables/{table['id']}").json()["sync_status"] == "pending"
+    unknown = tenant.post("/v1/vector-tables/vt_unknown/estimate")
+    assert (unknown.status_code, code_of(unknown)) == (404, "vector_table_not_found")
