@@ -155,6 +155,29 @@ def new_encryption_key() -> None:
     sys.stdout.write(make() + "\n")
 
 
+@keys_app.command("rotate-encryption")
+@_explained
+def rotate_encryption(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+    """Re-encrypt all stored credentials under the first encryption key, while the service runs.
+
+    Put the new key before the old one (in EMBEDD_ENCRYPTION_KEYS, or for the embedded catalog in .embedd/encryption_keys),
+    restart the services, run this, then take the old key away.
+    """
+    from embedd_dagster.catalog.database import Catalog
+    from embedd_dagster.catalog.rotation import rotate_encryption as rotate
+    from embedd_dagster.catalog.secrets import SecretBox
+    from embedd_dagster.local.installation import External, find_encryption_keys
+
+    keys = find_encryption_keys(state_dir.resolve(), External.of_environment()).split(",")
+    box = SecretBox([key.strip() for key in keys if key.strip()])
+    catalog = Catalog(_catalog_url(state_dir), pool_size=1)
+    try:
+        for table, count in rotate(catalog, box).items():
+            _console.print(f"{count} {table.replace('_', ' ')} re-encrypted.")
+    finally:
+        catalog.close()
+
+
 def _catalog_url(state_dir: Path) -> str:
     """The catalog's URL: of the running stack, else of the environment."""
     from embedd_dagster.local import outside

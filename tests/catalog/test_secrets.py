@@ -1,0 +1,110 @@
+"""Credentials at rest: sealed for their row, readable under any present key, rotated while the service runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from embedd_dagster.catalog import connections, embedding_providers, environments
+from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.migrate import upgrade
+from embedd_dagster.catalog.rotation import rotate_encryption
+from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
+from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
+from embedd_dagster.errors import ConfigurationError, SecretUnreadable
+
+OLD, NEW = new_encryption_key(), new_encryption_key()
+
+
+def test_what_is_sealed_opens_again_and_shows_nothing() -> None:
+    box = SecretBox([OLD])
+    sealed = box.seal({"password": "s3cret @/:%"}, row_id="conn_1")
+    assert b"s3cret" not in sealed
+    assert box.open(sealed, row_id="conn_1") == {"password": "s3cret @/:%"}
+    assert box.seal({"password": "x"}, row_id="conn_1") != box.seal({"password": "x"}, row_id="conn_1")
+
+
+def test_a_sealed_value_opens_for_its_row_and_column_alone() -> None:
+    box = SecretBox([OLD])
+    sealed = box.seal({"a": 1}, row_id="conn_1")
+    for other in ({"row_id": "conn_2"}, {"row_id": "conn_1", "column": "settings"}):
+        with pytest.raises(SecretUnreadable):
+            box.open(sealed, **other)
+    with pytest.raises(SecretUnreadable):
+        box.open(sealed[:-1] + bytes([sealed[-1] ^ 1]), row_id="conn_1")
+
+
+def test_old_keys_decrypt_and_the_first_encrypts() -> None:
+    sealed = SecretBox([OLD]).seal({"a": 1}, row_id="r")
+    both = SecretBox([NEW, OLD])
+    assert both.open(sealed, row_id="r") == {"a": 1}
+    assert not both.is_current(sealed)
+    assert SecretBox([NEW]).open(both.seal({"a": 1}, row_id="r"), row_id="r") == {"a": 1}
+    with pytest.raises(SecretUnreadable, match="key that is not configured"):
+        SecretBox([NEW]).open(sealed, row_id="r")
+
+
+@pytest.mark.parametrize("key", ["", "short", "AAAA", "not base64 !!", OLD[:-4]])
+def test_a_key_that_is_none_is_named_by_its_place(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="Key 2"):
+        SecretBox([OLD, key])
+
+
+@pytest.fixture
+def catalog(database_url: str) -> Iterator[Catalog]:
+    upgrade(database_url)
+    opened = Catalog(database_url)
+    old = SecretBox([OLD])
+    with opened.transaction() as session:
+        environment = environments.ensure_defaults(session)
+        for number in range(250):
+            connections.create(
+                session,
+                old,
+                environment,
+                name=f"c{number}",
+                provider="postgresql",
+                mode="managed",
+                credentials={"host": "h", "password": f"p{number}"},
+            )
+        embedding_providers.create(
+            session, old, environment, name="p", provider="openai", credentials={"api_key": "sk"}, limits={}
+        )
+    yield opened
+    opened.close()
+
+
+def test_rotation_reseals_everything_once(catalog: Catalog) -> None:
+    both = SecretBox([NEW, OLD])
+    assert rotate_encryption(catalog, both) == {"connections": 250, "embedding_providers": 1}
+    assert rotate_encryption(catalog, both) == {"connections": 0, "embedding_providers": 0}
+    new = SecretBox([NEW])
+    with catalog.transaction() as session:
+        opened = {connections.open_credentials(row, new)["password"] for row in session.query(Connection).all()}
+        assert opened == {f"p{number}" for number in range(250)}
+        provider = session.query(EmbeddingProvider).one()
+        assert embedding_providers.open_credentials(provider, new) == {"api_key": "sk"}
+
+
+def test_rotation_without_the_old_key_says_which_row_and_changes_nothing(catalog: Catalog) -> None:
+    with pytest.raises(SecretUnreadable, match="conn_"):
+        rotate_encryption(catalog, SecretBox([NEW]))
+    assert rotate_encryption(catalog, SecretBox([NEW, OLD]))["connections"] == 250
+
+
+def test_the_command_rotates(catalog: Catalog, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from embedd_dagster.cli import app
+
+    for name, value in {"DATABASE_URL": database_url, "QDRANT_URL": "http://127.0.0.1:1"}.items():
+        monkeypatch.setenv(f"EMBEDD_{name}", value)
+    monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", NEW)
+    refused = CliRunner().invoke(app, ["keys", "rotate-encryption", "--state-dir", "/nonexistent"])
+    assert refused.exit_code == 1
+    assert "Traceback" not in refused.output
+    monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", f"{NEW},{OLD}")
+    done = CliRunner().invoke(app, ["keys", "rotate-encryption", "--state-dir", "/nonexistent"])
+    assert done.exit_code == 0, done.output
+    assert "250 connections" in done.output
