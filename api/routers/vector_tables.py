@@ -215,6 +215,7 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
 @router.post(
     "/{vector_table_id}/estimate",
     responses=answers(
+        "permission_denied",
         "vector_table_not_found",
         "source_table_not_found",
         "source_table_access_denied",
