@@ -210,7 +210,14 @@ def product(request: pytest.FixtureRequest, settings: Settings, openai_server: R
         table = vector_tables.create(
             session,
             environment,
-            NewVectorTable("products", connection.id, configuration, mode, SyncMode.BATCH, platform_schema="public"),
+            NewVectorTable(
+                f"products {uuid4().hex[:8]}",
+                connection.id,
+                configuration,
+                mode,
+                SyncMode.BATCH,
+                platform_schema="public",
+            ),
         )
     made = Product(runtime, openai_server, url, environment.id, table.id, mode)
     made.sql(
