@@ -135,6 +135,8 @@ class RowPipeline:
         else:
             texts = tuple(values[position] for position in self._text_positions)
         text = compose_text(self._text_columns, texts)
+        # the values are let go: a text of a megabyte, of which a model reads the beginning, must not wait in a queue
+        row = SourceRow(row.key, (), row.row_hash, row.bucket)
         if not text:
             return ComposedRow(row, "", 0, False, {})
         try:
