@@ -294,7 +294,7 @@ def test_any_single_column_key(product: Product, key_type: str, values: str) -> 
 def test_rows_that_no_text_should_break(product: Product) -> None:
     product.sql(
         """UPDATE products SET title = ''  , body = '   ' WHERE id = 4;
-        UPDATE products SET body = repeat(md5(id::text), 30000) WHERE id = 2;
+        UPDATE products SET body = repeat(md5(id::text), 160000) WHERE id = 2;
         UPDATE products SET price = 'NaN' WHERE id = 3"""
     )
     report = product.run()
