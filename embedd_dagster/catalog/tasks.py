@@ -8,10 +8,9 @@ another run's, or nobody's.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, update
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -250,22 +249,6 @@ def request_cancel(session: Session, task: Task) -> None:
         cancel(session, task)
     elif task.status in _LIVE:
         task.cancel_requested = True
-
-
-def silent_since(session: Session, age: timedelta) -> list[Task]:
-    """Running tasks whose run has given no heartbeat for so long, by the database's clock."""
-    statement = select(Task).where(
-        Task.status == TaskStatus.RUNNING.value,
-        or_(Task.heartbeat_at.is_(None), Task.heartbeat_at < func.clock_timestamp() - age),
-    )
-    return list(session.scalars(statement))
-
-
-def purge_ended(session: Session, before: datetime) -> None:
-    """Removes the records of tasks that ended before an instant and whose vector table is gone."""
-    gone = ~select(VectorTable.id).where(VectorTable.id == Task.target_id).exists()
-    for task in session.scalars(select(Task).where(Task.ended_at < before, gone).limit(1000)):
-        session.delete(task)
 
 
 def _move(task: Task, status: TaskStatus) -> None:

@@ -1,4 +1,4 @@
-"""The configuration of a vector table: columns, modes, limits, and what a change of it costs."""
+"""The configuration of a vector table: columns, modes, limits, and the name it is stored under."""
 
 from __future__ import annotations
 
@@ -134,30 +134,6 @@ class VectorConfiguration:
             embedding_dimensions=fields["embedding_dimensions"],
             embedding_provider_id=fields.get("embedding_provider_id"),
         )
-
-
-class ChangeCost(StrEnum):
-    """What it costs to bring the vectors from one configuration to another."""
-
-    NOTHING = "nothing"
-    REWRITE = "rewrite"
-    """Points are written anew, their vectors are reused."""
-    EMBED = "embed"
-    """Texts, model or dimensions differ: everything is embedded."""
-
-
-def change_cost(old: VectorConfiguration, new: VectorConfiguration) -> ChangeCost:
-    """What changes between two configurations of one vector table cost.
-
-    A reordering that leaves the composed text and the metadata the same costs nothing; an added prefix embeds everything.
-    """
-    if (old.embedding_model, old.embedding_dimensions) != (new.embedding_model, new.embedding_dimensions):
-        return ChangeCost.EMBED
-    if [(c.name, c.name_prefix or "") for c in old.embedding_columns] != [
-        (c.name, c.name_prefix or "") for c in new.embedding_columns
-    ]:
-        return ChangeCost.EMBED
-    return ChangeCost.NOTHING if old.filter_types == new.filter_types else ChangeCost.REWRITE
 
 
 def check_columns(columns: Sequence[Column]) -> None:

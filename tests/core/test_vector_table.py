@@ -1,4 +1,4 @@
-"""The configuration of a vector table: its order of columns, what a change costs, and its refusals."""
+"""The configuration of a vector table: its order of columns, its refusals, and its ids and names."""
 
 from dataclasses import replace
 
@@ -7,12 +7,10 @@ import pytest
 from embedd_dagster.core.ids import new_id
 from embedd_dagster.core.models import ProviderKind, check_model
 from embedd_dagster.core.vector_table import (
-    ChangeCost,
     Column,
     ColumnRole,
     FilterType,
     VectorConfiguration,
-    change_cost,
     check_columns,
     storage_name,
 )
@@ -38,25 +36,6 @@ def test_a_column_may_stand_in_both_roles_and_is_read_once() -> None:
 
 def test_a_configuration_survives_the_catalog() -> None:
     assert VectorConfiguration.from_json(CONFIGURATION.to_json()) == CONFIGURATION
-
-
-@pytest.mark.parametrize(
-    ("change", "cost"),
-    [
-        ({}, ChangeCost.NOTHING),
-        ({"columns": (TITLE, BODY, NOTE, PRICE)}, ChangeCost.NOTHING),
-        ({"columns": (replace(TITLE, ordinal=0), BODY, NOTE, PRICE)}, ChangeCost.NOTHING),
-        ({"columns": (TITLE, BODY, NOTE)}, ChangeCost.REWRITE),
-        ({"columns": (TITLE, BODY, NOTE, replace(PRICE, filter_type=FilterType.INTEGER))}, ChangeCost.REWRITE),
-        ({"columns": (replace(TITLE, name_prefix=None), BODY, NOTE, PRICE)}, ChangeCost.EMBED),
-        ({"columns": (replace(TITLE, ordinal=3), BODY, NOTE, PRICE)}, ChangeCost.EMBED),
-        ({"columns": (TITLE, BODY, PRICE)}, ChangeCost.EMBED),
-        ({"embedding_model": "other"}, ChangeCost.EMBED),
-        ({"embedding_dimensions": 128}, ChangeCost.EMBED),
-    ],
-)
-def test_what_a_change_costs(change: dict[str, object], cost: ChangeCost) -> None:
-    assert change_cost(CONFIGURATION, replace(CONFIGURATION, **change)) is cost
 
 
 @pytest.mark.parametrize(
