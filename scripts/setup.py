@@ -22,21 +22,31 @@ def main() -> None:
     uv = shutil.which("uv")
     print(f"Setting up {target} with {'uv' if uv else 'pip'} …", flush=True)  # noqa: T201
     if uv:
-        if not python.exists():
-            _run(uv, "venv", "--quiet", "--python", sys.executable, target)
+        if not _works(python):
+            _run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, target)
         _run(uv, "pip", "sync", "--quiet", "--compile-bytecode", "--python", python, ROOT / "requirements.lock")
         _run(
             uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--no-build-isolation", "--editable", ROOT
         )
     else:
-        if not python.exists():
-            _run(sys.executable, "-m", "venv", target)
+        if not _works(python):
+            _run(sys.executable, "-m", "venv", "--clear", target)
+        elif not _works(python, "-m", "pip", "--version"):
+            # uv made it, and has gone since
+            _run(python, "-m", "ensurepip")
         pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
         _run(*pip, "--require-hashes", "--no-deps", "--requirement", ROOT / "requirements.lock")
         _run(*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
         # pip compiles by itself unless PYTHONDONTWRITEBYTECODE says otherwise; Dagster starts twice as fast compiled
         _run(python, "-m", "compileall", "-q", "-j", "0", target / "lib")
     _run(python, "-m", "compileall", "-q", ROOT / "embedd_dagster", ROOT / "api")
+
+
+def _works(python: Path, *arguments: str) -> bool:
+    """Whether this interpreter is there and answers: that of a moved or half-made environment does not."""
+    if not python.exists():
+        return False
+    return subprocess.run([str(python), *(arguments or ("-c", ""))], check=False, capture_output=True).returncode == 0
 
 
 def _run(*command: str | Path) -> None:
