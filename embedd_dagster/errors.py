@@ -5,6 +5,7 @@
     EmbeddError
     ├── TransientError                 try again, not before `retry_after_seconds`
     │   ├── SourceUnavailable          the source database does not answer
+    │   ├── ChangeFeedLost             the source keeps its log for us no more: begin anew, and compare
     │   ├── VectorStoreUnavailable     Qdrant or the platform database does not answer
     │   ├── EmbeddingUnavailable       the provider answers 5xx, or not at all
     │   │   └── EmbeddingRateLimited   the provider answers 429
@@ -84,6 +85,13 @@ class SourceUnavailable(TransientError):
 
     default_code = "source_unavailable"
     default_resolution = "Check that the database is up and reachable from here, then try again."
+
+
+class ChangeFeedLost(TransientError):
+    """The source does not keep its log from our position any more: what is followed has to be compared instead."""
+
+    default_code = "source_unavailable"
+    default_resolution = "Nothing to do: the tables are compared with the source, and followed again."
 
 
 class VectorStoreUnavailable(TransientError):

@@ -17,6 +17,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import Fingerprint, SourceRow, TableDigest
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
+from embedd_dagster.sources.changes import ChangeFeed, FollowedTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,18 @@ class Source(Protocol):
 
         Raises SourceRejected with a message that says why it is no key.
         """
+        ...
+
+    def check_followable(self, table: FollowedTable) -> None:
+        """Returns when changes of the table can be followed by the source's log.
+
+        Raises SourceRejected, whose resolution holds the exact statements that would make it so, SourceTableNotFound and
+        SourceAccessDenied. Changes nothing.
+        """
+        ...
+
+    def change_feed(self, name: str) -> ChangeFeed:
+        """The feed of this name, `[a-z0-9_]{1,50}`: what it makes in the source is named by it. Connects when used."""
         ...
 
     def reader(self, selection: Selection) -> TableReader:
