@@ -155,6 +155,12 @@ class VectorTable(Base):
             postgresql_where=text("sync_status NOT IN ('synced', 'paused', 'pending', 'error')"),
         ),
         Index("ix_vector_tables_next_sync_at", "next_sync_at", postgresql_where=text("next_sync_at IS NOT NULL")),
+        Index("ix_vector_tables_resync", "id", postgresql_where=text("resync_wanted > resync_done")),
+        Index(
+            "ix_vector_tables_followed",
+            "connection_id",
+            postgresql_where=text("sync_mode = 'cdc' AND deleted_at IS NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -185,6 +191,21 @@ class VectorTable(Base):
     synced_rows: Mapped[int] = mapped_column(default=0)
     last_sync_at: Mapped[datetime | None]
     next_sync_at: Mapped[datetime | None]
+    syncs_since_full: Mapped[int] = mapped_column(default=0, server_default="0")
+    resync_wanted: Mapped[int] = mapped_column(default=0, server_default="0")
+    """How often a comparison with the source was asked for, because changes may have been missed; see `resyncs.py`."""
+    resync_done: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Up to which of those it has been made: smaller than `resync_wanted`, one is owed."""
+    resync_reason: Mapped[str | None]
+    resync_options: Mapped[dict[str, Any]] = mapped_column(default=dict, server_default=text("'{}'"))
+    """The options of the sync that is owed."""
+    resync_held_by: Mapped[str | None]
+    """The follower's run that still has the keys it owes in memory: no sync is needed while it lives."""
+    resync_not_before: Mapped[datetime | None]
+    followed_since: Mapped[datetime | None]
+    """Since when its changes are followed without a gap; None while they are not."""
+    changes_pending: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Changes that were read and are not yet applied."""
     last_error: Mapped[str | None]
     last_error_at: Mapped[datetime | None]
     deleted_at: Mapped[datetime | None]
@@ -202,6 +223,31 @@ class VectorTable(Base):
             embedding_dimensions=self.embedding_dimensions,
             embedding_provider_id=self.embedding_provider_id,
         )
+
+
+class ChangeFeed(Base):
+    """The position in one connection's log from which its cdc tables are followed, and the run that follows it."""
+
+    __tablename__ = "change_feeds"
+
+    connection_id: Mapped[str] = mapped_column(ForeignKey("connections.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str]
+    """What it made in the source is named by this: a slot and a publication in PostgreSQL."""
+    position: Mapped[int | None]
+    """Never behind what the source was told that it may forget."""
+    lag_bytes: Mapped[int | None]
+    caught_up_at: Mapped[datetime | None]
+    """When a read began that found nothing which has not been applied since."""
+    dagster_run_id: Mapped[str | None]
+    """The run that owns it: nobody else may confirm a position."""
+    claimed_at: Mapped[datetime | None]
+    heartbeat_at: Mapped[datetime | None]
+    failures: Mapped[int] = mapped_column(default=0)
+    """Runs that ended badly, one after the other."""
+    next_start_at: Mapped[datetime | None]
+    last_error: Mapped[str | None]
+    last_error_at: Mapped[datetime | None]
+    created_at: Mapped[datetime]
 
 
 class VectorSetRow(Base):
@@ -267,6 +313,8 @@ class Task(Base):
     status: Mapped[str]
     progress: Mapped[dict[str, Any]]
     options: Mapped[dict[str, Any]]
+    resync: Mapped[int] = mapped_column(default=0, server_default="0")
+    """The vector table's `resync_wanted` when it was claimed: what it settles when it completes."""
     attempts: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int]
     last_error: Mapped[str | None]

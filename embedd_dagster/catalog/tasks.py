@@ -14,7 +14,7 @@ from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
@@ -141,6 +141,8 @@ def claim(session: Session, task_id: str, run_id: str) -> Task:
         raise RunCancelled("The task was cancelled before it began.")
     _move(task, TaskStatus.RUNNING)
     task.dagster_run_id = run_id
+    wanted = session.scalar(select(VectorTable.resync_wanted).where(VectorTable.id == task.target_id))
+    task.resync = wanted or 0  # each attempt compares with the source of its own time
     task.attempts += 1
     task.started_at = task.started_at or now()
     task.heartbeat_at = now()
@@ -190,6 +192,7 @@ def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str,
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
         table.last_error = table.last_error_at = None
+        resyncs.settle(table, task)
         vector_tables.set_status(table, vector_tables.resting_status(session, table))
 
 
@@ -218,6 +221,7 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     task.ended_at = now()
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
+        resyncs.delay(table, now())
         vector_tables.set_status(table, SyncStatus.ERROR, error)
 
 

@@ -8,27 +8,21 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import tasks, vector_sets, vector_tables
-from embedd_dagster.catalog.provider_budgets import CatalogBudget
 from embedd_dagster.catalog.tables import Task, VectorSetRow
 from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.keys import Key, render_key
 from embedd_dagster.core.rows import VectorSet
-from embedd_dagster.core.vector_table import Mode, VectorConfiguration
-from embedd_dagster.embedders.pacing import PacedEmbedder
-from embedd_dagster.engine.patience import with_patience
+from embedd_dagster.core.vector_table import VectorConfiguration
+from embedd_dagster.engine.opened import Opened
 from embedd_dagster.engine.pipeline import RowCounts, RowPipeline
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import RunCancelled, RunSuperseded, TransientError
-from embedd_dagster.sources.base import Selection, Source, TableReader
-from embedd_dagster.stores.base import Store
-
-T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -80,18 +74,22 @@ class Work:
         self._should_stop = should_stop
         self._stopped_by: BaseException | None = None
         self._ended = threading.Event()
-        self._resources = ExitStack()
-        self._embedders: dict[tuple[str | None, str, int], PacedEmbedder] = {}
         with runtime.catalog.transaction() as session:
             endpoints = vector_tables.load_endpoints(session, task.target_id)
         if endpoints is None or endpoints.vector_table.deleted_at is not None:
             raise RunCancelled("The vector table was deleted.")
         self.table = endpoints.vector_table
-        self._endpoints = endpoints
-        self.source: Source = self._resources.enter_context(runtime.open_source(endpoints.connection))
-        self.store: Store = self._resources.enter_context(
-            runtime.open_store(Mode(self.table.mode), endpoints.connection)
+        self._provider = endpoints.embedding_provider
+        self._memories = ExitStack()
+        self._opened = Opened(
+            runtime,
+            endpoints.connection,
+            check=self.check,
+            patience_seconds=self.settings.outage_patience_seconds,
         )
+        self.source, self.store = self._opened.source, self._opened.store
+        self.patiently, self.reader = self._opened.patiently, self._opened.reader
+        self.embedder_counters = self._opened.embedder_counters
 
     def __enter__(self) -> Self:
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -103,7 +101,8 @@ class Work:
     ) -> None:
         self._ended.set()
         self._heart.join()
-        self._resources.close()
+        self._memories.close()
+        self._opened.close()
 
     def _beat(self) -> None:
         while not self._ended.wait(self.settings.heartbeat_seconds):
@@ -145,57 +144,19 @@ class Work:
             tasks.assert_owner(session, self.task.id, self.run_id)
             yield session
 
-    def patiently(self, action: Callable[[], T]) -> T:
-        """The result of an idempotent action on an outside system, waited for while that is down."""
-        return with_patience(action, patience_seconds=self.settings.outage_patience_seconds, check=self.check)
-
-    def reader(self, configuration: VectorConfiguration) -> TableReader:
-        """A reader of the configured table."""
-        selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
-        return self.patiently(lambda: self.source.reader(selection))
-
     def vector_set(self, row: VectorSetRow) -> VectorSet:
         """What the store must know of a version of this vector table."""
         return vector_sets.as_vector_set(row, self.table.storage_name)
 
     def pipeline(self, row: VectorSetRow, reuse_from: list[VectorSet]) -> RowPipeline:
         """The pipeline into a version, by the configuration that version is built from."""
-        configuration = VectorConfiguration.from_json(row.configuration)
-        memory = self._resources.enter_context(closing(TextMemory()))
-        return RowPipeline(
-            vector_set=self.vector_set(row),
-            configuration=configuration,
-            store=self.store,
-            embedder=self.embedder(configuration),
+        return self._opened.pipeline(
+            self.vector_set(row),
+            VectorConfiguration.from_json(row.configuration),
+            self._provider,
             reuse_from=reuse_from,
-            memory=memory,
-            patiently=self.patiently,
+            memory=self._memories.enter_context(closing(TextMemory())),
         )
-
-    def embedder(self, configuration: VectorConfiguration) -> PacedEmbedder:
-        """The paced embedder of a configuration; opened once a run."""
-        name = (
-            configuration.embedding_provider_id,
-            configuration.embedding_model,
-            configuration.embedding_dimensions,
-        )
-        if name not in self._embedders:
-            provider = self._endpoints.embedding_provider
-            limits = provider.limits if provider else {}
-            raw = self._resources.enter_context(self.runtime.open_embedder(provider, name[1], name[2]))
-            self._embedders[name] = PacedEmbedder(
-                raw,
-                limits=limits,
-                budget=CatalogBudget.from_limits(self.runtime.catalog, provider.id, limits) if provider else None,
-                patience_seconds=self.settings.outage_patience_seconds,
-                check=self.check,
-            )
-        return self._embedders[name]
-
-    def embedder_counters(self) -> tuple[int, int]:
-        """Requests made to the provider in this run, and how many of them were repeats."""
-        counters = [embedder.counters for embedder in self._embedders.values()]
-        return sum(item.requests for item in counters), sum(item.retries for item in counters)
 
     def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
         """Keeps failed rows in a fenced transaction, and says so in the log."""

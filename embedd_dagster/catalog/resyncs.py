@@ -1,0 +1,134 @@
+"""What is owed to a vector table whose changes may have been missed: one sync, which compares it with its source.
+
+Requests are counted (`resync_wanted`), and a task settles those that were made before it was claimed (`resync_done`): so
+no clock decides whether a change was seen. A request may be *held* by the follower's run that still has the changed
+keys in memory: it settles it itself; when that run is gone, a sync does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final
+
+from sqlalchemy import and_, case, func, null, or_, select, update
+from sqlalchemy.orm import Session
+
+from embedd_dagster.catalog.tables import ChangeFeed, Task, VectorTable
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, SyncStatus
+
+_SHORTEST_DELAY: Final = timedelta(minutes=1)
+_LONGEST_DELAY: Final = timedelta(hours=1)
+_LIVE: Final = tuple(status.value for status in LIVE_TASK_STATUSES)
+
+is_owed = VectorTable.resync_wanted > VectorTable.resync_done
+
+
+def request(
+    session: Session,
+    vector_table_ids: Collection[str],
+    reason: str,
+    *,
+    options: Mapping[str, Any] | None = None,
+    held_by: str | None = None,
+) -> None:
+    """Asks for a comparison with the source. One that nobody holds stays so."""
+    if not vector_table_ids:
+        return
+    keep_freshness(session, vector_table_ids)
+    session.execute(
+        update(VectorTable)
+        .where(VectorTable.id.in_(vector_table_ids), VectorTable.deleted_at.is_(None))
+        .values(
+            resync_wanted=VectorTable.resync_wanted + 1,
+            resync_reason=reason,
+            resync_options=VectorTable.resync_options.concat(dict(options or {})),
+            resync_held_by=case((and_(is_owed, VectorTable.resync_held_by.is_(None)), null()), else_=held_by),
+            resync_not_before=None,
+        )
+    )
+
+
+def keep_freshness(session: Session, vector_table_ids: Collection[str]) -> None:
+    """Keeps, of tables that were followed without a gap, until when they were true: from now on that stands still."""
+    session.execute(
+        update(VectorTable)
+        .where(
+            VectorTable.id.in_(vector_table_ids),
+            ChangeFeed.connection_id == VectorTable.connection_id,
+            ChangeFeed.caught_up_at > VectorTable.followed_since,
+            ~is_owed,
+            ~VectorTable.paused,
+        )
+        .values(last_sync_at=func.greatest(VectorTable.last_sync_at, ChangeFeed.caught_up_at))
+    )
+
+
+def settle_held(session: Session, vector_table_id: str, run_id: str) -> None:
+    """What this run holds of a vector table is applied; nothing is settled that was asked for by others."""
+    session.execute(
+        update(VectorTable)
+        .where(VectorTable.id == vector_table_id, VectorTable.resync_held_by == run_id)
+        .values(
+            resync_done=VectorTable.resync_wanted, resync_held_by=None, resync_reason=None, resync_options={},
+            changes_pending=0,
+        )
+    )  # fmt: skip
+
+
+def release(session: Session, connection_id: str) -> None:
+    """What followers of this connection held is owed by a sync from now on: their memory is gone."""
+    session.execute(
+        update(VectorTable)
+        .where(VectorTable.connection_id == connection_id, VectorTable.resync_held_by.is_not(None))
+        .values(resync_held_by=None, changes_pending=0)
+    )
+
+
+def settle(table: VectorTable, task: Task) -> None:
+    """A task has brought the vector table to what its source was after it was claimed."""
+    table.resync_done = max(table.resync_done, task.resync)
+    if table.resync_done >= table.resync_wanted:
+        table.resync_reason = table.resync_held_by = table.resync_not_before = None
+        table.resync_options = {}
+
+
+def delay(table: VectorTable, instant: datetime) -> None:
+    """After a task that failed: the longer the vector table is not true, the later it is tried again."""
+    if table.resync_wanted > table.resync_done:
+        since = instant - (table.last_sync_at or table.created_at)
+        table.resync_not_before = instant + min(max(since / 2, _SHORTEST_DELAY), _LONGEST_DELAY)
+
+
+@dataclass(frozen=True, slots=True)
+class OwedSync:
+    """A vector table to which a sync is owed that may begin now."""
+
+    vector_table_id: str
+    reason: str
+    options: dict[str, Any]
+
+
+def owed(session: Session, limit: int) -> list[OwedSync]:
+    """Vector tables whose owed sync may begin: not held, not paused, without a live task, a built set there."""
+    live_task = select(Task.id).where(Task.target_id == VectorTable.id, Task.status.in_(_LIVE)).exists()
+    statement = (
+        select(VectorTable.id, VectorTable.resync_reason, VectorTable.resync_options)
+        .where(
+            is_owed,
+            VectorTable.resync_held_by.is_(None),
+            VectorTable.live_version.is_not(None),
+            VectorTable.deleted_at.is_(None),
+            ~VectorTable.paused,
+            VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
+            or_(
+                VectorTable.resync_not_before.is_(None),
+                VectorTable.resync_not_before <= func.clock_timestamp(),
+            ),
+            ~live_task,
+        )
+        .order_by(VectorTable.id)
+        .limit(limit)
+    )
+    return [OwedSync(key, reason or "", dict(options)) for key, reason, options in session.execute(statement)]
