@@ -46,6 +46,29 @@ class Settings(BaseSettings):
         default=30.0, ge=0, description="How long a replaced vector set outlives the swap, for queries under way"
     )
     sync_schedule: str = Field(default="0 * * * *", description="Cron of batch tables that name none")
+    full_sync_every: int = Field(
+        default=24, ge=0, description="Every so-manieth sync compares all rows, whatever the digests say; 0 = never"
+    )
+    cdc_sync_schedule: str = Field(
+        default="0 3 * * *", description="Cron (UTC) by which cdc tables are compared with their source all the same"
+    )
+    follow_poll_seconds: float = Field(
+        default=0.1, gt=0, description="How long a follower waits before it looks for changes again"
+    )
+    follow_patience_seconds: float = Field(
+        default=60.0,
+        ge=0,
+        description="How long one table's provider or store may hold up the others of its connection; then a sync is owed",
+    )
+    follow_renew_seconds: float = Field(
+        default=6 * 3600.0, gt=0, description="After so long a follower's run is replaced, before its event log grows"
+    )
+    cdc_max_lag_bytes: int = Field(
+        default=10 * 2**30, ge=0, description="Above so much log kept by a source for us, an alarm is given; 0 = never"
+    )
+    cdc_drop_above_max_lag: bool = Field(
+        default=False, description="Then let the source forget its log, and compare by a sync instead"
+    )
     outage_patience_seconds: float = Field(
         default=600.0, ge=0, description="How long a run waits for a source, store or provider that is down"
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import and_, func, select, update
+from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import resyncs
@@ -92,16 +92,15 @@ def heartbeat(session: Session, connection_id: str, run_id: str, lag_bytes: int 
 
 
 def advance(
-    session: Session, connection_id: str, run_id: str, *, position: int | None, caught_up_at: datetime | None
+    session: Session, connection_id: str, *, position: int | None = None, caught_up_at: datetime | None = None
 ) -> None:
-    """Records a position before the source is told, and when nothing was left to apply. Raises RunSuperseded."""
-    values: dict[str, object] = {}
-    if position is not None:
-        values["position"] = position
-    if caught_up_at is not None:
-        values["caught_up_at"] = caught_up_at
-    assert_owner(session, connection_id, run_id)
-    session.execute(update(ChangeFeed).where(ChangeFeed.connection_id == connection_id).values(values))
+    """Records a position before the source is told, and when nothing was left to apply."""
+    values = {"position": position, "caught_up_at": caught_up_at}
+    session.execute(
+        update(ChangeFeed)
+        .where(ChangeFeed.connection_id == connection_id)
+        .values({name: value for name, value in values.items() if value is not None})
+    )
 
 
 def end(session: Session, connection_id: str, run_id: str, error: str | None) -> None:
@@ -119,6 +118,11 @@ def end(session: Session, connection_id: str, run_id: str, error: str | None) ->
     feed.failures = 1 if lasted > _GOOD_RUN else feed.failures + 1
     feed.next_start_at = instant + min(_FIRST_DELAY * 2 ** (feed.failures - 1), _LONGEST_DELAY)
     feed.last_error, feed.last_error_at = error, instant
+
+
+def remove(session: Session, connection_id: str) -> None:
+    """Forgets a feed of which nothing is left in the source. Idempotent."""
+    session.execute(delete(ChangeFeed).where(ChangeFeed.connection_id == connection_id))
 
 
 def all_feeds(session: Session) -> list[ChangeFeed]:

@@ -93,6 +93,11 @@ def get(session: Session, environment_id: str, connection_id: str, *, lock: bool
     return connection
 
 
+def find(session: Session, connection_id: str) -> Connection | None:
+    """The connection of any environment, or None."""
+    return session.get(Connection, connection_id, populate_existing=True)
+
+
 def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[Connection]:
     """The environment's connections, newest first."""
     return fetch_page(

@@ -65,6 +65,12 @@ def keep_freshness(session: Session, vector_table_ids: Collection[str]) -> None:
     )
 
 
+def set_pending(session: Session, changes: Mapping[str, int]) -> None:
+    """Records how many changes wait to be applied, by vector table."""
+    for vector_table_id, count in changes.items():
+        session.execute(update(VectorTable).where(VectorTable.id == vector_table_id).values(changes_pending=count))
+
+
 def settle_held(session: Session, vector_table_id: str, run_id: str) -> None:
     """What this run holds of a vector table is applied; nothing is settled that was asked for by others."""
     session.execute(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, select
+from sqlalchemy import ColumnElement, select, update
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
@@ -148,6 +148,36 @@ def set_status(row: VectorTable, status: SyncStatus, error: str | None = None) -
     elif status is SyncStatus.SYNCED:
         row.last_error = row.last_error_at = None
     row.updated_at = now()
+
+
+def note_errors(session: Session, vector_table_ids: Collection[str], error: str) -> None:
+    """Tells what is wrong with vector tables that go on as they are; the next good run clears it."""
+    session.execute(
+        update(VectorTable)
+        .where(VectorTable.id.in_(vector_table_ids), VectorTable.last_error.is_distinct_from(error))
+        .values(last_error=error, last_error_at=now())
+    )
+
+
+def refuse(session: Session, vector_table_id: str, error: str) -> None:
+    """A vector table cannot be kept true until somebody acts; what is live stays live. Does nothing the second time."""
+    row = find(session, vector_table_id, lock=True)
+    if row is None or row.deleted_at is not None or row.last_error == error:
+        return
+    status = SyncStatus(row.sync_status)
+    if status in {SyncStatus.SYNCED, SyncStatus.PENDING_REBACKFILL} and row.live_version is not None:
+        set_status(row, SyncStatus.ERROR, error)
+    else:
+        row.last_error, row.last_error_at = error, now()
+
+
+def note_counts(session: Session, vector_table_id: str, version: int, point_count: int, failed_count: int) -> None:
+    """Rows and points of the live set, as a follower finds them between two comparisons with the source."""
+    row = find(session, vector_table_id, lock=True)
+    if row is not None and row.live_version == version and SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
+        live = session.get_one(VectorSetRow, (vector_table_id, version))
+        row.synced_rows = point_count
+        row.total_rows = point_count + failed_count + (live.skipped_count or 0)
 
 
 def resting_status(session: Session, row: VectorTable) -> SyncStatus:

@@ -6,12 +6,16 @@ planned only from reads that completed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.changes import plan_changes
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
@@ -22,10 +26,38 @@ from embedd_dagster.errors import MassDeleteRefused, RunSuperseded
 if TYPE_CHECKING:
     from embedd_dagster.engine.work import Work
     from embedd_dagster.sources.base import TableReader
+    from embedd_dagster.stores.base import Store
+
+T = TypeVar("T")
 
 _ROWS_A_GROUP = 100_000
 _KEYS_A_READ = 1_000
 _MAX_BYTES_IN_FLIGHT = 64 * 2**20
+
+
+class Writing(Protocol):
+    """What writing rows needs of whoever does it: a task's run, or a follower."""
+
+    @property
+    def store(self) -> Store:
+        """Where the points are."""
+        ...
+
+    def check(self) -> None:
+        """Returns while the work may go on."""
+        ...
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """The result of an idempotent action on an outside system, waited for while that is down."""
+        ...
+
+    def fenced(self) -> AbstractContextManager[Session]:
+        """A catalog transaction that commits only while the work is this one's."""
+        ...
+
+    def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
+        """Keeps failed rows."""
+        ...
 
 
 def refuse_mass_delete(work: Work, before: int, present: int) -> None:
@@ -77,7 +109,7 @@ def _bucket_groups(digest: TableDigest, buckets: Sequence[int] | None) -> Iterat
 
 
 def write_keys(
-    work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet, keys: Sequence[Key]
+    work: Writing, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet, keys: Sequence[Key]
 ) -> RowCounts:
     """Reads these rows again and writes them; keys whose row is gone, or has no text, lose their point."""
     total = RowCounts()
@@ -111,7 +143,7 @@ def write_keys(
     return total
 
 
-def _settle(work: Work, vector_set: VectorSet, outcome: BatchOutcome) -> None:
+def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None:
     if outcome.without_point:
         work.patiently(lambda: work.store.delete(vector_set, outcome.without_point))
     with work.fenced() as session:
@@ -119,7 +151,7 @@ def _settle(work: Work, vector_set: VectorSet, outcome: BatchOutcome) -> None:
         vector_sets.clear_failures(session, vector_set, outcome.written)
 
 
-def _delete(work: Work, vector_set: VectorSet, keys: list[Key]) -> None:
+def _delete(work: Writing, vector_set: VectorSet, keys: list[Key]) -> None:
     work.check()
     work.patiently(lambda: work.store.delete(vector_set, keys))
     with work.fenced() as session:
@@ -127,7 +159,11 @@ def _delete(work: Work, vector_set: VectorSet, keys: list[Key]) -> None:
 
 
 def sync(work: Work) -> RowCounts:
-    """Brings the live set to the source's present state. An unchanged table costs one query and reads nothing."""
+    """Brings the live set to the source's present state. An unchanged table costs one query and reads nothing.
+
+    Every so-manieth sync (`full_sync_every`) compares all rows whatever the digests say: so a store that was tampered
+    with, or restored from a backup, comes back to the truth.
+    """
     with work.runtime.catalog.transaction() as session:
         live = vector_sets.get(session, work.table.id, work.table.live_version or 0)
     vector_set = work.vector_set(live)
@@ -136,10 +172,13 @@ def sync(work: Work) -> RowCounts:
     earlier = vector_sets.stored_digest(live)
     with work.stage("digest"):
         digest = work.patiently(lambda: reader.digest(earlier.bits if earlier else 0))
-    refuse_mass_delete(work, live.row_count or 0, digest.row_count)
-    buckets = None if work.task.options.get("full") else digest.changed_buckets(earlier)
-    if work.task.options.get("retry_failed"):
-        buckets = None
+    if digest.row_count * 2 < (live.row_count or 0):
+        # of a followed table, rows that went one by one are gone from the set as well
+        stored = work.patiently(lambda: work.store.count(vector_set))
+        refuse_mass_delete(work, min(live.row_count or 0, stored), digest.row_count)
+    every = work.settings.full_sync_every
+    is_full = bool(work.task.options.get("full")) or (every > 0 and work.table.syncs_since_full + 1 >= every)
+    buckets = None if is_full or work.task.options.get("retry_failed") else digest.changed_buckets(earlier)
     wanted_bits = digest_bits(digest.row_count)
     if abs(wanted_bits - digest.bits) > 1:
         # the table has grown or shrunk much: from now on its digest has another size, which has to be taken before reading
@@ -168,4 +207,5 @@ def sync(work: Work) -> RowCounts:
             table.synced_rows = point_count
         table.total_rows = digest.row_count
         table.last_sync_at = now()
+        table.syncs_since_full = 0 if buckets is None else table.syncs_since_full + 1
     return counts

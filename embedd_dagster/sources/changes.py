@@ -7,7 +7,7 @@ one position in the log of one database, with the tables that are followed from 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
@@ -69,7 +69,7 @@ class ChangeFeed(Protocol):
         """
         ...
 
-    def read(self, *, max_keys: int) -> Iterator[ChangeBatch]:
+    def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
         """What was committed since the confirmed position, in batches of about `max_keys` keys at most; ends when
         nothing more has been committed by now. The last batch has a position, and may have no keys.
 

@@ -1,0 +1,226 @@
+"""Following a connection's log: reads which keys changed, has them applied, and only then lets the source forget.
+
+A change to a table that has vectors is applied, or noted until it can be, or a sync is owed that will find it;
+whichever it is, is durable before the position is confirmed. So a follower may die anywhere: the next one is given the
+same changes again, and applying them twice ends in the same points.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from datetime import datetime
+from typing import Final
+
+from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.engine.feed_lease import FeedLease, LogTooLong
+from embedd_dagster.engine.follow_reports import FollowReport, Reports
+from embedd_dagster.engine.followed_table import Following
+from embedd_dagster.engine.followed_tables import FollowedTables
+from embedd_dagster.engine.opened import Opened
+from embedd_dagster.engine.run import describe
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import (
+    CatalogUnavailable,
+    ChangeFeedLost,
+    RunCancelled,
+    RunSuperseded,
+    SourceUnavailable,
+)
+from embedd_dagster.sources.changes import Attachment, ChangeFeed
+
+_KEYS_A_BATCH: Final = 1_000
+_ATTACH_SECONDS: Final = 5.0
+_CONFIRM_SECONDS: Final = 30.0
+"""After so long in one read, what is applied is confirmed before more is read."""
+_IDLE_CONFIRM_SECONDS: Final = 5.0
+_CAUGHT_UP_SECONDS: Final = 1.0
+_LONGEST_OUTAGE_WAIT_SECONDS: Final = 10.0
+
+
+def follow(
+    runtime: Runtime,
+    connection_id: str,
+    run_id: str,
+    *,
+    log: Callable[[str], None],
+    report: Callable[[FollowReport], None],
+    should_stop: Callable[[], bool],
+) -> str:
+    """Follows a connection until nothing is left to follow, another run takes over, or it is asked to end; says which.
+
+    Raises what keeps it from following at all, after it has been recorded with the feed: the next run waits for a while.
+    """
+    try:
+        lease = FeedLease(runtime, connection_id, run_id, log=log, should_stop=should_stop)
+    except RunSuperseded as error:
+        return str(error)
+    trouble = None
+    try:
+        with closing(Follower(runtime, lease, log=log, report=report)) as follower:
+            return follower.run()
+    except (RunSuperseded, RunCancelled) as error:
+        return str(error)
+    except Exception as error:
+        trouble = describe(error)
+        raise
+    finally:
+        lease.end(trouble)
+
+
+class Follower:
+    """One run's following of one connection."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        lease: FeedLease,
+        *,
+        log: Callable[[str], None],
+        report: Callable[[FollowReport], None],
+    ) -> None:
+        self._settings = runtime.settings
+        self._lease = lease
+        self._log = log
+        with lease.transaction() as session:
+            connection = connections.find(session, lease.connection_id)
+        if connection is None:
+            raise RunSuperseded("The connection is gone.")
+        self._connection = connection
+        self._opened = Opened(
+            runtime, connection, check=lease.check, patience_seconds=self._settings.follow_patience_seconds
+        )
+        self._feed: ChangeFeed = self._opened.source.change_feed(lease.feed_name)
+        self._reports = Reports(report)
+        self._tables = FollowedTables(Following(self._opened, lease.fenced, lease.check, log), lease, self._reports)
+        self._position = lease.known_position
+        self._confirmed_at = self._caught_up_at = time.monotonic()
+
+    def close(self) -> None:
+        """Gives back what was opened; the source goes on keeping the position."""
+        self._tables.close()
+        self._feed.close()
+        self._opened.close()
+
+    def run(self) -> str:
+        """Follows; why it has ended."""
+        self._lease.begin(self._feed.lag_bytes)
+        attached_at: float | None = None
+        outage_wait = 0.0
+        while True:
+            try:
+                self._lease.check()
+                if attached_at is None or time.monotonic() - attached_at > _ATTACH_SECONDS:
+                    if reason := self._attach():
+                        return reason
+                    attached_at = time.monotonic()
+                self._read()
+                self._tables.apply_noted()
+                self._reports.send_due(self._tables.by_id, self._lease)
+            except ChangeFeedLost as error:
+                self._log(f"{error.message} Beginning anew.")
+                attached_at = None
+            except LogTooLong as error:
+                self._give_up_log(error)
+                attached_at = None
+            except (SourceUnavailable, CatalogUnavailable) as error:
+                # it comes back, or there is nothing to do for any run: meanwhile the source keeps its log
+                outage_wait = min(max(0.5, outage_wait * 2), _LONGEST_OUTAGE_WAIT_SECONDS)
+                self._lease.trouble = error.message
+                self._log(f"{error.message} Trying again in {outage_wait:g} seconds.")
+                self._pause(outage_wait)
+                attached_at = None
+            else:
+                outage_wait, self._lease.trouble = 0.0, None
+                self._pause(max(self._settings.follow_poll_seconds, self._tables.gathering_seconds))
+
+    def _pause(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self._lease.check()
+            time.sleep(min(left, 0.25))
+
+    def _attach(self) -> str | None:
+        """Sees to it that the tables of now are followed; a reason to end where there are none."""
+        with self._lease.transaction() as session:
+            connection = connections.find(session, self._lease.connection_id)
+            rows = change_feeds.followed(session, self._lease.connection_id)
+        if connection is None or connection.updated_at != self._connection.updated_at:
+            return "The connection was changed: another run goes on with it."
+        self._tables.take_up(rows)
+        if not rows:
+            with self._lease.fenced() as session:
+                change_feeds.set_followed(session, self._lease.connection_id, [], [])
+                self._feed.drop()
+                change_feeds.remove(session, self._lease.connection_id)
+            return "No table of this connection is to be followed any more."
+        attachment = self._feed.attach(self._tables.sources, self._position)
+        self._record(attachment)
+        return None
+
+    def _record(self, attachment: Attachment) -> None:
+        begins_anew = self._position is None or attachment.lost is not None
+        joined = self._tables.ids(attachment.joined)
+        refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
+        kept = [key for key in self._tables.by_id if key not in refused]
+        with self._lease.fenced() as session:
+            change_feeds.set_followed(session, self._lease.connection_id, kept, joined)
+            states = change_feeds.states(session, joined)
+            # before it was ever built there is nothing to compare, unless that is being done at this moment
+            owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]
+            resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
+            if attachment.lost:
+                vector_tables.note_errors(session, owed, attachment.lost)
+            for key, error in refused.items():
+                vector_tables.refuse(session, key, describe(error))
+            if begins_anew:
+                self._lease.advance(session, position=attachment.position)
+        if begins_anew:
+            self._position = attachment.position
+        if joined:
+            self._log(f"{attachment.lost or ''} Following {', '.join(sorted(joined))} from now on.".strip())
+
+    def _give_up_log(self, error: LogTooLong) -> None:
+        self._log(f"{error.message} It is dropped, and everything is compared instead.")
+        self._feed.drop()
+        self._position = None
+        with self._lease.fenced() as session:
+            resyncs.request(session, self._tables.by_id, error.message)
+            vector_tables.note_errors(session, list(self._tables.by_id), error.message)
+        self._lease.forgive()
+
+    def _read(self) -> None:
+        """Has all applied that was committed by now, then confirms it."""
+        begun_at, begun = now(), time.monotonic()
+        position, changes, complete = None, 0, False
+        with closing(self._feed.read(max_keys=_KEYS_A_BATCH)) as batches:
+            for batch in batches:
+                self._lease.check()
+                changes += batch.change_count
+                self._tables.apply(batch)
+                position = batch.position if batch.position is not None else position
+                if batch.position is not None and time.monotonic() - begun > _CONFIRM_SECONDS:
+                    break
+            else:
+                complete = True
+        self._confirm(position, begun_at if complete else None, changed=changes > 0)
+
+    def _confirm(self, position: int | None, caught_up_at: datetime | None, *, changed: bool) -> None:
+        instant = time.monotonic()
+        # the log moves with every write to the server, ours among them: that alone is no reason to write again
+        idle = not changed and instant - self._confirmed_at < _IDLE_CONFIRM_SECONDS
+        if idle or position == self._position:
+            position = None
+        if not changed and instant - self._caught_up_at < _CAUGHT_UP_SECONDS:
+            caught_up_at = None
+        if position is None and caught_up_at is None:
+            return
+        with self._lease.fenced() as session:
+            self._lease.advance(session, position=position, caught_up_at=caught_up_at)
+        self._caught_up_at = self._caught_up_at if caught_up_at is None else instant
+        if position is not None:
+            self._position = position
+            self._feed.confirm(position)
+            self._confirmed_at = instant
