@@ -141,6 +141,14 @@ def _families(found: Statistics) -> Iterator[Metric]:
     for quantile, seconds in found.staleness_seconds.items():
         lag.add_metric([quantile], seconds)
     yield lag
+    yield GaugeMetricFamily(
+        "embedd_change_log_lag_bytes",
+        "How much of its log a source keeps for changes that are not applied: of the source that keeps most.",
+        value=found.log_lag_bytes,
+    )
+    yield GaugeMetricFamily(
+        "embedd_changes_pending", "Captured changes that are not applied yet.", value=found.changes_pending
+    )
     failed = GaugeMetricFamily("embedd_failed_rows", "Rows of live sets that have no vector, by step.", labels=["step"])
     for step, number in found.failed_rows.items():
         failed.add_metric([step], number)

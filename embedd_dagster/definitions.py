@@ -6,6 +6,7 @@ import dagster as dg
 
 from embedd_dagster.defs.assets import source_table, vector_table
 from embedd_dagster.defs.checks import vector_table_checks
+from embedd_dagster.defs.following import follow_job, follower_sensor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.schedules import sync_schedule
@@ -14,8 +15,8 @@ from embedd_dagster.defs.sensors import cleanup_sensor, reconcile_sensor
 defs = dg.Definitions(
     assets=[source_table, vector_table],
     asset_checks=[vector_table_checks],
-    jobs=[vector_table_job],
-    sensors=[reconcile_sensor, cleanup_sensor],
+    jobs=[vector_table_job, follow_job],
+    sensors=[reconcile_sensor, follower_sensor, cleanup_sensor],
     schedules=[sync_schedule],
     resources={"runtime": RuntimeResource()},
     executor=dg.in_process_executor,

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.idempotency import Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import VectorTableId
 from api.schemas.vector_table_sync import (
@@ -20,11 +21,12 @@ from api.schemas.vector_table_sync import (
     SyncStatusAnswer,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
 from embedd_dagster.core.keys import decode_key, render_key
 from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.errors import NotReady
 
 router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Sync"], route_class=StrictRoute)
@@ -38,23 +40,26 @@ _STARTS = (
 def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatusAnswer:
     """Get how true the vectors are to their source."""
     with caller.state.runtime.catalog.transaction() as session:
-        return _shown(vector_tables.get(session, caller.environment.id, vector_table_id))
+        return _shown(session, vector_tables.get(session, caller.environment.id, vector_table_id))
 
 
-def _shown(row: VectorTable) -> SyncStatusAnswer:
+def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     status = SyncStatus(row.sync_status)
-    pending = 0
+    feed = change_feeds.find(session, row.connection_id) if row.sync_mode == SyncMode.CDC.value else None
+    true_until = change_feeds.true_until(row, feed)
+    pending = row.changes_pending
     if status in (SyncStatus.PENDING, SyncStatus.BACKFILLING):
         pending = max(0, row.total_rows - row.synced_rows)
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
-    staleness = None if row.last_sync_at is None else max(0.0, (now() - row.last_sync_at).total_seconds())
+    staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
     return SyncStatusAnswer(
         vector_table_id=row.id,
         sync_status=status.value,
-        last_sync_at=row.last_sync_at,
+        last_sync_at=true_until,
         rows_pending=pending,
         staleness_secs=None if staleness is None else round(staleness, 3),
+        log_lag_bytes=None if feed is None else feed.lag_bytes,
         last_error=row.last_error,
         last_error_at=row.last_error_at,
     )
@@ -66,7 +71,7 @@ def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnsw
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         vector_tables.pause(session, row)
-    return _shown(row)
+        return _shown(session, row)
 
 
 @router.post("/sync/resume", responses=answers("permission_denied", "vector_table_not_found", "sync_not_paused"))
@@ -75,18 +80,23 @@ def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAns
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         vector_tables.resume(session, row)
-    return _shown(row)
+        return _shown(session, row)
 
 
-@router.post("/sync", responses=answers(*_STARTS))
-def start_sync(vector_table_id: VectorTableId, caller: Writer, body: SyncOptions | None = None) -> SyncStartedAnswer:
+@router.post("/sync", responses=answers_once(200, *_STARTS))
+def start_sync(
+    vector_table_id: VectorTableId, caller: Writer, attempt: Once, body: SyncOptions | None = None
+) -> SyncStartedAnswer:
     """Sync now, whatever the schedule says: only what changed is read, embedded and written."""
     options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
-    with caller.state.runtime.catalog.transaction() as session:
+    with attempt, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         task = _create_sync(session, caller, row, options)
+        started = attempt.answer(
+            session, SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
+        )
     caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
-    return SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
+    return started
 
 
 def _create_sync(session: Session, caller: Caller, row: VectorTable, options: dict[str, Any]) -> Task:
@@ -129,12 +139,16 @@ def _shown_failure(row: FailedRow) -> FailedRowAnswer:
     )
 
 
-@router.post("/failed-rows/retry", responses=answers(*_STARTS))
-def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer) -> RetryStartedAnswer:
+@router.post("/failed-rows/retry", responses=answers_once(200, *_STARTS))
+def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> RetryStartedAnswer:
     """Try the failed rows again, in a sync that starts now."""
-    with caller.state.runtime.catalog.transaction() as session:
+    with attempt, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         task = _create_sync(session, caller, row, {"retry_failed": True})
         failed = vector_sets.count_failures(session, row.id, row.live_version) if row.live_version is not None else 0
+        started = RetryStartedAnswer(
+            vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed
+        )
+        attempt.answer(session, started)
     caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
-    return RetryStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed)
+    return started

@@ -16,9 +16,18 @@ class SyncStatusAnswer(Answer):
 
     vector_table_id: str
     sync_status: SyncStatusName
-    last_sync_at: Timestamp | None = Field(description="When the vectors were last brought up to date")
-    rows_pending: int = Field(description="Rows that the running or next build still has to write, as far as known")
+    last_sync_at: Timestamp | None = Field(
+        description="The latest time at which the vectors are known to have been equal to the source"
+    )
+    rows_pending: int = Field(
+        description="Rows that the running or next build still has to write, as far as known; "
+        "of a cdc table, changes that were read and are not yet applied"
+    )
     staleness_secs: float | None = Field(description="Seconds since last_sync_at; null before the first sync")
+    log_lag_bytes: int | None = Field(
+        description="cdc tables: how much of its log the source keeps for what is not yet applied (of the slot, "
+        "which all cdc tables of a connection share); null where nothing is followed"
+    )
     last_error: str | None
     last_error_at: Timestamp | None
 

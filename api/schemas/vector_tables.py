@@ -89,8 +89,8 @@ class VectorTableCreate(Body):
     )
     sync_mode: Literal["batch", "cdc"] = Field(
         default="batch",
-        description="How changes of the source are found: `batch` compares digests on a schedule. `cdc` is accepted and kept; "
-        "in this version such a table is synced as a batch table with the default schedule",
+        description="How changes of the source are found: `batch` compares digests on a schedule; "
+        "`cdc` follows the source's log (PostgreSQL: logical replication), so that a change is found within a second",
     )
     sync_schedule: _Cron | None = Field(
         default=None,
@@ -98,7 +98,8 @@ class VectorTableCreate(Body):
         examples=["*/15 * * * *"],
     )
     sync_interval_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
-        default=None, description="cdc tables: how often changes are taken up; null: 5"
+        default=None,
+        description="cdc tables: for how long changes are gathered before they are applied; null: not at all",
     )
 
 
@@ -121,7 +122,7 @@ class VectorTableUpdate(Body):
     )
     sync_schedule: _Cron | None = Field(default_factory=unset, description="Batch tables: a cron; null: the default")
     sync_interval_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
-        default_factory=unset, description="cdc tables; null: the default"
+        default_factory=unset, description="cdc tables; null: changes are applied at once"
     )
 
 

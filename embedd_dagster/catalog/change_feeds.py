@@ -120,6 +120,30 @@ def end(session: Session, connection_id: str, run_id: str, error: str | None) ->
     feed.last_error, feed.last_error_at = error, instant
 
 
+def note_error(session: Session, connection_id: str, error: str) -> None:
+    """Tells what is wrong with a feed that no run is at."""
+    session.execute(
+        update(ChangeFeed)
+        .where(ChangeFeed.connection_id == connection_id)
+        .values(last_error=error, last_error_at=now())
+    )
+
+
+def true_until(table: VectorTable, feed: ChangeFeed | None) -> datetime | None:
+    """The latest instant at which the vector table is known to have been equal to its source."""
+    followed = (
+        feed is not None
+        and feed.caught_up_at is not None
+        and table.followed_since is not None
+        and feed.caught_up_at > table.followed_since
+        and table.resync_wanted == table.resync_done
+        and not table.paused
+    )
+    if not followed or feed is None or feed.caught_up_at is None:
+        return table.last_sync_at
+    return max(feed.caught_up_at, table.last_sync_at or feed.caught_up_at)
+
+
 def remove(session: Session, connection_id: str) -> None:
     """Forgets a feed of which nothing is left in the source. Idempotent."""
     session.execute(delete(ChangeFeed).where(ChangeFeed.connection_id == connection_id))

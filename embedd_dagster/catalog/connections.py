@@ -13,7 +13,7 @@ from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.secrets import SecretBox
-from embedd_dagster.catalog.tables import Connection, Environment, VectorTable
+from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
 from embedd_dagster.errors import Conflict, NotFound
 
 SECRET_FIELDS: Final = frozenset({"password", "private_key", "passphrase"})
@@ -114,6 +114,13 @@ def delete(session: Session, environment_id: str, connection_id: str) -> None:
             f"Connection {connection.name!r} is still used by {describe_users(users)}.",
             code="connection_conflict",
             resolution="Delete those vector tables first.",
+        )
+    feed = session.get(ChangeFeed, connection_id)
+    if feed is not None and feed.last_error is None:
+        raise Conflict(
+            f"What followed the changes of {connection.name!r} is being removed from its database.",
+            code="connection_conflict",
+            resolution="Try again in some seconds.",
         )
     session.delete(connection)
 

@@ -6,10 +6,11 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import BigInteger, ColumnElement, extract, func, select
+from sqlalchemy import BigInteger, ColumnElement, case, extract, func, select
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
+from embedd_dagster.catalog import resyncs
+from embedd_dagster.catalog.tables import ChangeFeed, FailedRow, Task, VectorTable
 from embedd_dagster.core import ids
 from embedd_dagster.core.status import LIVE_TASK_STATUSES
 
@@ -40,6 +41,10 @@ class Statistics:
     """By quantile; empty where nothing is live."""
     failed_rows: dict[str, int]
     """By the step that failed, of live sets."""
+    log_lag_bytes: int
+    """How much of its log the source keeps that keeps most for us."""
+    changes_pending: int
+    """Changes that were read and are not yet applied."""
     ended_tasks: dict[tuple[str, str], TaskSums]
     """By task type and status, of the tasks made in the last 24 hours."""
 
@@ -65,14 +70,22 @@ def read(session: Session) -> Statistics:
         live_tasks={(task_type, status): number for task_type, status, number in session.execute(live)},
         staleness_seconds=_staleness(session),
         failed_rows=dict(session.execute(failed).all()),
+        log_lag_bytes=int(session.scalar(select(func.max(ChangeFeed.lag_bytes))) or 0),
+        changes_pending=int(session.scalar(select(func.sum(VectorTable.changes_pending)).where(resyncs.is_owed)) or 0),
         ended_tasks=_ended_tasks(session),
     )
 
 
 def _staleness(session: Session) -> dict[str, float]:
-    age = extract("epoch", func.clock_timestamp() - VectorTable.last_sync_at)
-    statement = select(
-        *(func.percentile_disc(fraction).within_group(age.asc()) for fraction in _QUANTILES.values())
+    followed = (ChangeFeed.caught_up_at > VectorTable.followed_since) & ~resyncs.is_owed
+    true_until = case(
+        (followed, func.greatest(VectorTable.last_sync_at, ChangeFeed.caught_up_at)), else_=VectorTable.last_sync_at
+    )
+    age = extract("epoch", func.clock_timestamp() - true_until)
+    statement = (
+        select(*(func.percentile_disc(fraction).within_group(age.asc()) for fraction in _QUANTILES.values()))
+        .select_from(VectorTable)
+        .outerjoin(ChangeFeed, ChangeFeed.connection_id == VectorTable.connection_id)
     ).where(VectorTable.live_version.is_not(None), VectorTable.deleted_at.is_(None), ~VectorTable.paused)
     found = session.execute(statement).one()
     return {

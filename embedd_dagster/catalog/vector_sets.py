@@ -166,6 +166,7 @@ def mark_live(session: Session, table: VectorTable, row: VectorSetRow) -> None:
     row.state = VectorSetState.LIVE.value
     row.live_at = row.live_at or now()
     table.live_version = row.version
+    table.syncs_since_full = 0
     session.execute(delete(Shard).where(Shard.vector_table_id == table.id, Shard.version == row.version))
 
 

@@ -285,7 +285,7 @@ def being_deleted(session: Session) -> list[VectorTable]:
 
 
 def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list[VectorTable]:
-    """Batch tables whose next sync has come, the longest due first.
+    """Tables whose next sync has come, the longest due first.
 
     Without paused ones, those never built, and those with a live task: they are due until that has ended.
     """
@@ -309,10 +309,7 @@ def _has_live_task() -> ColumnElement[bool]:
 
 
 def without_next_sync(session: Session, limit: int = 1000) -> list[VectorTable]:
-    """Tables that are live and not yet on the schedule: newly built ones, and those whose schedule was changed.
-
-    cdc tables too: until logs are followed, they are synced as batch tables are.
-    """
+    """Tables that are live and not yet on the schedule: newly built ones, and those whose schedule was changed."""
     statement = (
         select(VectorTable)
         .where(

@@ -10,6 +10,7 @@ import dagster as dg
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog.resyncs import OwedSync
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
@@ -47,6 +48,9 @@ class Enactor:
         for vector_table_id in plan.rebackfills:
             with self._alone(vector_table_id):
                 requests += self._begin_rebackfill(vector_table_id)
+        for owed in plan.syncs:
+            with self._alone(owed.vector_table_id):
+                requests += self._begin_owed_sync(owed)
         return requests
 
     @contextmanager
@@ -97,6 +101,25 @@ class Enactor:
                 return []  # somebody was faster
             task_id = task.id
         return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")]
+
+    def _begin_owed_sync(self, owed: OwedSync) -> list[dg.RunRequest]:
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.find(session, owed.vector_table_id, lock=True)
+            if table is None or table.deleted_at is not None or table.paused or table.live_version is None:
+                return []
+            try:
+                task = tasks.create(
+                    session,
+                    table,
+                    TaskType.SYNC,
+                    max_attempts=self.runtime.settings.max_task_attempts,
+                    options={**owed.options, "reason": owed.reason},
+                )
+            except Conflict:
+                return []  # somebody was faster
+            task_id = task.id
+        self.log(f"{owed.vector_table_id}, task {task_id}: sync. {owed.reason}")
+        return [run_request(task_id, owed.vector_table_id, TaskType.SYNC, f"{task_id}:0")]
 
 
 def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key: str) -> dg.RunRequest:

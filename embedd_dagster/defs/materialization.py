@@ -8,6 +8,7 @@ from typing import Final
 import dagster as dg
 
 from embedd_dagster.core.status import TaskType
+from embedd_dagster.engine.follow_reports import FollowReport
 from embedd_dagster.engine.run import RunReport
 
 _COUNTS: Final = (
@@ -40,13 +41,45 @@ def describe_report(report: RunReport, api_url: str | None) -> dict[str, dg.Meta
         "embedding_model": dg.MetadataValue.text(report.model),
         "version": dg.MetadataValue.int(report.version),
     }
+    if report.reason:
+        metadata["reason"] = dg.MetadataValue.text(report.reason)
     if api_url is not None:
-        base = f"{api_url.rstrip('/')}/v1"
-        metadata["vector_table"] = dg.MetadataValue.url(f"{base}/vector-tables/{report.vector_table_id}")
-        metadata["task"] = dg.MetadataValue.url(f"{base}/tasks/{report.task_id}")
+        metadata["vector_table"] = _vector_table(api_url, report.vector_table_id)
+        metadata["task"] = dg.MetadataValue.url(f"{api_url.rstrip('/')}/v1/tasks/{report.task_id}")
     if report.sample:
         metadata["sample"] = dg.MetadataValue.json(json.loads(json.dumps(report.sample, default=str)))
     return metadata
+
+
+def describe_follow_report(report: FollowReport, api_url: str | None) -> dict[str, dg.MetadataValue]:
+    """The metadata of a materialization that a follower writes: under the names of a sync's, where they mean the same."""
+    counts = report.counts
+    numbers = {
+        "changes": report.changes,
+        "rows_read": counts.read,
+        "rows_embedded": counts.embedded,
+        "rows_rewritten": counts.reused,
+        "rows_deleted": counts.deleted,
+        "rows_skipped": counts.skipped,
+        "rows_failed": counts.failed,
+        "rows_truncated": counts.truncated,
+        "tokens": counts.tokens,
+        "point_count": report.point_count,
+        "version": report.version,
+    }
+    metadata: dict[str, dg.MetadataValue] = {name: dg.MetadataValue.int(value) for name, value in numbers.items()}
+    metadata["task_type"] = dg.MetadataValue.text("follow")
+    metadata["lag_seconds"] = dg.MetadataValue.float(round(report.lag_seconds, 3))
+    metadata["seconds/follow"] = dg.MetadataValue.float(round(report.seconds, 3))
+    if report.lag_bytes is not None:
+        metadata["lag_bytes"] = dg.MetadataValue.int(report.lag_bytes)
+    if api_url is not None:
+        metadata["vector_table"] = _vector_table(api_url, report.vector_table_id)
+    return metadata
+
+
+def _vector_table(api_url: str, vector_table_id: str) -> dg.UrlMetadataValue:
+    return dg.MetadataValue.url(f"{api_url.rstrip('/')}/v1/vector-tables/{vector_table_id}")
 
 
 def data_version(report: RunReport, before: str | None) -> dg.DataVersion:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.status import TaskStatus, TaskType
@@ -21,6 +21,7 @@ from embedd_dagster.engine.runtime import Runtime
 ASSET_KEY = dg.AssetKey("vector_table")
 JOB_NAME = "vector_table_job"
 _TAG_VALUES_AT_ONCE = 500
+_OWED_SYNCS_AT_ONCE = 100
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
         wanted = frozenset(vector_tables.partition_keys(session))
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
+        owed = tuple(resyncs.owed(session, _OWED_SYNCS_AT_ONCE))
     instant = time.monotonic()
     stale_after = runtime.settings.stale_after_seconds
     memory.note_read(instant, stale_after / 2)
@@ -70,6 +72,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
         now=now,
         vector_table_ids=wanted,
         awaiting_rebackfill=awaiting,
+        owed_syncs=owed,
         tasks=live,
         partition_keys=partition_keys,
         runs_in_flight=tuple(in_flight),

@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import dagster as dg
 
+from embedd_dagster.catalog.resyncs import OwedSync
 from embedd_dagster.core.status import TaskStatus, TaskType
 
 IN_FLIGHT = frozenset(
@@ -66,6 +67,7 @@ class Observation:
     vector_table_ids: frozenset[str]
     """Those that are not being deleted."""
     awaiting_rebackfill: tuple[str, ...] = ()
+    owed_syncs: tuple[OwedSync, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
     partition_keys: frozenset[str] = frozenset()
     runs_in_flight: tuple[RunFact, ...] = ()
@@ -129,6 +131,7 @@ class Plan:
     partitions_to_add: tuple[str, ...] = ()
     partitions_to_delete: tuple[str, ...] = ()
     rebackfills: tuple[str, ...] = ()
+    syncs: tuple[OwedSync, ...] = ()
     tasks: tuple[TaskDecision, ...] = ()
     runs: tuple[RunDecision, ...] = ()
 
@@ -156,6 +159,7 @@ def plan(seen: Observation, limits: Limits) -> Plan:
         partitions_to_add=to_add,
         partitions_to_delete=to_delete,
         rebackfills=tuple(waiting[:requests_left]),
+        syncs=seen.owed_syncs[: max(0, requests_left - len(waiting))],
         tasks=tuple(decisions),
         runs=tuple(judge_runs(seen, decisions, limits)),
     )

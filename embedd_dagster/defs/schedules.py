@@ -1,4 +1,7 @@
-"""The one schedule: batch vector tables whose next sync has come get a task, which `reconcile_sensor` launches."""
+"""The one schedule: vector tables whose next sync has come get a task, which `reconcile_sensor` launches.
+
+Batch tables sync by a schedule of their own or the default one; cdc tables are followed, and compared once a day.
+"""
 
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,10 +14,12 @@ from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import VectorTable
 from embedd_dagster.core.status import TaskType
+from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, Conflict
+from embedd_dagster.settings import Settings
 
 _LIVE_TASKS = 500  # so many may wait for a run; the others stay due, so that a backfill never stands behind thousands
 
@@ -25,7 +30,7 @@ _LIVE_TASKS = 500  # so many may wait for a run; the others stay due, so that a 
     cron_schedule="* * * * *",
     execution_timezone="UTC",
     default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Every minute: batch vector tables whose own schedule (`sync_schedule`, a cron in UTC) has come sync.",
+    description="Every minute: vector tables whose own schedule (`sync_schedule`, a cron in UTC) has come sync.",
 )
 def sync_schedule(context: dg.ScheduleEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
     """Creates the tasks that are due. It goes by the clock, not by the tick, so that after a pause one sync follows."""
@@ -36,10 +41,9 @@ def schedule_syncs(open_runtime: Callable[[], Runtime], instant: datetime, log: 
     """One tick; launching is `reconcile_sensor`'s alone, so it tells what it did as its reason."""
     try:
         runtime = open_runtime()
-        default = runtime.settings.sync_schedule
         with runtime.catalog.transaction() as session:
             for table in vector_tables.without_next_sync(session):
-                _set_next_sync(table, instant, default, log)
+                _set_next_sync(table, instant, runtime.settings, log)
             room = max(0, _LIVE_TASKS - len(tasks.live_tasks(session)))
             due = [table.id for table in vector_tables.due_for_sync(session, instant, limit=room)]
         begun = [key for key in due if _begin_sync(runtime, key, instant, log)]
@@ -62,14 +66,15 @@ def _create_sync(
     table = vector_tables.find(session, vector_table_id, lock=True)
     if table is None or table.deleted_at is not None or table.paused:
         return False
-    if not _set_next_sync(table, instant, runtime.settings.sync_schedule, log):
+    if not _set_next_sync(table, instant, runtime.settings, log):
         return False
     tasks.create(session, table, TaskType.SYNC, max_attempts=runtime.settings.max_task_attempts)
     return True
 
 
-def _set_next_sync(table: VectorTable, instant: datetime, default: str, log: Callable[[str], None]) -> bool:
-    schedule = table.sync_schedule or default
+def _set_next_sync(table: VectorTable, instant: datetime, settings: Settings, log: Callable[[str], None]) -> bool:
+    is_cdc = table.sync_mode == SyncMode.CDC.value
+    schedule = table.sync_schedule or (settings.cdc_sync_schedule if is_cdc else settings.sync_schedule)
     try:
         table.next_sync_at = next_sync_at(schedule, instant)
     except CroniterError:

@@ -15,7 +15,7 @@ from embedd_dagster.defs.partitions import vector_tables as partitions
 from embedd_dagster.defs.reconcile import Limits, plan
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.engine.teardown import drop_retired_sets, teardown
+from embedd_dagster.engine.teardown import drop_retired_sets, drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
 
 _INTERVAL_SECONDS = 2  # the daemon's own loop makes it five
@@ -105,6 +105,7 @@ def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[
         (vector_table_id, lambda key=vector_table_id: int(teardown(runtime, key)))  # type: ignore[misc]
         for vector_table_id in deleted
     ]
+    work.append(("unused change feeds", lambda: drop_unused_feeds(runtime)))
     work.append(("replaced sets", lambda: drop_retired_sets(runtime)))
     begun = time.monotonic()
     done: list[str] = []

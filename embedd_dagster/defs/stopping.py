@@ -17,6 +17,13 @@ class WorkerStopped(TransientError):
 
 
 @contextmanager
+def told_to_stop() -> Iterator[Callable[[], bool]]:
+    """As `stop_signal`, for a run that ends well whoever tells it to stop."""
+    with stop_signal(lambda: True) as should_stop:
+        yield should_stop
+
+
+@contextmanager
 def stop_signal(cancelled: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """What tells the engine, at its next check, whether to stop: True where `cancelled` says that somebody wants it.
 

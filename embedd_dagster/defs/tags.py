@@ -10,5 +10,8 @@ TASK_TAG: Final = "embedd/task_id"
 OUTCOME_TAG: Final = "embedd/outcome"
 """`superseded` on a run that found its task done, or another run's: it materialized nothing, and nothing is wrong."""
 
+CONNECTION_TAG: Final = "embedd/connection_id"
+"""The connection whose log a run follows."""
+
 PARTITION_TAG: Final = "dagster/partition"
 """Dagster's own: the vector table."""

@@ -30,6 +30,7 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
 )
 from embedd_dagster.sources.base import Selection, Source, SourceTable
+from embedd_dagster.sources.changes import FollowedTable
 
 MAX_SYNC_INTERVAL_SECONDS: Final = 3600
 _CONNECT_TIMEOUT_SECONDS: Final = 5
@@ -91,7 +92,7 @@ def admit(runtime: Runtime, environment_id: str, new: NewVectorTable) -> NewVect
             resolution="Use a connection of the same mode.",
         )
     check_embedding(provider, configuration.embedding_model, configuration.embedding_dimensions)
-    checked = _check_source(runtime, connection, configuration, check_key=True)
+    checked = _check_source(runtime, connection, configuration, check_key=True, sync_mode=new.sync_mode)
     schema = _platform_schema(runtime, connection) if new.mode is Mode.PLATFORM else None
     return replace(new, configuration=checked, platform_schema=schema)
 
@@ -155,7 +156,12 @@ def _is_cron(schedule: str) -> bool:
 
 
 def _check_source(
-    runtime: Runtime, connection: Connection, configuration: VectorConfiguration, *, check_key: bool
+    runtime: Runtime,
+    connection: Connection,
+    configuration: VectorConfiguration,
+    *,
+    check_key: bool,
+    sync_mode: SyncMode = SyncMode.BATCH,
 ) -> VectorConfiguration:
     """The configuration with its columns spelled as the source does."""
     if connection.status != ConnectionStatus.CONNECTED:
@@ -177,6 +183,8 @@ def _check_source(
         _check_filter_types(table, spelled.columns)
         if check_key:
             _check_key(source, spelled)
+            if sync_mode is SyncMode.CDC:
+                _check_followable(source, spelled)
     return spelled
 
 
@@ -225,6 +233,13 @@ def _check_key(source: Source, configuration: VectorConfiguration) -> None:
         source.check_key(configuration.source_table, configuration.primary_key_column)
     except SourceRejected as error:
         raise ValidationFailed(f"primary_key_column: {error.message}", resolution=error.resolution) from None
+
+
+def _check_followable(source: Source, configuration: VectorConfiguration) -> None:
+    try:
+        source.check_followable(FollowedTable(configuration.source_table, configuration.primary_key_column))
+    except SourceRejected as error:
+        raise ValidationFailed(f"sync_mode: {error.message}", resolution=error.resolution) from None
 
 
 def _platform_schema(runtime: Runtime, connection: Connection) -> str:

@@ -50,6 +50,8 @@ class RunReport:
     rows_per_second: float
     total_rows: int
     point_count: int
+    reason: str | None = None
+    """Why it was done, where nobody asked for it and no schedule."""
     seconds: dict[str, float] = field(default_factory=dict)
     """The duration of each stage."""
     sample: list[dict[str, Any]] = field(default_factory=list)
@@ -156,6 +158,7 @@ def _report(work: Work, counts: RowCounts, seconds: float) -> RunReport:
         rows_per_second=round(counts.read / seconds, 1) if seconds > 0 else 0.0,
         total_rows=table.total_rows,
         point_count=table.synced_rows,
+        reason=work.task.options.get("reason"),
         seconds={name: round(value, 3) for name, value in work.seconds.items()},
         sample=_sample(work, live.version) if counts.read else [],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
@@ -30,6 +30,34 @@ def teardown(runtime: Runtime, vector_table_id: str) -> bool:
     with runtime.catalog.transaction() as session:
         vector_tables.remove(session, vector_table_id)
     return True
+
+
+def drop_unused_feeds(runtime: Runtime) -> int:
+    """Drops what following has made in sources of which no table is followed any more; how many feeds.
+
+    A source that does not answer is left for the next call, and does not stop the others; the last such error is raised.
+    """
+    with runtime.catalog.transaction() as session:
+        unused = change_feeds.unused(session)
+    dropped = 0
+    failure: EmbeddError | None = None
+    for feed, connection in unused:
+        try:
+            # locked while it is dropped: a follower that begins at this moment claims it before, or makes it anew behind
+            with runtime.catalog.transaction() as session:
+                if change_feeds.find(session, connection.id, lock=True) is None:
+                    continue
+                with runtime.open_source(connection) as source, source.change_feed(feed.name) as opened:
+                    opened.drop()
+                change_feeds.remove(session, connection.id)
+            dropped += 1
+        except EmbeddError as error:
+            failure = error
+            with runtime.catalog.transaction() as session:
+                change_feeds.note_error(session, connection.id, error.message)
+    if failure is not None:
+        raise failure
+    return dropped
 
 
 def drop_retired_sets(runtime: Runtime) -> int:
