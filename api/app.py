@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
-from api import errors, logs
+from api import errors, idempotency, logs
 from api.middleware import BodyLimit, RequestContext
 from api.routers import (
     api_keys,
@@ -60,6 +60,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.router.route_class = StrictRoute
     errors.install(app)
+    idempotency.install(app)
     # the one added last is the outermost
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)

@@ -54,6 +54,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "connection_conflict": ErrorCode(409, "The connection is still used; the message says by what."),
     "embedding_provider_conflict": ErrorCode(409, "The embedding provider is still used; the message says by what."),
     "backfill_in_progress": ErrorCode(409, "A backfill, re-backfill or sync is queued or running."),
+    "idempotency_key_in_use": ErrorCode(409, "A request with this Idempotency-Key is under way; see `Retry-After`."),
     "sync_already_paused": ErrorCode(409, "Sync is paused already."),
     "sync_not_paused": ErrorCode(409, "Sync is not paused."),
     "mass_delete_refused": ErrorCode(409, "The source looks emptied; mirroring that wants a confirmation."),

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import Reader, Writer
 from api.errors import answers
+from api.idempotency import Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.api_keys import ApiKeyAnswer, ApiKeyCreate, ApiKeyList, NewApiKeyAnswer
 from api.schemas.base import ApiKeyId
@@ -31,17 +32,17 @@ def _shown(row: ApiKey) -> ApiKeyAnswer:
     )
 
 
-@router.post("", status_code=201, responses=answers("permission_denied"))
-def create_api_key(body: ApiKeyCreate, caller: Writer) -> NewApiKeyAnswer:
+@router.post("", status_code=201, responses=answers_once(201, "permission_denied"))
+def create_api_key(body: ApiKeyCreate, caller: Writer, attempt: Once) -> NewApiKeyAnswer:
     """Create an API key. A key that is good for one environment makes keys for that one only."""
     environment_id = body.environment_id or caller.only_environment_id
     if caller.only_environment_id not in (None, environment_id):
         raise NotFound("environment", str(environment_id))
-    with caller.state.runtime.catalog.transaction() as session:
+    with attempt, caller.state.runtime.catalog.transaction() as session:
         if environment_id is not None:
             environments.get(session, caller.org_id, environment_id)
         new = api_keys.create(session, caller.org_id, environment_id, body.name, Permission(body.permission))
-    return NewApiKeyAnswer(key=new.raw, api_key=_shown(new.api_key))
+        return attempt.answer(session, NewApiKeyAnswer(key=new.raw, api_key=_shown(new.api_key)))
 
 
 @router.get("", responses=answers())

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Path, Query
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.idempotency import Attempt, Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import ConnectionId
 from api.schemas.connections import (
@@ -48,20 +49,26 @@ def _shown(row: Connection) -> ConnectionAnswer:
 
 
 @router.post(
-    "/providers/postgresql/connections", status_code=201, responses=answers("permission_denied", "name_conflict")
+    "/providers/postgresql/connections",
+    status_code=201,
+    responses=answers_once(201, "permission_denied", "name_conflict"),
 )
-def create_postgresql_connection(body: PostgresqlConnectionCreate, caller: Writer) -> ConnectionAnswer:
+def create_postgresql_connection(body: PostgresqlConnectionCreate, caller: Writer, attempt: Once) -> ConnectionAnswer:
     """Create a connection to a PostgreSQL database. It is tested at once: see `status` and `last_error`."""
-    return _create(caller, "postgresql", body.name, body.mode, body.credentials.model_dump())
+    with attempt:
+        return _create(caller, attempt, "postgresql", body.name, body.mode, body.credentials.model_dump())
 
 
-def _create(caller: Caller, provider: str, name: str, mode: str, credentials: dict[str, Any]) -> ConnectionAnswer:
+def _create(
+    caller: Caller, attempt: Attempt, provider: str, name: str, mode: str, credentials: dict[str, Any]
+) -> ConnectionAnswer:
     runtime = caller.state.runtime
     with runtime.catalog.transaction() as session:
         row = connections.create(
             session, runtime.box, caller.environment, name=name, provider=provider, mode=mode, credentials=credentials
         )
-    return _shown(_test(caller, row)[1])
+        attempt.answer(session, _shown(row), more_follows=True)
+    return _test(caller, row, attempt)[1]
 
 
 @router.post("/providers/{provider}/connections", include_in_schema=False)
@@ -108,7 +115,7 @@ def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, calle
             connections.rename(session, row, body.name)
         if "credentials" in given:
             connections.set_credentials(row, caller.state.runtime.box, body.credentials.model_dump())
-    return _shown(_test(caller, row)[1] if "credentials" in given else row)
+    return _test(caller, row)[1] if "credentials" in given else _shown(row)
 
 
 @router.delete(
@@ -128,7 +135,9 @@ def check_connection(connection_id: ConnectionId, caller: Writer) -> TestAnswer:
     return _test(caller, _get(caller, connection_id))[0]
 
 
-def _test(caller: Caller, connection: Connection) -> tuple[TestAnswer, Connection]:
+def _test(
+    caller: Caller, connection: Connection, attempt: Attempt | None = None
+) -> tuple[TestAnswer, ConnectionAnswer]:
     """The outcome, and the connection with it recorded; outside of any transaction, as a source may be slow."""
     begun = time.perf_counter()
     fault: str | None = None
@@ -141,7 +150,10 @@ def _test(caller: Caller, connection: Connection) -> tuple[TestAnswer, Connectio
         row = connections.get(session, caller.environment.id, connection.id, lock=True)
         if row.updated_at == connection.updated_at:  # else other credentials came meanwhile, with a test of their own
             connections.record_test(row, fault)
-    return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault), row
+        shown = _shown(row)
+        if attempt is not None:
+            attempt.answer(session, shown)
+    return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault), shown
 
 
 @router.get(

@@ -10,6 +10,7 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.idempotency import Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
@@ -48,22 +49,23 @@ def _shown(row: EmbeddingProvider) -> EmbeddingProviderAnswer:
     )
 
 
-@router.post("", status_code=201, responses=answers("permission_denied", "name_conflict"))
-def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer) -> EmbeddingProviderAnswer:
+@router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
+def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
     """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
     runtime = caller.state.runtime
-    credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
-    with runtime.catalog.transaction() as session:
-        row = embedding_providers.create(
-            session,
-            runtime.box,
-            caller.environment,
-            name=body.name,
-            provider=body.provider,
-            credentials=credentials,
-            limits=body.limits.model_dump(exclude_none=True),
-        )
-    return _shown(row)
+    with attempt:
+        credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
+        with runtime.catalog.transaction() as session:
+            row = embedding_providers.create(
+                session,
+                runtime.box,
+                caller.environment,
+                name=body.name,
+                provider=body.provider,
+                credentials=credentials,
+                limits=body.limits.model_dump(exclude_none=True),
+            )
+            return attempt.answer(session, _shown(row))
 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:

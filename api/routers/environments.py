@@ -6,6 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.idempotency import Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, pagination, read_cursor
 from api.schemas.base import EnvironmentId
 from api.schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
@@ -30,12 +31,12 @@ def _refuse_restricted(caller: Caller) -> None:
         )
 
 
-@router.post("", status_code=201, responses=answers("permission_denied", "name_conflict"))
-def create_environment(body: EnvironmentCreate, caller: Writer) -> EnvironmentAnswer:
+@router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
+def create_environment(body: EnvironmentCreate, caller: Writer, attempt: Once) -> EnvironmentAnswer:
     """Create an environment."""
     _refuse_restricted(caller)
-    with caller.state.runtime.catalog.transaction() as session:
-        return _shown(environments.create(session, caller.org_id, body.name))
+    with attempt, caller.state.runtime.catalog.transaction() as session:
+        return attempt.answer(session, _shown(environments.create(session, caller.org_id, body.name)))
 
 
 @router.get("", responses=answers())

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.idempotency import Once, answers_once
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
@@ -43,9 +44,9 @@ _ADMISSION = (
     "",
     status_code=201,
     response_model_exclude_unset=True,
-    responses=answers(*_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
+    responses=answers_once(201, *_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
 )
-def create_vector_table(body: VectorTableCreate, caller: Writer) -> VectorTableAnswer:
+def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) -> VectorTableAnswer:
     """Create a vector table: link a source table to its vector representation.
 
     Everything is checked first, in the source too. Nothing is embedded before the first backfill.
@@ -66,10 +67,11 @@ def create_vector_table(body: VectorTableCreate, caller: Writer) -> VectorTableA
         sync_schedule=body.sync_schedule,
         sync_interval_seconds=body.sync_interval_seconds,
     )
-    admitted = admission.admit(caller.state.runtime, caller.environment.id, wanted)
-    with caller.state.runtime.catalog.transaction() as session:
-        row = vector_tables.create(session, caller.environment, admitted)
-    return VectorTableAnswer.of(row)
+    with attempt:
+        admitted = admission.admit(caller.state.runtime, caller.environment.id, wanted)
+        with caller.state.runtime.catalog.transaction() as session:
+            row = vector_tables.create(session, caller.environment, admitted)
+            return attempt.answer(session, VectorTableAnswer.of(row))
 
 
 @router.get("", response_model_exclude_unset=True, responses=answers())
@@ -167,31 +169,38 @@ def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
 
 @router.post(
     "/{vector_table_id}/backfill",
-    responses=answers("permission_denied", "vector_table_not_found", "backfill_in_progress"),
+    responses=answers_once(200, "permission_denied", "vector_table_not_found", "backfill_in_progress"),
 )
-def start_backfill(vector_table_id: VectorTableId, caller: Writer) -> BackfillAnswer:
+def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> BackfillAnswer:
     """Start an asynchronous backfill: read all rows, embed them, store the vectors, then switch to them.
 
     Answers at once; `GET /v1/tasks/{task_id}` tells how it goes.
     """
     state = caller.state
-    with state.runtime.catalog.transaction() as session:
-        row = vector_tables.get(session, caller.environment.id, vector_table_id)
-        connection = connections.get(session, caller.environment.id, row.connection_id)
-    total_rows = row.total_rows or state.estimate_rows(connection, row.source_table)
-    with state.runtime.catalog.transaction() as session:
-        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        task = tasks.create(
-            session,
-            row,
-            TaskType.BACKFILL,
-            max_attempts=state.settings.max_task_attempts,
-            total_rows=total_rows,
-        )
+    with attempt:
+        with state.runtime.catalog.transaction() as session:
+            row = vector_tables.get(session, caller.environment.id, vector_table_id)
+            connection = connections.get(session, caller.environment.id, row.connection_id)
+        total_rows = row.total_rows or state.estimate_rows(connection, row.source_table)
+        with state.runtime.catalog.transaction() as session:
+            row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+            task = tasks.create(
+                session,
+                row,
+                TaskType.BACKFILL,
+                max_attempts=state.settings.max_task_attempts,
+                total_rows=total_rows,
+            )
+            started = BackfillAnswer(
+                vector_table_id=vector_table_id,
+                status="backfilling",
+                total_rows=total_rows,
+                synced_rows=0,
+                task_id=task.id,
+            )
+            attempt.answer(session, started)
     state.launcher.launch(task.id, vector_table_id, TaskType.BACKFILL)
-    return BackfillAnswer(
-        vector_table_id=vector_table_id, status="backfilling", total_rows=total_rows, synced_rows=0, task_id=task.id
-    )
+    return started
 
 
 @router.get(

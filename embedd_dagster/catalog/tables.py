@@ -119,6 +119,25 @@ class EmbeddingProvider(Base):
     updated_at: Mapped[datetime]
 
 
+class IdempotencyKey(Base):
+    """A request that was made with an Idempotency-Key, and what was answered; see `idempotency.py`."""
+
+    __tablename__ = "idempotency_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """A hash of environment, method, path and key: the key is another one wherever one of these is."""
+    environment_id: Mapped[str] = mapped_column(ForeignKey("environments.id", ondelete="CASCADE"), index=True)
+    attempt: Mapped[str]
+    """Who may answer: nobody else may write here."""
+    request: Mapped[bytes]
+    """The hash of the body, sealed."""
+    answer: Mapped[bytes | None]
+    """Sealed: an answer may hold an API key in clear."""
+    locked_until: Mapped[datetime | None]
+    """The end of the attempt's lease, None once it has ended by itself."""
+    expires_at: Mapped[datetime] = mapped_column(index=True)
+
+
 class ProviderBudget(Base):
     """What all processes together have booked of a provider's limit a minute, see `provider_budgets.py`."""
 

@@ -54,6 +54,7 @@ EXPLAINED = {
     "name or address": "what a host may be",
     "a text must not contain": "lone surrogates and NUL inside of `filters`",
     "is not known": "unknown names in `filters`",
+    "used with another body": "an Idempotency-Key is of one request",
 }  # fmt: skip
 OUTSIDE = {"source_unavailable", "embedding_failed"}
 CODES = {"connection_not_ready", "vector_table_not_ready", "source_table_not_found"}

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import connections, embedding_providers, environments
+from embedd_dagster.catalog import connections, embedding_providers, environments, idempotency
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.rotation import rotate_encryption
 from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
-from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
+from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, IdempotencyKey
 from embedd_dagster.errors import ConfigurationError, SecretUnreadable
 
 OLD, NEW = new_encryption_key(), new_encryption_key()
@@ -77,8 +80,8 @@ def catalog(database_url: str) -> Iterator[Catalog]:
 
 def test_rotation_reseals_everything_once(catalog: Catalog) -> None:
     both = SecretBox([NEW, OLD])
-    assert rotate_encryption(catalog, both) == {"connections": 250, "embedding_providers": 1}
-    assert rotate_encryption(catalog, both) == {"connections": 0, "embedding_providers": 0}
+    assert rotate_encryption(catalog, both) == {"connections": 250, "embedding_providers": 1, "idempotency_keys": 0}
+    assert rotate_encryption(catalog, both) == {"connections": 0, "embedding_providers": 0, "idempotency_keys": 0}
     new = SecretBox([NEW])
     with catalog.transaction() as session:
         opened = {connections.open_credentials(row, new)["password"] for row in session.query(Connection).all()}
@@ -91,6 +94,31 @@ def test_rotation_without_the_old_key_says_which_row_and_changes_nothing(catalog
     with pytest.raises(SecretUnreadable, match="conn_"):
         rotate_encryption(catalog, SecretBox([NEW]))
     assert rotate_encryption(catalog, SecretBox([NEW, OLD]))["connections"] == 250
+
+
+def test_rotation_reseals_what_was_answered_and_forgets_what_no_key_opens(catalog: Catalog) -> None:
+    lost, both = SecretBox([new_encryption_key()]), SecretBox([NEW, OLD])
+
+    def claim(session: Session, box: SecretBox, key: str) -> idempotency.Claim | dict[str, Any]:
+        return idempotency.claim(
+            session,
+            box,
+            environment_id=environments.ensure_defaults(session).id,
+            operation="POST /v1/environments",
+            key=key,
+            request_hash=b"x",
+            lease=timedelta(minutes=1),
+        )
+
+    with catalog.transaction() as session:
+        for box, key in ((SecretBox([OLD]), "kept"), (lost, "lost")):
+            claimed = claim(session, box, key)
+            assert isinstance(claimed, idempotency.Claim)
+            idempotency.keep(session, box, claimed, {"body": key})
+    assert rotate_encryption(catalog, both)["idempotency_keys"] == 1
+    with catalog.transaction() as session:
+        assert session.query(IdempotencyKey).count() == 1
+        assert claim(session, SecretBox([NEW]), "kept") == {"body": "kept"}
 
 
 def test_the_command_rotates(catalog: Catalog, database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
