@@ -1,0 +1,66 @@
+"""One living follower a connection: launched, buried, renewed; decided from facts alone, then carried out for real."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.defs.following import FollowerPlan, FollowerRun, Launch, plan_followers
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+RUN = FollowerRun("r1", "conn_a", NOW - timedelta(minutes=10))
+
+
+def _feed(**values: Any) -> ChangeFeed:
+    given = {"dagster_run_id": "r1", "claimed_at": NOW - timedelta(minutes=9), "heartbeat_at": NOW, **values}
+    return ChangeFeed(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
+
+
+def _plan(*runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True) -> FollowerPlan:
+    feeds = {} if feed is None else {"conn_a": feed}
+    wanted = ["conn_a"] if follow else []
+    return plan_followers(
+        wanted, feeds, runs, NOW, stale_after=timedelta(seconds=30), renew_after=timedelta(hours=6)
+    )  # fmt: skip
+
+
+def test_a_connection_to_follow_gets_a_run() -> None:
+    assert _plan().launches == (Launch("conn_a"),)
+
+
+def test_a_run_that_lives_is_left_alone() -> None:
+    assert _plan(RUN, feed=_feed()) == FollowerPlan()
+
+
+def test_a_run_that_is_starting_is_waited_for() -> None:
+    starting = FollowerRun("r1", "conn_a", NOW - timedelta(seconds=20))
+    assert _plan(starting) == FollowerPlan()
+    assert _plan(starting, feed=_feed(dagster_run_id=None, heartbeat_at=None)) == FollowerPlan()
+
+
+def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
+    planned = _plan(RUN, feed=_feed(heartbeat_at=NOW - timedelta(seconds=31)))
+    assert planned == FollowerPlan((Launch("conn_a"),), (RUN,))
+
+
+def test_a_run_that_never_claimed_its_feed_is_buried() -> None:
+    assert _plan(RUN, feed=_feed(dagster_run_id=None)).dead == (RUN,)
+
+
+def test_after_a_bad_end_the_next_run_waits() -> None:
+    ended = {"dagster_run_id": None, "heartbeat_at": None}
+    assert _plan(feed=_feed(**ended, next_start_at=NOW + timedelta(seconds=5))) == FollowerPlan()
+    assert _plan(feed=_feed(**ended, next_start_at=NOW)).launches == (Launch("conn_a"),)
+
+
+def test_an_old_run_gets_one_successor_while_it_goes_on() -> None:
+    old = _feed(claimed_at=NOW - timedelta(hours=7))
+    assert _plan(RUN, feed=old) == FollowerPlan((Launch("conn_a", behind="r1"),))
+    successor = FollowerRun("r2", "conn_a", NOW)
+    assert _plan(RUN, successor, feed=old) == FollowerPlan()
+
+
+def test_what_is_not_to_be_followed_gets_nothing() -> None:
+    assert _plan(feed=_feed(dagster_run_id=None), follow=False) == FollowerPlan()
+    assert _plan(RUN, feed=_feed(), follow=False) == FollowerPlan()
