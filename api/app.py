@@ -64,6 +64,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     # the one added last is the outermost
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
+    # first, as routes are tried in turn, and there is none that is asked for as often
+    app.include_router(queries.router, prefix="/v1")
     app.include_router(health.router)
     app.include_router(metrics.router)
     v1 = APIRouter(prefix="/v1", route_class=StrictRoute)
@@ -75,7 +77,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         embedding_models,
         vector_tables,
         vector_table_sync,
-        queries,
         tasks,
     ):
         v1.include_router(module.router)

@@ -18,7 +18,7 @@ from embedd_dagster.errors import NotFound, PermissionDenied, Unauthorized
 
 _KEY: Final = re.compile(r"sk_[A-Za-z0-9_-]{20,100}")
 _ENVIRONMENT_ID: Final = re.compile(r"env_[0-9a-z]{26}")
-_MAX_SHOWN: Final = 64
+MAX_SHOWN: Final = 64
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="An API key, `sk_…`")
 
@@ -42,6 +42,20 @@ class Caller:
         return self.key.environment_id
 
 
+def check_key_form(raw_key: str | None) -> str:
+    """The key, if it may be one. Raises Unauthorized."""
+    if raw_key is None:
+        raise Unauthorized("There is no API key in the request.")
+    if not _KEY.fullmatch(raw_key):
+        raise api_keys.unknown_key()
+    return raw_key
+
+
+def is_environment_id(text: str) -> bool:
+    """Whether it has the form of one."""
+    return _ENVIRONMENT_ID.fullmatch(text) is not None
+
+
 def authenticate(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
@@ -57,13 +71,10 @@ def authenticate(
 
     Raises Unauthorized, RateLimitExceeded, NotFound for an environment that is not the key's.
     """
-    if credentials is None:
-        raise Unauthorized("There is no API key in the request.")
-    if not _KEY.fullmatch(credentials.credentials):
-        raise Unauthorized("The API key is not known.")
+    raw_key = check_key_form(credentials.credentials if credentials else None)
     state: ApiState = request.app.state.embedd
     with state.runtime.catalog.transaction() as session:
-        key = api_keys.authenticate(session, credentials.credentials)
+        key = api_keys.authenticate(session, raw_key)
         request.state.key_prefix = key.prefix
         standing, excess = state.rate_limiter.hit(key.id)
         request.state.rate_limit = standing
@@ -75,8 +86,8 @@ def authenticate(
                 raise NotFound("environment", DEFAULT_ENVIRONMENT)
             return Caller(state, key, found)
         wanted = x_environment_id if x_environment_id is not None else key.environment_id or ""
-        if not _ENVIRONMENT_ID.fullmatch(wanted) or key.environment_id not in (None, wanted):
-            raise NotFound("environment", wanted[:_MAX_SHOWN])
+        if not is_environment_id(wanted) or key.environment_id not in (None, wanted):
+            raise NotFound("environment", wanted[:MAX_SHOWN])
         return Caller(state, key, environments.get(session, key.org_id, wanted))
 
 

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from embedd_dagster.catalog import statistics
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.statistics import Statistics
+from embedd_dagster.engine.search import StageSeconds
 from embedd_dagster.errors import CatalogUnavailable
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"})
@@ -54,6 +55,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
+        self._stages = {stage: self._stage_seconds.labels(stage) for stage in ("catalog", "embed", "search", "total")}
         self._provider_calls = Counter(
             "embedd_provider_calls",
             "Questions sent to embedding providers by this process; outcome is `ok` or an error's code.",
@@ -73,9 +75,12 @@ class Metrics:
         self._requests.labels(method, route, str(status)).inc()
         self._request_seconds.labels(method, route).observe(seconds)
 
-    def stage(self, stage: str, seconds: float) -> None:
-        """Counts a query's stage."""
-        self._stage_seconds.labels(stage).observe(seconds)
+    def query(self, stages: StageSeconds, total_seconds: float) -> None:
+        """Counts a query, as far as it came."""
+        for stage in ("catalog", "embed", "search"):
+            if seconds := getattr(stages, stage):
+                self._stages[stage].observe(seconds)
+        self._stages["total"].observe(total_seconds)
 
     def provider_call(self, provider: str, outcome: str, tokens: int) -> None:
         """Counts a question sent to a provider."""

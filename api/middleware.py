@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.errors import error_response, internal_error_response
 from api.rate_limit import RateLimit
 from embedd_dagster.catalog.clock import new_id
+from embedd_dagster.engine.search import StageSeconds
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _log = structlog.get_logger("embedd.api")
@@ -46,6 +47,9 @@ class RequestContext:
                 standing = state.get("rate_limit")
                 if isinstance(standing, RateLimit):
                     headers.update(standing.headers)
+                stages = state.get("stages")
+                if isinstance(stages, StageSeconds):
+                    headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - begun)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
@@ -67,6 +71,12 @@ class RequestContext:
                     duration_ms=round(seconds * 1000, 1),
                     key=state.get("key_prefix"),
                 )
+
+
+def _server_timing(stages: StageSeconds, total: float) -> str:
+    """Where a query's time went, in milliseconds. What is left of the total beside the stages is ours."""
+    parts = {"catalog": stages.catalog, "embed": stages.embed, "search": stages.search, "total": total}
+    return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items())
 
 
 def _measure(scope: Scope, status: int, seconds: float) -> None:

@@ -7,6 +7,8 @@ from concurrent.futures import TimeoutError as NotInTime
 from dataclasses import dataclass, field
 from typing import Final
 
+from anyio import CapacityLimiter
+
 from api.launch import Launcher
 from api.metrics import Metrics
 from api.rate_limit import RateLimiter
@@ -18,6 +20,7 @@ from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
 
 _ESTIMATE_SECONDS: Final = 1.0
+_QUERY_THREADS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,8 @@ class ApiState:
     launcher: Launcher
     rate_limiter: RateLimiter
     metrics: Metrics
+    query_threads: CapacityLimiter
+    """So many queries are answered at once; the other endpoints have threads of their own."""
     _estimators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "estimate"))
 
     @classmethod
@@ -44,6 +49,7 @@ class ApiState:
             launcher=Launcher(runtime.catalog, settings.dagster_url, settings.dagster_token),
             rate_limiter=RateLimiter.open(settings),
             metrics=metrics,
+            query_threads=CapacityLimiter(_QUERY_THREADS),
         )
 
     def estimate_rows(self, connection: Connection, source_table: str) -> int:

@@ -9,12 +9,17 @@ import json
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from email.message import Message
+from typing import Any, Final, NoReturn, TypeVar
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
+from pydantic import BaseModel, ValidationError
 
 from embedd_dagster.errors import ValidationFailed
+
+B = TypeVar("B", bound=BaseModel)
 
 MAX_DEPTH: Final = 32
 _EXACT: Final = 2**53  # beyond, not every whole number is a float
@@ -48,6 +53,29 @@ class StrictRoute(APIRoute):
             return await handler(StrictRequest(request.scope, request.receive))
 
         return handle
+
+
+def validate_body(model: type[B], content_type: str | None, content: bytes) -> B:
+    """The body as FastAPI would give it to an endpoint. Raises as a StrictRoute does."""
+    if not content:
+        raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}])
+    value: Any = content
+    if content_type == "application/json" or _is_json(content_type):
+        value = None if content.strip() == b"null" else RawBody(content)
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        faults = error.errors(include_url=False, include_context=True, include_input=False)
+        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+
+
+def _is_json(content_type: str | None) -> bool:
+    if not content_type:
+        return False
+    message = Message()
+    message["content-type"] = content_type
+    subtype = message.get_content_subtype()
+    return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
 def parse_json(content: bytes) -> Any:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import hmac
 import os
+from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -44,7 +45,7 @@ def create(session: Session, org_id: str, environment_id: str | None, name: str,
         name=name,
         permission=permission.value,
         prefix=raw[:PREFIX_LENGTH],
-        key_hash=_hash(raw),
+        key_hash=hash_key(raw),
         created_at=now(),
         revoked_at=None,
     )
@@ -55,19 +56,32 @@ def create(session: Session, org_id: str, environment_id: str | None, name: str,
 
 def authenticate(session: Session, raw: str) -> ApiKey:
     """The key that this text is. Raises Unauthorized: alike for every unknown key, apart only for a revoked one."""
-    wanted = _hash(raw)
+    wanted = hash_key(raw)
     key = session.scalar(select(ApiKey).where(ApiKey.key_hash == wanted))
-    if key is None or not hmac.compare_digest(key.key_hash, wanted):
-        raise Unauthorized("The API key is not known.")
-    if key.revoked_at is not None:
-        raise Unauthorized(
-            "The API key was revoked.", code="key_revoked", resolution="Make a new one with `embedd keys create`."
-        )
+    if key is None:
+        raise unknown_key()
+    check(wanted, key.key_hash, key.revoked_at)
     return key
 
 
-def _hash(raw: str) -> bytes:
+def hash_key(raw: str) -> bytes:
+    """What a key is found by."""
     return hashlib.sha256(raw.encode("utf-8", "surrogatepass")).digest()
+
+
+def check(wanted: bytes, found: bytes, revoked_at: datetime | None) -> None:
+    """Raises Unauthorized unless the key that was found is the wanted one, by its hash, and was not revoked."""
+    if not hmac.compare_digest(found, wanted):
+        raise unknown_key()
+    if revoked_at is not None:
+        raise Unauthorized(
+            "The API key was revoked.", code="key_revoked", resolution="Make a new one with `embedd keys create`."
+        )
+
+
+def unknown_key() -> Unauthorized:
+    """The error for every key that is not known, however it came about."""
+    return Unauthorized("The API key is not known.")
 
 
 def page(session: Session, org_id: str, environment_id: str | None, limit: int, after: Position | None) -> Page[ApiKey]:

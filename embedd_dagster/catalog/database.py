@@ -4,34 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
+import psycopg
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
+from embedd_dagster.catalog.lookups import Lookups
 from embedd_dagster.errors import CatalogUnavailable
+
+_LOOKUP_CONNECTIONS = 8
+_CONNECT_ARGUMENTS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "application_name": "embedd-catalog",
+    # a hung statement must not take a worker hostage
+    "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c timezone=UTC",
+}
 
 
 class Catalog:
     """The control database. Safe to use from several threads; connections are pooled and checked before use."""
 
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
-        address = make_url(url).set(drivername="postgresql+psycopg")
         self._engine = create_engine(
-            address,
+            make_url(url).set(drivername="postgresql+psycopg"),
             pool_size=pool_size,
             max_overflow=pool_size,
             pool_pre_ping=True,
             pool_timeout=10,
-            connect_args={
-                "connect_timeout": 5,
-                "application_name": "embedd-catalog",
-                # a hung statement must not take a worker hostage
-                "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c timezone=UTC",
-            },
+            connect_args=_CONNECT_ARGUMENTS,
         )
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
+        self.lookups = Lookups(self._connect, size=_LOOKUP_CONNECTIONS)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
@@ -48,6 +54,10 @@ class Catalog:
                 raise CatalogUnavailable("The connection to the catalog database was lost.") from error
             raise
 
+    def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
+        _, address = self._engine.dialect.create_connect_args(self._engine.url)
+        return psycopg.connect(**{**address, **_CONNECT_ARGUMENTS}, autocommit=True)
+
     def check(self) -> None:
         """Returns when the catalog answers."""
         with self.transaction() as session:
@@ -55,4 +65,5 @@ class Catalog:
 
     def close(self) -> None:
         """Gives connections back."""
+        self.lookups.close()
         self._engine.dispose()

@@ -109,18 +109,49 @@ class CatalogBudget:
     def _book(self, session: Session, kind: str, units: float) -> float:
         """Seconds until the bucket has room for these units, or is empty where they are more than it holds."""
         rate = self._rates[kind]
-        now = self._database_clock()
-        table = ProviderBudget
-        elapsed = func.greatest(0.0, cast(extract("epoch", now - table.updated_at), Double))
-        statement = insert(table).values(
-            embedding_provider_id=self._embedding_provider_id, kind=kind, level=units, updated_at=now
-        )
-        statement = statement.on_conflict_do_update(
-            index_elements=[table.embedding_provider_id, table.kind],
-            set_={
-                "level": func.greatest(0.0, table.level - rate * elapsed) + units,
-                "updated_at": func.greatest(now, table.updated_at),
-            },
-        )
-        level: float = session.execute(statement.returning(table.level)).scalar_one()
+        level = _add(session, self._embedding_provider_id, kind, units, rate, self._database_clock())
         return (level - units + min(units, rate * _BURST_SECONDS)) / rate - _BURST_SECONDS
+
+
+def book_used(
+    catalog: Catalog, embedding_provider_id: str, limits: Mapping[str, int | None], requests: int, tokens: int
+) -> None:
+    """Books what was used already, by those who do not wait. Raises CatalogUnavailable.
+
+    The bucket is never filled beyond a minute's worth: more than that the provider does not count either, and runs are to
+    go on soon after queries alone have used up the limit for hours.
+    """
+    used = {"requests": float(requests), "tokens": float(tokens)}
+    with catalog.transaction() as session:
+        for kind in _KINDS:
+            if limit := limits.get(f"{kind}_per_minute"):
+                _add(session, embedding_provider_id, kind, used[kind], limit / 60, _database_clock(), most=float(limit))
+
+
+def _add(
+    session: Session,
+    embedding_provider_id: str,
+    kind: str,
+    units: float,
+    rate: float,
+    now: ColumnElement[datetime],
+    *,
+    most: float | None = None,
+) -> float:
+    """The bucket's level with these units added to what has not drained at this rate; at `most` that, or as before."""
+    table = ProviderBudget
+    elapsed = func.greatest(0.0, cast(extract("epoch", now - table.updated_at), Double))
+    left = func.greatest(0.0, table.level - rate * elapsed)
+    level = units if most is None else min(units, most)
+    statement = insert(table).values(
+        embedding_provider_id=embedding_provider_id, kind=kind, level=level, updated_at=now
+    )
+    statement = statement.on_conflict_do_update(
+        index_elements=[table.embedding_provider_id, table.kind],
+        set_={
+            "level": left + units if most is None else func.greatest(left, func.least(left + units, most)),
+            "updated_at": func.greatest(now, table.updated_at),
+        },
+    )
+    booked: float = session.execute(statement.returning(table.level)).scalar_one()
+    return booked

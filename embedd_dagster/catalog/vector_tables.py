@@ -236,38 +236,6 @@ def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
     return None if found is None else Endpoints(*found)
 
 
-@dataclass(frozen=True, slots=True)
-class LiveTable:
-    """What a query needs: the vector table, and the set that is live."""
-
-    vector_table: VectorTable
-    live_set: VectorSetRow | None
-    connection: Connection
-    embedding_provider: EmbeddingProvider | None
-
-
-def load_live(session: Session, environment_id: str, vector_table_id: str) -> LiveTable:
-    """The vector table with its live set, in one query. Raises NotFound."""
-    found = session.execute(
-        select(VectorTable, VectorSetRow, Connection, EmbeddingProvider)
-        .join(Connection, Connection.id == VectorTable.connection_id)
-        .outerjoin(EmbeddingProvider, EmbeddingProvider.id == VectorTable.embedding_provider_id)
-        .outerjoin(
-            VectorSetRow,
-            (VectorSetRow.vector_table_id == VectorTable.id) & (VectorSetRow.version == VectorTable.live_version),
-        )
-        .where(
-            VectorTable.id == vector_table_id,
-            VectorTable.environment_id == environment_id,
-            VectorTable.deleted_at.is_(None),
-        )
-    ).one_or_none()
-    if found is None:
-        raise NotFound("vector_table", vector_table_id)
-    table, live_set, connection, provider = found
-    return LiveTable(table, live_set, connection, provider)
-
-
 def partition_keys(session: Session) -> set[str]:
     """The ids of all vector tables that are not being deleted: Dagster's partitions."""
     return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))

@@ -9,15 +9,36 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from embedd_dagster.catalog import vector_sets, vector_tables
-from embedd_dagster.catalog.vector_tables import LiveTable
+from embedd_dagster.catalog import vector_tables
+from embedd_dagster.catalog.live_tables import LiveTable, ProviderRef
+from embedd_dagster.catalog.query_bookings import QueryBookings
+from embedd_dagster.catalog.vector_tables import Endpoints
 from embedd_dagster.core.filters import Filter, parse_filter
 from embedd_dagster.core.rows import Hit, Vectors
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.errors import EmbeddError, NotReady, TransientError, VectorStoreRejected
+from embedd_dagster.errors import EmbeddError, NotFound, NotReady, TransientError, VectorStoreRejected
 from embedd_dagster.stores.base import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of a vector table; `filters` are as in the request's JSON."""
+
+    query: str
+    limit: int
+    min_similarity_score: float | None = None
+    filters: Any = None
+
+
+@dataclass(slots=True)
+class StageSeconds:
+    """Where the time of a query went: beside these, all of it is ours."""
+
+    catalog: float = 0.0
+    embed: float = 0.0
+    search: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +50,7 @@ class SearchAnswer:
 
 
 class SearchObserver(Protocol):
-    """Who counts what queries take and cost; its methods are called from several threads."""
-
-    def stage(self, stage: str, seconds: float) -> None:
-        """A stage of a query has ended, well or badly: `catalog`, `embed`, `search`, or all of it (`total`)."""
-        ...
+    """Who counts what queries cost; its method is called from several threads."""
 
     def provider_call(self, provider: str, outcome: str, tokens: int) -> None:
         """A question was sent to a provider: `ok` with an estimate of its tokens, or an error's code."""
@@ -58,13 +75,19 @@ class _OpenCache(Generic[R]):
     def get(self, key: object, opener: Callable[[], R]) -> R:
         with self._lock:
             found = self._entries.pop(key, None)
-            if found is None:
-                found = opener()
-            self._entries[key] = found
+            if found is not None:
+                self._entries[key] = found
+                return found
+        # not under the lock: opening asks the catalog, and nobody else is to wait for that
+        opened = opener()
+        with self._lock:
+            found = self._entries.setdefault(key, opened)
             # not closed here: another thread may be in the middle of a call; it is closed when the last reference goes
             while len(self._entries) > self._size:
                 self._entries.pop(next(iter(self._entries)))
-            return found
+        if found is not opened:
+            opened.close()
+        return found
 
     def close(self) -> None:
         with self._lock:
@@ -82,109 +105,109 @@ class Searcher:
         self._patience = runtime.settings.request_timeout_seconds
         self._stores: _OpenCache[Store] = _OpenCache(64)
         self._embedders: _OpenCache[Embedder] = _OpenCache(64)
+        self._bookings = QueryBookings(runtime.catalog)
 
     def search(
         self,
-        environment_id: str,
-        vector_table_id: str,
+        live: LiveTable,
+        question: Question,
         *,
-        query: str,
-        limit: int,
-        min_similarity_score: float | None = None,
-        filters: Any = None,
+        refresh: Callable[[], LiveTable],
+        stages: StageSeconds | None = None,
     ) -> SearchAnswer:
-        """The nearest rows to a question, among those that the filters (as in the request's JSON) match.
+        """The nearest rows to a question, among those that the filters match.
 
-        Raises NotFound, NotReady before the first completed backfill, ValidationFailed for the filters, and the
-        transient errors of the provider and the store.
+        `refresh` finds the table once more. Raises NotReady before the first completed backfill, ValidationFailed for the
+        filters, what `refresh` raises, and the transient errors of the provider and the store.
         """
-        with self._timed("total"):
-            return self._search_live(environment_id, vector_table_id, query, limit, min_similarity_score, filters)
-
-    def _search_live(
-        self,
-        environment_id: str,
-        vector_table_id: str,
-        query: str,
-        limit: int,
-        min_similarity_score: float | None,
-        filters: Any,
-    ) -> SearchAnswer:
-        live = self._load(environment_id, vector_table_id)
+        stages = stages or StageSeconds()
         try:
-            return self._search(live, query, limit, min_similarity_score, filters)
+            return self._search(live, question, stages)
         except (TransientError, VectorStoreRejected):
             # a swap may have dropped the set between the catalog's answer and the store's: once more on what is live now
-            again = self._load(environment_id, vector_table_id)
-            if again.vector_table.live_version == live.vector_table.live_version:
+            with _timed(stages, "catalog"):
+                again = refresh()
+            if again.vector_set == live.vector_set:
                 raise
-            return self._search(again, query, limit, min_similarity_score, filters)
+            return self._search(again, question, stages)
 
-    def _load(self, environment_id: str, vector_table_id: str) -> LiveTable:
-        with self._timed("catalog"), self._runtime.catalog.transaction() as session:
-            return vector_tables.load_live(session, environment_id, vector_table_id)
-
-    def _search(
-        self, live: LiveTable, query: str, limit: int, min_similarity_score: float | None, filters: Any
-    ) -> SearchAnswer:
-        if live.live_set is None:
+    def _search(self, live: LiveTable, question: Question, stages: StageSeconds) -> SearchAnswer:
+        configuration, vector_set = live.configuration, live.vector_set
+        if configuration is None or vector_set is None:
             raise NotReady(
-                f"Vector table {live.vector_table.name!r} has no complete set of vectors yet.",
+                f"Vector table {live.name!r} has no complete set of vectors yet.",
                 resolution="Start a backfill with POST /v1/vector-tables/{id}/backfill and wait until it is synced.",
             )
-        configuration = VectorConfiguration.from_json(live.live_set.configuration)
-        tree: Filter | None = parse_filter(filters, configuration.filter_types) if filters else None
-        vector = self._embed(live, configuration, query)
-        with self._timed("search"):
-            hits = self._store(live).search(
-                vector_sets.as_vector_set(live.live_set, live.vector_table.storage_name),
+        tree: Filter | None = parse_filter(question.filters, vector_set.filter_types) if question.filters else None
+        embedder, store = self._embedder(live, configuration), self._store(live)
+        vector = self._embed(embedder, live.provider, question.query, stages)
+        with _timed(stages, "search"):
+            hits = store.search(
+                vector_set,
                 vector,
-                limit=limit,
-                min_similarity_score=min_similarity_score,
+                limit=question.limit,
+                min_similarity_score=question.min_similarity_score,
                 filters=tree,
             )
         return SearchAnswer(hits, configuration.embedding_model)
 
-    def _embed(self, live: LiveTable, configuration: VectorConfiguration, query: str) -> Vectors:
-        embedder = self._embedder(live, configuration)
-        provider = live.embedding_provider.provider if live.embedding_provider else "none"
+    def _embed(self, embedder: Embedder, provider: ProviderRef | None, query: str, stages: StageSeconds) -> Vectors:
+        # an estimate: a question's answer does not say what it has cost
+        tokens = max(1, len(query.encode(errors="replace")) // 4)
+        if provider is not None:
+            self._bookings.note(provider.id, provider.limits, tokens)
+        kind = provider.kind if provider else "none"
         try:
-            with self._timed("embed"):
+            with _timed(stages, "embed"):
                 vector = embedder.embed_query(query)
         except EmbeddError as error:
             if self._observer is not None:
-                self._observer.provider_call(provider, error.code, 0)
+                self._observer.provider_call(kind, error.code, 0)
             raise
         if self._observer is not None:
-            # an estimate: a question's answer does not say what it has cost
-            self._observer.provider_call(provider, "ok", max(1, len(query.encode(errors="replace")) // 4))
+            self._observer.provider_call(kind, "ok", tokens)
         return vector
 
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            if self._observer is not None:
-                self._observer.stage(stage, time.perf_counter() - begun)
-
     def _store(self, live: LiveTable) -> Store:
-        mode = Mode(live.vector_table.mode)
-        key = (mode, live.connection.id, live.connection.updated_at) if mode is Mode.PLATFORM else mode
+        mode = live.mode
+        key = (mode, live.connection_id, live.connection_updated_at) if mode is Mode.PLATFORM else mode
         return self._stores.get(
-            key, lambda: self._runtime.open_store(mode, live.connection, read_timeout_seconds=self._patience)
+            key,
+            lambda: self._runtime.open_store(
+                mode, self._endpoints(live).connection, read_timeout_seconds=self._patience
+            ),
         )
 
     def _embedder(self, live: LiveTable, configuration: VectorConfiguration) -> Embedder:
-        provider = live.embedding_provider
+        provider = live.provider
         model, dimensions = configuration.embedding_model, configuration.embedding_dimensions
         key = (provider.id, provider.updated_at, model, dimensions) if provider else (None, model, dimensions)
         return self._embedders.get(
-            key, lambda: self._runtime.open_embedder(provider, model, dimensions, timeout_seconds=self._patience)
+            key,
+            lambda: self._runtime.open_embedder(
+                self._endpoints(live).embedding_provider, model, dimensions, timeout_seconds=self._patience
+            ),
         )
 
+    def _endpoints(self, live: LiveTable) -> Endpoints:
+        """With the secrets: read only where something is opened. At least as new as the instant that it is kept by."""
+        with self._runtime.catalog.transaction() as session:
+            found = vector_tables.load_endpoints(session, live.id)
+        if found is None:
+            raise NotFound("vector_table", live.id)
+        return found
+
     def close(self) -> None:
-        """Gives every connection back."""
+        """Gives every connection back, and books what is still to be booked."""
+        self._bookings.close()
         self._stores.close()
         self._embedders.close()
+
+
+@contextmanager
+def _timed(stages: StageSeconds, stage: str) -> Iterator[None]:
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        setattr(stages, stage, getattr(stages, stage) + time.perf_counter() - begun)

@@ -13,6 +13,7 @@ from pydantic import SecretStr
 from sqlalchemy import make_url
 
 from embedd_dagster.catalog import connections, embedding_providers, environments, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.tables import Task, VectorTable
@@ -22,7 +23,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.engine.search import Searcher
+from embedd_dagster.engine.search import Question, Searcher
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -155,9 +156,14 @@ class Product:
         assert {key: row_hash for key, (row_hash, _text) in self.points().items()} == expected
 
     def search(self, query: str, **options: Any) -> list[Any]:
+        def find() -> LiveTable:
+            found = find_live(self.runtime.catalog, self.environment_id, self.vector_table_id)
+            assert found is not None
+            return found
+
         searcher = Searcher(self.runtime)
         try:
-            return searcher.search(self.environment_id, self.vector_table_id, query=query, limit=10, **options).hits
+            return searcher.search(find(), Question(query, 10, **options), refresh=find).hits
         finally:
             searcher.close()
 
