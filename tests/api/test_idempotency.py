@@ -16,10 +16,12 @@ import psycopg
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
-from sqlalchemy import Engine, event
+from pydantic import SecretStr
+from sqlalchemy import URL, Engine, event
 
 from embedd_dagster.catalog import environments, idempotency
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.rotation import rotate_encryption
 from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
 from embedd_dagster.catalog.tables import Environment
@@ -318,7 +320,7 @@ class TestAtOnce:
         assert tenant.post("/v1/api-keys", body, **key).content == good[0].content
 
     def test_while_the_first_is_at_work_the_others_are_told_to_wait(
-        self, tenant: Tenant, app_with: Callable[..., TestClient], hung: Hung
+        self, tenant: Tenant, app_with: Callable[..., TestClient], hung: Hung, rows: Callable[..., list[Any]]
     ) -> None:
         tenant.client = app_with(request_timeout_seconds=1.5)
         credentials = {**tenant.credentials, "port": hung.port}
@@ -328,6 +330,8 @@ class TestAtOnce:
         path = "/v1/providers/postgresql/connections"
         thread = threading.Thread(target=lambda: first.append(tenant.post(path, body, **key)))
         thread.start()
+        while not rows():
+            assert thread.is_alive()
         seen = set()
         while thread.is_alive():
             # the connection is there already, and its test is not over
@@ -474,22 +478,21 @@ def test_an_answer_opens_in_its_own_row_alone(tenant: Tenant, rows: Callable[...
 
 
 class TestRotation:
-    def test_answers_survive_it(
-        self, tenant: Tenant, catalog: Catalog, settings: Settings, app_with: Callable[..., TestClient]
-    ) -> None:
-        new, old = new_encryption_key(), settings.encryption_keys[0].get_secret_value()
+    def test_answers_survive_it(self, database_url: str, source: URL, app_with: Callable[..., TestClient]) -> None:
+        old, new = new_encryption_key(), new_encryption_key()
+        upgrade(database_url)
+        catalog = Catalog(database_url)
+        own = {"database_url": SecretStr(database_url)}
+        tenant = Tenant.create(app_with(**own, encryption_keys=(SecretStr(old),)), catalog, source)
         key, body = _key(), {"name": unique("key")}
         first = tenant.post("/v1/api-keys", body, **key)
-        assert rotate_encryption(catalog, SecretBox([new, old]))["idempotency_keys"] >= 1
-        assert rotate_encryption(catalog, SecretBox([new, old]))["idempotency_keys"] == 0
-        tenant.client = app_with(encryption_keys=(type(settings.encryption_keys[0])(new),))
+        assert rotate_encryption(catalog, SecretBox([new, old]))["idempotency_keys"] == 1
+        catalog.close()
+        tenant.client = app_with(**own, encryption_keys=(SecretStr(new),))
         again = tenant.post("/v1/api-keys", body, **key)
         assert (again.content, _replayed(again)) == (first.content, True)
-        rotate_encryption(catalog, SecretBox([old, new]))
 
-    def test_what_no_key_opens_is_forgotten(
-        self, tenant: Tenant, catalog: Catalog, catalog_url: str, app_with: Callable[..., TestClient]
-    ) -> None:
+    def test_what_no_key_opens_is_forgotten(self, tenant: Tenant, catalog: Catalog) -> None:
         with catalog.transaction() as session:
             environment = session.get_one(Environment, tenant.environment_id)
             idempotency.claim(
