@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check fuzz lint format lock bench bench-sync clean
+.PHONY: help setup demo up down test check fuzz lint format lock bench bench-sync bench-follow clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ bench: setup  ## ours against the barest script and against peers; recorded in b
 
 bench-sync: setup  ## what a sync costs, up to a million rows; recorded too
 	@$(BIN)/python -m benchmarks.sync
+
+bench-follow: setup  ## from a commit in the source until the row is found, and how many changes a second; recorded too
+	@$(BIN)/python -m benchmarks.follow
 
 clean:  ## remove what setup and up made
 	@test ! -x $(BIN)/embedd || $(BIN)/embedd down --remove-state

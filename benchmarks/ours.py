@@ -60,6 +60,7 @@ class Bench:
         *,
         source_table: str = TABLE,
         columns: tuple[Column, ...] = COLUMNS,
+        sync_mode: SyncMode = SyncMode.BATCH,
         **limits: int,
     ) -> None:
         database_url, qdrant_url, base_url = servers.database_url, servers.qdrant_url, servers.provider.base_url
@@ -107,9 +108,10 @@ class Bench:
             self.vector_table_id = vector_tables.create(
                 session,
                 environment,
-                NewVectorTable(name, connection.id, configuration, mode, SyncMode.BATCH, platform_schema="public"),
+                NewVectorTable(name, connection.id, configuration, mode, sync_mode, platform_schema="public"),
             ).id
         self.environment_id = environment.id
+        self.connection_id = connection.id
 
     def add_task(self, task_type: TaskType = TaskType.BACKFILL, *, max_attempts: int = 1, **options: object) -> str:
         """A task as the API would write it."""

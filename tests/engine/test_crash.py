@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +10,7 @@ from embedd_dagster.catalog import tasks
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.teardown import drop_retired_sets
 from tests.engine.conftest import Product
+from tests.support.killing import kill_at
 
 VICTIM = Path(__file__).parents[1] / "support" / "run_and_die.py"
 ROWS = 4000
@@ -21,23 +18,7 @@ TEXTS_IN_FLIGHT = 4 * 256  # the provider's concurrency, and the largest batch
 
 
 def _run_until_killed(product: Product, task_id: str, point: str, nth: int = 1) -> None:
-    settings = product.runtime.settings
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-        "EMBEDD_DATABASE_URL": settings.database_url.get_secret_value(),
-        "EMBEDD_ENCRYPTION_KEYS": settings.encryption_keys[0].get_secret_value(),
-        "EMBEDD_QDRANT_URL": settings.qdrant_url,
-    }
-    victim = subprocess.run(
-        [sys.executable, str(VICTIM), task_id, "victim", point, str(nth)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=90,
-    )
-    assert victim.returncode == -signal.SIGKILL, victim.stderr
+    kill_at(product.runtime.settings, VICTIM, task_id, "victim", point, str(nth))
     # what the reconcile sensor does when the heartbeat has stopped
     with product.runtime.catalog.transaction() as session:
         task = tasks.find(session, task_id, lock=True)

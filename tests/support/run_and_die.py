@@ -36,7 +36,8 @@ POINTS: dict[str, list[tuple[Any, str]]] = {
 }
 
 
-def _die_at(owner: Any, name: str, when: str, nth: int) -> None:
+def die_at(owner: Any, name: str, when: str, nth: int) -> None:
+    """From now on the process kills itself `before` or `after` the nth call of this function."""
     original: Callable[..., Any] = getattr(owner, name)
     lock = threading.Lock()
     calls = 0
@@ -60,7 +61,7 @@ def main() -> None:
     task_id, run_id, point, nth = sys.argv[1:]
     when, _, name = point.partition(":")
     for owner, attribute in POINTS[name]:
-        _die_at(owner, attribute, when, int(nth))
+        die_at(owner, attribute, when, int(nth))
     with Runtime.open(read_settings()) as runtime:
         run_task(runtime, task_id, run_id, log=lambda _message: None, should_stop=lambda: False)
 
