@@ -57,8 +57,11 @@ class ConnectionPool:
         self._idle: list[Connection] = []
         self._closed = False
 
-    def take(self) -> Connection:
-        """A connection that answers: an idle one, else a new one. Raises what opening it raises."""
+    def take(self, *, checked: bool = True) -> Connection:
+        """A connection that answers: an idle one, else a new one. Raises what opening it raises.
+
+        Not `checked`, an idle one may have died unnoticed since: for whoever can ask again, and spares a round trip.
+        """
         while True:
             with self._lock:
                 if self._closed:
@@ -66,6 +69,8 @@ class ConnectionPool:
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
                 return self._open()
+            if not checked:
+                return connection
             try:
                 connection.execute("")  # it may have died unnoticed since
             except psycopg.Error:

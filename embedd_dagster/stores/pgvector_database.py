@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import psycopg
+from psycopg import sql
 
 from embedd_dagster import network
 from embedd_dagster.errors import (
@@ -61,6 +63,7 @@ class Database:
         self.user = str(self._parameters["user"])
         self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
         self._deny_private_networks = deny_private_networks
+        self._readers = threading.BoundedSemaphore(_KEPT)
         self._pool = ConnectionPool(
             self._open, kept=_KEPT, closed_error=lambda: VectorStoreUnavailable("The vector store has been closed.")
         )
@@ -96,6 +99,33 @@ class Database:
             if settings:
                 set_local(connection, settings)
             yield connection
+
+    def read(self, statement: sql.Composed, *, timeout_seconds: float, settings: Mapping[str, str]) -> list[Any]:
+        """The rows of one SELECT under these settings of the server, which hold for it alone: one round trip.
+
+        Statements that are sent together are one transaction. A connection that was lost while it was idle is replaced,
+        and the question asked again. A few are asked at a time: more would only share the server's processors.
+        """
+        settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
+        calls = [sql.SQL("pg_catalog.set_config({}, {}, true)").format(*pair) for pair in settings.items()]
+        both = sql.SQL("SELECT {}; {}").format(sql.SQL(", ").join(calls), statement)
+        if not self._readers.acquire(timeout=timeout_seconds):
+            raise VectorStoreUnavailable(f"PostgreSQL at {self.address} has no time for another search.")
+        try:
+            for is_last in (False, True):
+                connection = self._pool.take(checked=is_last)
+                try:
+                    cursor = connection.execute(both)
+                    cursor.nextset()
+                    return cursor.fetchall()
+                except psycopg.Error as error:
+                    if is_last or not connection.closed:
+                        raise self.translate(error) from None
+                finally:
+                    self._pool.give_back(connection)
+        finally:
+            self._readers.release()
+        raise AssertionError("unreachable")
 
     def with_locks(self, action: Callable[[Connection], Result]) -> Result:
         """The result of a transaction that needs a table's or view's lock.

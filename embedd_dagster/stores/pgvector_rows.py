@@ -21,15 +21,13 @@ from embedd_dagster.core.rows import PointBatch, Vectors
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import VectorStoreRejected
 
-COPIED_COLUMNS: Final = "pk_value, embedding, embedded_text, metadata, row_hash, text_hash, bucket"
+COPIED_COLUMNS: Final = "embedding, row_hash, text_hash, bucket, pk_value, embedded_text, metadata"
+"""Those of one size first: NumPy makes that part of every row of a batch at once."""
 
 _HEADER: Final = b"PGCOPY\n\xff\r\n\0" + struct.pack(">ii", 0, 0)
 _TRAILER: Final = struct.pack(">h", -1)
-_FIELD_COUNT: Final = struct.pack(">h", 7)
 _LENGTH: Final = struct.Struct(">i")
-_VECTOR: Final = struct.Struct(">iHH")  # length, dimensions, unused
 _JSON: Final = struct.Struct(">ib")  # length, version 1
-_TAIL: Final = struct.Struct(">iqiqii")
 
 Dump = Callable[[Any], bytes]
 
@@ -109,29 +107,47 @@ def copy_body(points: PointBatch, key_type: KeyType) -> bytes:
 
     Raises VectorStoreRejected for a key that is not of the type.
     """
-    vectors = np.ascontiguousarray(points.vectors, dtype=">f4")
-    dimensions = vectors.shape[1]
-    width = 4 * dimensions
-    raw = memoryview(vectors.tobytes())
-    vector_head = _VECTOR.pack(4 + width, dimensions, 0)
     try:
         keys = [key_type.dump(key) for key in points.keys]
     except (struct.error, AttributeError, TypeError, ValueError, ArithmeticError):
         raise VectorStoreRejected(f"A primary key is no {key_type.sql_name}.") from None
-    parts: list[bytes | memoryview] = [_HEADER]
+    heads = _row_heads(points)
+    parts = [_HEADER]
     for index in _last_of_each(points.keys):
         key = keys[index]
         text = _text_bytes(points.texts[index])
         metadata = _json_bytes(points.metadata[index])
         parts += (
-            _FIELD_COUNT, _LENGTH.pack(len(key)), key,
-            vector_head, raw[index * width : (index + 1) * width],
+            heads[index],
+            _LENGTH.pack(len(key)), key,
             _LENGTH.pack(len(text)), text,
             _JSON.pack(len(metadata) + 1, 1), metadata,
-            _TAIL.pack(8, points.row_hashes[index], 8, points.text_hashes[index], 4, points.buckets[index]),
         )  # fmt: skip
     parts.append(_TRAILER)
     return b"".join(parts)
+
+
+def _row_heads(points: PointBatch) -> list[bytes]:
+    """The number of fields and those of one size, of every row."""
+    dimensions = points.vectors.shape[1]
+    layout = np.dtype(
+        [
+            ("fields", ">i2"),
+            ("vector_size", ">i4"), ("dimensions", ">u2"), ("unused", ">u2"), ("vector", ">f4", (dimensions,)),
+            ("row_hash_size", ">i4"), ("row_hash", ">i8"),
+            ("text_hash_size", ">i4"), ("text_hash", ">i8"),
+            ("bucket_size", ">i4"), ("bucket", ">i4"),
+        ]
+    )  # fmt: skip
+    heads = np.empty(len(points), dtype=layout)
+    heads["fields"] = 7
+    heads["vector_size"], heads["dimensions"], heads["unused"] = 4 + 4 * dimensions, dimensions, 0
+    heads["vector"] = points.vectors
+    heads["row_hash_size"], heads["row_hash"] = 8, points.row_hashes
+    heads["text_hash_size"], heads["text_hash"] = 8, points.text_hashes
+    heads["bucket_size"], heads["bucket"] = 4, points.buckets
+    rows: list[bytes] = heads.view(f"V{layout.itemsize}").tolist()
+    return rows
 
 
 def load_vector(raw: bytes) -> Vectors:
@@ -141,7 +157,8 @@ def load_vector(raw: bytes) -> Vectors:
 
 def vector_literal(vector: Vectors) -> str:
     """A vector in pgvector's text form."""
-    return f"[{','.join(map(repr, vector.tolist()))}]"
+    # each number as short as tells it from other float32: half the bytes that Python's repr of it would take
+    return orjson.dumps(np.ascontiguousarray(vector, dtype=np.float32), option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
 def _last_of_each(keys: list[Key]) -> Any:

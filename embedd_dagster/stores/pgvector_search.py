@@ -11,7 +11,6 @@ from psycopg import sql
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.postgresql import Connection
 from embedd_dagster.stores.pgvector_database import Database
 from embedd_dagster.stores.pgvector_filters import compile_filter
 from embedd_dagster.stores.pgvector_index import distance_expression, index_kind
@@ -26,6 +25,7 @@ _EXACT_NUMBERS: Final = 4_000_000
 """Up to so many rows behind a filter, and numbers in their vectors, are compared one by one (some 10 ms); behind a filter
 that matches more, the index finds enough of them soon."""
 _EF_SEARCH: Final = 120
+_NO_JIT: Final = {"jit": "off"}
 _MAX_SCAN_TUPLES: Final = 50_000
 
 
@@ -52,26 +52,25 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
         "hnsw.ef_search": str(min(1000, max(_EF_SEARCH, 2 * query.limit))),
         "hnsw.iterative_scan": "relaxed_order",
         "hnsw.max_scan_tuples": str(_MAX_SCAN_TUPLES),
-        "jit": "off",
+        **_NO_JIT,
     }
     where = compile_filter(query.filters, query.filter_types) if query.filters is not None else None
     parts = _parts(query, where)
-    with database.transaction(timeout_seconds=_TIMEOUT_SECONDS, settings=settings) as connection:
-        few = where is not None and _matches_few(connection, parts, len(query.vector))
-        if not few:
-            by_index = sql.SQL(
-                "SELECT {key}, {distance}, metadata, embedded_text FROM {table} WHERE {condition}"
-                " ORDER BY {order} LIMIT {candidates}"
-            )
-            rows = connection.execute(by_index.format(**parts)).fetchall()
-            if len(rows) >= query.limit:
-                return rows
-        one_by_one = sql.SQL(
-            "WITH chosen AS MATERIALIZED (SELECT pk_value, {distance} AS distance FROM {table} WHERE {condition}),"
-            " nearest AS (SELECT * FROM chosen ORDER BY distance LIMIT {limit})"
-            " SELECT {key}, distance, metadata, embedded_text FROM nearest JOIN {table} USING (pk_value)"
+    few = where is not None and _matches_few(database, parts, len(query.vector))
+    if not few:
+        by_index = sql.SQL(
+            "SELECT {key}, {distance}, metadata, embedded_text FROM {table} WHERE {condition}"
+            " ORDER BY {order} LIMIT {candidates}"
         )
-        return connection.execute(one_by_one.format(**parts)).fetchall()
+        rows = database.read(by_index.format(**parts), timeout_seconds=_TIMEOUT_SECONDS, settings=settings)
+        if len(rows) >= query.limit:
+            return rows
+    one_by_one = sql.SQL(
+        "WITH chosen AS MATERIALIZED (SELECT pk_value, {distance} AS distance FROM {table} WHERE {condition}),"
+        " nearest AS (SELECT * FROM chosen ORDER BY distance LIMIT {limit})"
+        " SELECT {key}, distance, metadata, embedded_text FROM nearest JOIN {table} USING (pk_value)"
+    )
+    return database.read(one_by_one.format(**parts), timeout_seconds=_TIMEOUT_SECONDS, settings=settings)
 
 
 def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Composable]:
@@ -90,8 +89,10 @@ def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Co
     }
 
 
-def _matches_few(connection: Connection, parts: dict[str, sql.Composable], dimensions: int) -> bool:
+def _matches_few(database: Database, parts: dict[str, sql.Composable], dimensions: int) -> bool:
     most = min(_EXACT_ROWS, _EXACT_NUMBERS // dimensions)
     count = sql.SQL("SELECT count(*) FROM (SELECT FROM {table} WHERE {condition} LIMIT {cap}) AS capped")
-    row = connection.execute(count.format(**parts, cap=sql.Literal(most + 1))).fetchall()[0]
-    return bool(row[0] <= most)
+    counted = database.read(
+        count.format(**parts, cap=sql.Literal(most + 1)), timeout_seconds=_TIMEOUT_SECONDS, settings=_NO_JIT
+    )
+    return bool(counted[0][0] <= most)
