@@ -28,13 +28,14 @@ from embedd_dagster.errors import (
     RunCancelled,
     RunSuperseded,
     SourceUnavailable,
+    TransientError,
 )
 from embedd_dagster.sources.changes import Attachment, ChangeFeed
 
 _KEYS_A_BATCH: Final = 1_000
 _ATTACH_SECONDS: Final = 5.0
-_CONFIRM_SECONDS: Final = 30.0
-"""After so long in one read, what is applied is confirmed before more is read."""
+_CONFIRM_SECONDS: Final = 2.0
+"""How long what is applied waits to be confirmed while there is more."""
 _IDLE_CONFIRM_SECONDS: Final = 5.0
 _CAUGHT_UP_SECONDS: Final = 1.0
 _LONGEST_OUTAGE_WAIT_SECONDS: Final = 10.0
@@ -174,7 +175,8 @@ class Follower:
             if attachment.lost:
                 vector_tables.note_errors(session, owed, attachment.lost)
             for key, error in refused.items():
-                vector_tables.refuse(session, key, describe(error))
+                if not isinstance(error, TransientError):  # else it is followed in a moment
+                    vector_tables.refuse(session, key, describe(error))
             if begins_anew:
                 self._lease.advance(session, position=attachment.position)
         if begins_anew:
@@ -193,19 +195,17 @@ class Follower:
 
     def _read(self) -> None:
         """Has all applied that was committed by now, then confirms it."""
-        begun_at, begun = now(), time.monotonic()
-        position, changes, complete = None, 0, False
+        begun_at, position, changes = now(), None, 0
         with closing(self._feed.read(max_keys=_KEYS_A_BATCH)) as batches:
             for batch in batches:
                 self._lease.check()
                 changes += batch.change_count
                 self._tables.apply(batch)
-                position = batch.position if batch.position is not None else position
-                if batch.position is not None and time.monotonic() - begun > _CONFIRM_SECONDS:
-                    break
-            else:
-                complete = True
-        self._confirm(position, begun_at if complete else None, changed=changes > 0)
+                if batch.position is not None:
+                    position = batch.position
+                    if time.monotonic() - self._confirmed_at > _CONFIRM_SECONDS:
+                        self._confirm(position, None, changed=True)
+        self._confirm(position, begun_at, changed=changes > 0)
 
     def _confirm(self, position: int | None, caught_up_at: datetime | None, *, changed: bool) -> None:
         instant = time.monotonic()

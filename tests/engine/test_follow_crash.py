@@ -1,0 +1,69 @@
+"""kill -9 of a follower at every point: the next one is given the same changes again, and nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from embedd_dagster.catalog import change_feeds
+from tests.engine.conftest import Product
+from tests.engine.test_follow import _is_followed, _is_owed, _is_true, _settled, product  # noqa: F401
+from tests.support.following import RunningFollower, eventually
+from tests.support.killing import kill_at
+
+VICTIM = Path(__file__).parents[1] / "support" / "follow_and_die.py"
+
+
+@pytest.mark.parametrize(
+    ("point", "nth"),
+    [
+        ("before:attach", 1),
+        ("after:attach", 1),
+        ("after:record", 1),
+        ("before:read", 1),
+        ("before:write", 1),
+        ("after:embed", 1),
+        ("before:upsert", 1),
+        ("after:upsert", 1),
+        ("after:write", 1),
+        ("before:advance", 2),
+        ("after:advance", 2),
+        ("before:confirm", 1),
+        ("after:confirm", 1),
+    ],
+)
+def test_a_killed_follower_loses_nothing(product: Product, point: str, nth: int) -> None:  # noqa: F811
+    product.runtime.settings.__dict__.update(stale_after_seconds=0.5)
+    product.run()
+    connection_id = product.table().connection_id
+    if point.partition(":")[2] not in ("attach", "record"):
+        # followed before, so that only what changes from here on is at stake
+        with RunningFollower(product.runtime, connection_id):
+            eventually(lambda: _is_followed(product) and _settled(product))
+    product.sql(
+        """UPDATE products SET body = 'rewritten' WHERE id <= 40; DELETE FROM products WHERE id > 490;
+        INSERT INTO products VALUES (1000, 'new', 'row', 'red', 1)"""
+    )
+    before = product.provider.stats()["texts"]
+    kill_at(product.runtime.settings, VICTIM, connection_id, "victim", point, str(nth))
+    with product.runtime.catalog.transaction() as session:
+        feed = change_feeds.find(session, connection_id)
+        assert feed is not None
+        assert feed.dagster_run_id == "victim"
+    eventually(lambda: _follows_to_the_end(product, connection_id))
+    product.assert_true_to_source()
+    assert product.provider.stats()["texts"] - before <= 2 * 41
+
+
+def _follows_to_the_end(product: Product, connection_id: str) -> bool:  # noqa: F811
+    """Whether a follower could take over: until the victim's silence is long enough, it ends at once."""
+    with RunningFollower(product.runtime, connection_id) as follower:
+        if follower.reason is not None:
+            return False
+        eventually(lambda: follower.reason is not None or (_is_followed(product) and _settled(product)))
+        if follower.reason is not None:
+            return False
+        eventually(_is_true(product))
+        assert not _is_owed(product)
+    return True

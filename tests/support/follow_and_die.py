@@ -1,0 +1,51 @@
+"""Follows one connection in a process of its own and kills it (SIGKILL) at a named point: as `run_and_die`, of a follower.
+
+Called with the settings in the environment: `follow_and_die.py CONNECTION_ID RUN_ID POINT NTH`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from embedd_dagster.sources.postgresql_changes import PostgresChangeFeed
+
+from embedd_dagster.catalog import change_feeds, resyncs
+from embedd_dagster.engine.follow import follow
+from embedd_dagster.engine.followed_table import TableFollower
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.settings import read_settings
+from tests.support.run_and_die import POINTS as OF_A_RUN
+from tests.support.run_and_die import die_at
+
+POINTS: dict[str, list[tuple[Any, str]]] = {
+    "attach": [(PostgresChangeFeed, "attach")],
+    "record": [(change_feeds, "set_followed")],
+    "read": [(PostgresChangeFeed, "read")],
+    "write": [(TableFollower, "write")],
+    "embed": OF_A_RUN["embed"],
+    "upsert": OF_A_RUN["upsert"],
+    "owe": [(resyncs, "request")],
+    "advance": [(change_feeds, "advance")],
+    "confirm": [(PostgresChangeFeed, "confirm")],
+}
+
+
+def main() -> None:
+    connection_id, run_id, point, nth = sys.argv[1:]
+    when, _, name = point.partition(":")
+    for owner, attribute in POINTS[name]:
+        die_at(owner, attribute, when, int(nth))
+    with Runtime.open(read_settings()) as runtime:
+        follow(
+            runtime,
+            connection_id,
+            run_id,
+            log=lambda _message: None,
+            report=lambda _report: None,
+            should_stop=lambda: False,
+        )
+
+
+if __name__ == "__main__":
+    main()
