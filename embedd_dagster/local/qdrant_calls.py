@@ -374,12 +374,19 @@ def _query(collection: Collection, body: Any) -> list[dict[str, Any]]:
             with_payload=wire.render_payload_selector(asked.with_payload, default=False),
             with_vector=asked.with_vector or False,
             params=edge.SearchParams(
-                hnsw_ef=params.hnsw_ef, exact=params.exact or False, indexed_only=params.indexed_only or False
+                hnsw_ef=params.hnsw_ef,
+                exact=params.exact or False,
+                indexed_only=params.indexed_only or False,
+                acorn=_acorn(params.acorn),
             ),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise bad_form(wire.first_line(error)) from None
     return [wire.describe_point(point) for point in collection.read(lambda shard: shard.query(request))]
+
+
+def _acorn(asked: models.AcornSearchParams | None) -> Any:
+    return None if asked is None else edge.AcornSearchParams(asked.enable or False, asked.max_selectivity)
 
 
 def _at_least_one(limit: int | None, default: int) -> int:

@@ -17,11 +17,10 @@ from embedd_dagster.core.keys import Key, decode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.stores.qdrant_filters import (
-    INDEX_TYPES,
     bucket_filter,
     column_name,
     compile_filter,
-    payload_path,
+    payload_indexes,
 )
 from embedd_dagster.stores.qdrant_points import point_uuid, split_batch, upsert_body
 from embedd_dagster.stores.qdrant_rest import READ_SECONDS, SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
@@ -32,6 +31,8 @@ _SCROLL_PAGE: Final = 10_000
 _IDS_PER_CALL: Final = 1_000
 _RANGES_PER_FILTER: Final = 64
 _HNSW_EF: Final = 128
+_ACORN: Final = {"enable": True, "max_selectivity": 0.7}
+"""Under a filter, the walk of the graph looks behind points that do not match; by default it would only below 0.4."""
 _POLL_SECONDS: Final = 0.2
 _GREEN_POLLS: Final = 3
 _STALLED_SECONDS: Final = 900.0
@@ -71,12 +72,8 @@ class QdrantStore:
             except VectorStoreRejected:
                 if not self._exists(name):
                     raise
-        # before the vectors' index: Qdrant builds it with links for the indexed fields
-        fields = {"bucket": "integer"}
-        fields |= {payload_path(column): INDEX_TYPES[kind] for column, kind in vector_set.filter_types.items()}
-        for field, schema in fields.items():
-            body = {"field_name": field, "field_schema": schema}
-            self._rest.call("PUT", ("collections", name, "index"), body, seconds=SLOW_SECONDS, wait=True)
+        for field, schema in payload_indexes(vector_set.filter_types).items():
+            self._index(name, field, schema)
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
@@ -233,6 +230,14 @@ class QdrantStore:
     def _points(self, vector_set: VectorSet, method: str, path: tuple[str, ...], body: Any, **options: Any) -> Any:
         return self._rest.call(method, ("collections", vector_set.versioned_name, "points", *path), body, **options)
 
+    def _index(self, name: str, field: str, schema: dict[str, Any]) -> None:
+        body: dict[str, Any] = {"field_name": field, "field_schema": schema}
+        try:
+            self._rest.call("PUT", ("collections", name, "index"), body, seconds=SLOW_SECONDS, wait=True)
+        except VectorStoreRejected:  # by a server too old to know these settings
+            body["field_schema"] = schema["type"]
+            self._rest.call("PUT", ("collections", name, "index"), body, seconds=SLOW_SECONDS, wait=True)
+
     def _exists(self, name: str) -> bool:
         return bool(self._rest.call("GET", ("collections", name, "exists"))["exists"])
 
@@ -268,7 +273,7 @@ class QdrantStore:
                 "query": np.ascontiguousarray(vector, dtype=np.float32),
                 "limit": asked,
                 "filter": where,
-                "params": {"exact": exact, "hnsw_ef": max(_HNSW_EF, 2 * asked)},
+                "params": {"exact": exact, "hnsw_ef": max(_HNSW_EF, 2 * asked), "acorn": _ACORN},
                 "with_payload": ["pk", "embedded_text", "metadata"],
             }
             content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

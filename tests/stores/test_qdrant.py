@@ -176,6 +176,24 @@ def test_too_few_hits_are_looked_for_again_exactly() -> None:
 
     assert len(opened(handler).search(SET, np.ones(4, np.float32), limit=5)) == 3
     assert [body["params"]["exact"] for body in asked] == [False, True]
+    assert asked[0]["params"]["acorn"]["enable"], "fields have no links of their own in the graph"
+
+
+def test_a_server_that_does_not_know_an_index_setting_is_asked_without_it() -> None:
+    asked: list[Any] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if not request.url.path.endswith("/index"):
+            return ok({"exists": True})
+        asked.append(orjson.loads(request.content)["field_schema"])
+        if isinstance(asked[-1], dict):
+            return httpx.Response(400, json={"status": {"error": "Format error in JSON body: unknown field"}})
+        return ok({})
+
+    opened(handler).create(SET)
+    plain = [schema for schema in asked if isinstance(schema, str)]
+    assert plain[0] == "integer"
+    assert len(plain) == len(asked) / 2
 
 
 def test_an_alias_of_somebody_else_is_not_taken(qdrant_url: str) -> None:
