@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ from psycopg.sql import SQL
 
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.sources.base import Selection, SourceTable
+from embedd_dagster.sources.changes import FollowedTable
 from embedd_dagster.sources.postgresql_catalog import (
     ColumnInfo,
     Relation,
@@ -23,8 +25,10 @@ from embedd_dagster.sources.postgresql_catalog import (
     list_tables,
     row_estimate,
 )
+from embedd_dagster.sources.postgresql_changes import FEED_SESSION, PostgresChangeFeed
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_followable import check_followable
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 
 
@@ -40,12 +44,14 @@ class PostgresSource:
         deny_private_networks: bool,
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
-        self._connections = Connections(
+        self._connect = partial(
+            Connections,
             Credentials.parse(credentials),
             statement_timeout_seconds=statement_timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             deny_private_networks=deny_private_networks,
         )
+        self._connections = self._connect()
 
     def __enter__(self) -> Self:
         return self
@@ -84,6 +90,15 @@ class PostgresSource:
             is_unique = bool(connection.execute(_UNIQUE, [relation.oid, key.number]).fetchone())
             if not (is_unique and key.not_null):
                 _check_key_by_rows(connection, relation, key)
+
+    def check_followable(self, table: FollowedTable) -> None:
+        """Returns when changes of the table can be followed. Changes nothing."""
+        with self._connection(table.table) as connection:
+            check_followable(connection, table, self._connections.server)
+
+    def change_feed(self, name: str) -> PostgresChangeFeed:
+        """The feed of this name, over connections of its own, which the source's `close` leaves open."""
+        return PostgresChangeFeed(self._connect(settings=FEED_SESSION), name)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""

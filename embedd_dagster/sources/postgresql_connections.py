@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Self
 
 import psycopg
@@ -89,14 +90,17 @@ class Connections:
         statement_timeout_seconds: float,
         connect_timeout_seconds: int,
         deny_private_networks: bool,
+        settings: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
+        """`settings` of a session win over those that every source has."""
         self.server = credentials.server
+        self._settings = settings
         self._credentials = credentials
         self._statement_timeout_seconds = statement_timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
         self._deny_private_networks = deny_private_networks
         self._pool = ConnectionPool(
-            self._open,
+            self.open,
             kept=_KEPT,
             closed_error=lambda: SourceUnavailable(f"The source {self.server} has been closed."),
         )
@@ -121,7 +125,8 @@ class Connections:
         """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
         self._pool.close()
 
-    def _open(self) -> psycopg.Connection[Any]:
+    def open(self) -> psycopg.Connection[Any]:
+        """A new connection, which whoever asked for it closes."""
         credentials, server = self._credentials, self.server
         try:
             connection = psycopg.connect(
@@ -159,7 +164,8 @@ class Connections:
                 f"PostgreSQL at {self.server} is version {version}; version 14 or newer is needed.",
                 resolution="Upgrade the server, or replicate the table to a newer one.",
             )
-        settings = {**_SESSION, "statement_timeout": str(round(self._statement_timeout_seconds * 1000))}
+        timeout = str(round(self._statement_timeout_seconds * 1000))
+        settings = {**_SESSION, "statement_timeout": timeout, **self._settings}
         connection.execute(
             "SELECT " + ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings)),
             [part for setting in settings.items() for part in setting],

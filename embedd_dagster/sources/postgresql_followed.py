@@ -1,0 +1,98 @@
+"""The tables that a feed is asked to follow, found in the database by their names, and found again cheaply."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psycopg
+
+from embedd_dagster.errors import EmbeddError, SourceAccessDenied, SourceRejected, SourceTableNotFound
+from embedd_dagster.sources.changes import FollowedTable
+from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, find_relation
+from embedd_dagster.sources.postgresql_errors import Server
+from embedd_dagster.sources.postgresql_followable import TableState, table_problems, table_states
+from embedd_dagster.sources.postgresql_prerequisites import rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """A table that is to be followed, found in the database."""
+
+    table: FollowedTable
+    relation: Relation
+    key: ColumnInfo
+    state: TableState
+
+    @property
+    def oids(self) -> list[int]:
+        """Under which its rows may be logged: its own, and those of its partitions and of what it is a partition of."""
+        return [*(member.oid for member in self.state.members), *self.state.ancestors]
+
+
+class FollowedTables:
+    """Finds tables as every source does, and remembers what was found for as long as it goes by the same name."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._known: dict[FollowedTable, Followed] = {}
+
+    def find_fit(
+        self, connection: psycopg.Connection[Any], tables: Sequence[FollowedTable]
+    ) -> tuple[list[Followed], dict[FollowedTable, EmbeddError]]:
+        """Those that can be followed, as they are now; and of the others, why not. One query where nothing has changed."""
+        known = {table: self._known[table] for table in tables if table in self._known}
+        states = _states(connection, known.values())
+        refused: dict[FollowedTable, EmbeddError] = {}
+        found: dict[FollowedTable, Followed] = {}
+        for table in tables:
+            one = known.get(table)
+            state = states.get(one.relation.oid) if one else None
+            if one and state and _is_same(one, state):
+                found[table] = replace(one, state=state)
+                continue
+            try:
+                relation = find_relation(connection, table.table, self._server)
+                key = relation.key(table.primary_key_column)
+                state = table_states(connection, [relation.oid], [key.name]).get(relation.oid)
+                if state is None:
+                    raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=table.table)
+            except (SourceTableNotFound, SourceAccessDenied, SourceRejected) as error:
+                refused[table] = _renamed(table, one, states) or error
+            else:
+                found[table] = Followed(table, relation, key, state)
+        self._known = {**known, **found}
+        for table, one in list(found.items()):
+            problems = table_problems(connection, one.state, one.key.name, connection.info.server_version)
+            if problems:
+                refused[table] = rejected(f"table {one.relation.label}", problems)
+                del found[table]
+        return list(found.values()), refused
+
+
+def _states(connection: psycopg.Connection[Any], known: Iterable[Followed]) -> dict[int, TableState]:
+    known = list(known)
+    if not known:
+        return {}
+    return table_states(connection, [one.relation.oid for one in known], [one.key.name for one in known])
+
+
+def _is_same(one: Followed, state: TableState) -> bool:
+    before, now, key = one.state.table, state.table, one.key.name
+    is_same_table = (before.schema, before.name, before.kind) == (now.schema, now.name, now.kind)
+    return is_same_table and one.state.type_oids.get(key) == state.type_oids.get(key)
+
+
+def _renamed(
+    table: FollowedTable, before: Followed | None, states: dict[int, TableState]
+) -> SourceTableNotFound | None:
+    """What became of a table that is not found by its name any more, if it is still there."""
+    state = states.get(before.relation.oid) if before else None
+    if before is None or state is None or state.table.label == before.relation.label:
+        return None
+    return SourceTableNotFound(
+        f"Table {table.table!r} is not there any more: {before.relation.label} was renamed to {state.table.label}.",
+        resolution="Rename it back, or make a vector table of the new name.",
+        table=table.table,
+    )
