@@ -7,9 +7,8 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
-from fastapi.responses import HTMLResponse
 
-from api import errors, idempotency, logs
+from api import docs, errors, idempotency, logs
 from api.middleware import BodyLimit, RequestContext
 from api.routers import (
     api_keys,
@@ -54,6 +53,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("embedd"),
         description=_DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         generate_unique_id_function=lambda route: route.name,
@@ -81,9 +81,5 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     ):
         v1.include_router(module.router)
     app.include_router(v1)
-
-    @app.get(errors.ERROR_PAGE, include_in_schema=False)
-    def show_error_codes() -> HTMLResponse:
-        return HTMLResponse(errors.error_page())
-
+    app.include_router(docs.router)
     return app

@@ -303,6 +303,12 @@ def _place(location: Sequence[int | str]) -> str:
     return place
 
 
+ERROR_PAGE_STYLE: Final = (
+    "body{font:1rem/1.5 system-ui;margin:2rem auto;max-width:60rem}td,th{padding:.3rem .8rem;text-align:left;"
+    "vertical-align:top}tr:target{background:#ffefc0}"
+)
+
+
 def error_page() -> str:
     """The page that `docs_url` leads to."""
     rows = "".join(
@@ -311,7 +317,6 @@ def error_page() -> str:
     )
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><title>embedd: error codes</title>"
-        "<style>body{font:1rem/1.5 system-ui;margin:2rem auto;max-width:60rem}td,th{padding:.3rem .8rem;text-align:left;"
-        "vertical-align:top}tr:target{background:#ffefc0}</style><h1>Error codes</h1>"
+        f"<style>{ERROR_PAGE_STYLE}</style><h1>Error codes</h1>"
         f"<table><tr><th>code<th>HTTP<th>when</tr>{rows}</table></html>"
     )

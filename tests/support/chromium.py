@@ -45,6 +45,8 @@ class Tab:
     def __init__(self, connection: ClientConnection) -> None:
         self._connection = connection
         self._ids = itertools.count(1)
+        self.events: list[dict[str, Any]] = []
+        """What the browser told by itself, of the domains that were enabled, up to the last call."""
         self.call("Page.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
@@ -53,6 +55,8 @@ class Tab:
         self._connection.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
             message = json.loads(self._connection.recv(timeout=30))
+            if "id" not in message:
+                self.events.append(message)
             if message.get("id") == number:
                 assert "error" not in message, message
                 result: dict[str, Any] = message["result"]
