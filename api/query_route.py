@@ -50,14 +50,16 @@ class QueryRoute(StrictRoute):
             return
         begun = time.perf_counter()
         state: ApiState = scope["app"].state.embedd
-        threads = state.query_threads
-        if threads.available_tokens <= 0 and threads.statistics().tasks_waiting >= _MAX_WAITING:
+        queries = state.queries
+        if queries.number >= queries.threads.total_tokens + _MAX_WAITING:
             raise TooManyQueries("Too many queries are under way.", retry_after_seconds=1.0)
         content = (await receive()).get("body", b"")  # whole: BodyLimit has read it
         query = _Query(state, scope, content)
+        queries.number += 1
         try:
-            answer = await to_thread.run_sync(query.answer, limiter=threads)
+            answer = await to_thread.run_sync(query.answer, limiter=queries.threads)
         finally:
+            queries.number -= 1
             state.metrics.query(query.stages, time.perf_counter() - begun)
         await Response(answer, media_type="application/json")(scope, receive, send)
 

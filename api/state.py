@@ -23,6 +23,15 @@ _ESTIMATE_SECONDS: Final = 1.0
 _QUERY_THREADS: Final = 64
 
 
+@dataclass(slots=True)
+class QueriesUnderWay:
+    """So many queries are answered at once, each in a thread; the other endpoints have threads of their own."""
+
+    threads: CapacityLimiter
+    number: int = 0
+    """Answered and waiting; changed in the event loop alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ApiState:
     """Settings, access to everything, and what works behind the requests."""
@@ -33,8 +42,7 @@ class ApiState:
     launcher: Launcher
     rate_limiter: RateLimiter
     metrics: Metrics
-    query_threads: CapacityLimiter
-    """So many queries are answered at once; the other endpoints have threads of their own."""
+    queries: QueriesUnderWay
     _estimators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "estimate"))
 
     @classmethod
@@ -49,7 +57,7 @@ class ApiState:
             launcher=Launcher(runtime.catalog, settings.dagster_url, settings.dagster_token),
             rate_limiter=RateLimiter.open(settings),
             metrics=metrics,
-            query_threads=CapacityLimiter(_QUERY_THREADS),
+            queries=QueriesUnderWay(CapacityLimiter(_QUERY_THREADS)),
         )
 
     def estimate_rows(self, connection: Connection, source_table: str) -> int:

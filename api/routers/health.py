@@ -26,8 +26,9 @@ _CODES: Final = {
 
 
 @router.get("/health")
-def get_health() -> HealthAnswer:
+async def get_health() -> HealthAnswer:
     """Tell that the process lives."""
+    # in the event loop: the threads may all be waiting for somebody
     return HealthAnswer(status="ok")
 
 
