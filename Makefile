@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check fuzz lint format lock bench bench-sync bench-follow clean
+.PHONY: help setup demo up down test check fuzz lint format lock audit bench bench-sync bench-follow clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -47,6 +47,9 @@ format: setup  ## put the code into its form
 lock:  ## pin what pyproject.toml asks for (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
+
+audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and PyPI itself: a plain mirror knows of none)
+	@uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 bench: setup  ## ours against the barest script and against peers; recorded in benchmarks/results/ (long)
 	@$(BIN)/python -m benchmarks.engine --peers

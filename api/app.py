@@ -31,7 +31,7 @@ _DESCRIPTION = """Keeps tables of your database searchable by meaning.
 
 Every request but `/health`, `/ready` and `/metrics` carries `Authorization: Bearer sk_…` (`embedd keys create` makes one), and is
 made in the environment of `X-Environment-Id`, or the one named `prod`. Every answer that is not 2xx is an error envelope; its
-codes are listed at [/docs/errors](/docs/errors)."""
+codes are listed at [/docs/errors](/docs/errors). A POST that creates or starts something takes an `Idempotency-Key`."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
