@@ -174,6 +174,11 @@ class VectorTable(Base):
             postgresql_where=text("sync_status NOT IN ('synced', 'paused', 'pending', 'error')"),
         ),
         Index("ix_vector_tables_next_sync_at", "next_sync_at", postgresql_where=text("next_sync_at IS NOT NULL")),
+        Index(
+            "ix_vector_tables_unscheduled",
+            "id",
+            postgresql_where=text("next_sync_at IS NULL AND live_version IS NOT NULL AND deleted_at IS NULL"),
+        ),
         Index("ix_vector_tables_resync", "id", postgresql_where=text("resync_wanted > resync_done")),
         Index(
             "ix_vector_tables_followed",
