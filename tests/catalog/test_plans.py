@@ -67,7 +67,7 @@ class Explained:
         self.statements = 0
 
     def __call__(self, _connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if statement.split()[0] not in {"SELECT", "UPDATE", "DELETE"}:
+        if statement.split(maxsplit=1)[0] not in {"SELECT", "UPDATE", "DELETE"}:
             return
         self.statements += 1
         raw = cursor.connection.cursor()
