@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import text
 
+from embedd_dagster.catalog.tables import Base
 from tests.api.tenants import COLUMNS, Tenant, code_of, unique
 
 # every operation with an id in its path, with a body that would be accepted
@@ -45,14 +48,21 @@ OF_THE_ORGANIZATION = ("environments", "api-keys")
 LISTS = ("environments", "api-keys", "connections", "embedding-providers", "vector-tables", "tasks")
 
 
-def test_every_operation_with_an_id_is_tried(client: TestClient) -> None:
-    documented = {
-        (method.upper(), path)
-        for path, methods in client.app.openapi()["paths"].items()  # type: ignore[attr-defined]
-        for method in methods
-        if "{" in path
-    }
-    assert documented == {(method, path) for method, path, _body in OPERATIONS}
+# every operation under /v1 without one: lists and creations, which the tests below try too
+WITHOUT_ID = {
+    *(("GET", f"/v1/{name}") for name in (*LISTS, "embedding-models")),
+    *(("POST", f"/v1/{name}") for name in ("environments", "api-keys", "embedding-providers", "vector-tables")),
+    ("POST", "/v1/providers/postgresql/connections"),
+}
+
+
+def _documented(client: TestClient) -> set[tuple[str, str]]:
+    paths = client.app.openapi()["paths"]  # type: ignore[attr-defined]
+    return {(method.upper(), path) for path, methods in paths.items() for method in methods if path.startswith("/v1/")}
+
+
+def test_every_operation_is_tried(client: TestClient) -> None:
+    assert _documented(client) == {(method, path) for method, path, _body in OPERATIONS} | WITHOUT_ID
 
 
 @dataclass
@@ -63,7 +73,14 @@ class Owned:
     ids: dict[str, str]
 
     def state(self) -> dict[str, Any]:
-        return {name: self.tenant.get(f"/v1/{name}").json()["data"] for name in LISTS}
+        """All that the API tells of it, and every row of the catalog that names the organization or anything of it."""
+        told = {name: self.tenant.get(f"/v1/{name}").json()["data"] for name in LISTS}
+        named = [self.tenant.org_id, *self.ids.values()]
+        with self.tenant.catalog.transaction() as session:
+            for table in Base.metadata.sorted_tables:
+                rows = session.execute(text(f'SELECT to_jsonb(t)::text FROM "{table.name}" t ORDER BY 1')).scalars()
+                told[table.name] = [row for row in rows if any(name in row for name in named)]
+        return told
 
 
 @pytest.fixture
@@ -92,7 +109,8 @@ def test_another_organization_finds_nothing_and_changes_nothing(owned: Owned, ot
         response = other.send(method, path.format(**owned.ids), body)
         assert response.status_code == 404, (method, path, response.text)
         assert _is_not_found(code_of(response), path), (method, path)
-        response = other.send(method, path.format(**owned.ids), body, environment=owned.tenant.environment_id)
+        again = {"environment": owned.tenant.environment_id, "headers": {"Idempotency-Key": "guessed"}}
+        response = other.send(method, path.format(**owned.ids), body, **again)
         assert (response.status_code, code_of(response)) == (404, "environment_not_found"), (method, path)
     assert owned.state() == before
 
@@ -111,6 +129,59 @@ def test_another_environment_finds_nothing_and_changes_nothing(owned: Owned) -> 
     assert owned.state() == before
 
 
+def test_a_key_of_another_environment_finds_nothing_and_changes_nothing(owned: Owned) -> None:
+    """Such a key knows its own environment alone, so the organization's objects are not there for it either."""
+    tenant = owned.tenant
+    elsewhere = tenant.made("/v1/environments", {"name": "elsewhere"})["id"]
+    key = tenant.new_key(environment_id=elsewhere)
+    before = owned.state()
+    for method, path, body in OPERATIONS:
+        response = tenant.send(method, path.format(**owned.ids), body, key=key)
+        assert response.status_code == 404, (method, path, response.text)
+        assert _is_not_found(code_of(response), path), (method, path)
+        response = tenant.send(method, path.format(**owned.ids), body, key=key, environment=tenant.environment_id)
+        assert (response.status_code, code_of(response)) == (404, "environment_not_found"), (method, path)
+    assert owned.state() == before
+    for name in LISTS:
+        told = {row["id"] for row in tenant.get(f"/v1/{name}", key=key).json()["data"]}
+        assert not told & set(owned.ids.values()), name
+
+
+def test_a_read_only_key_changes_nothing(owned: Owned) -> None:
+    """GETs and queries, on objects that are there; everything else is refused whether they are or not."""
+    key = owned.tenant.new_key("read_only")
+    before = owned.state()
+    for method, path, body in OPERATIONS:
+        response = owned.tenant.send(method, path.format(**owned.ids), body, key=key)
+        if path.endswith("/query"):
+            assert (response.status_code, code_of(response)) == (422, "vector_table_not_ready")
+        elif method == "GET":
+            assert response.status_code == 200, (path, response.text)
+        else:
+            assert (response.status_code, code_of(response)) == (403, "permission_denied"), (method, path)
+    for method, path in WITHOUT_ID:
+        response = owned.tenant.send(method, path, {} if method == "POST" else None, key=key)
+        assert response.status_code == (200 if method == "GET" else 403), (method, path)
+    assert owned.state() == before
+
+
+def test_a_revoked_key_stops_at_once_everywhere(owned: Owned, app_with: Callable[..., TestClient]) -> None:
+    """Whatever a process may have kept of it: the key is revoked through another one."""
+    tenant = owned.tenant
+    made = tenant.made("/v1/api-keys", {"name": "leaver"})
+    for method, path, body in OPERATIONS:
+        if method == "GET" or path.endswith("/query"):
+            assert tenant.send(method, path.format(**owned.ids), body, key=made["key"]).status_code in (200, 422)
+    headers = {"Authorization": f"Bearer {tenant.key}"}
+    assert app_with().delete(f"/v1/api-keys/{made['api_key']['id']}", headers=headers).status_code == 204
+    before = owned.state()
+    everything = [*OPERATIONS, *((method, path, {} if method == "POST" else None) for method, path in WITHOUT_ID)]
+    for method, path, body in everything:
+        response = tenant.send(method, path.format(**owned.ids), body, key=made["key"])
+        assert (response.status_code, code_of(response)) == (401, "key_revoked"), (method, path)
+    assert owned.state() == before
+
+
 def test_lists_never_leak(owned: Owned, other: Tenant) -> None:
     elsewhere = owned.tenant.made("/v1/environments", {"name": "elsewhere"})["id"]
     for name in LISTS:
@@ -125,6 +196,15 @@ def test_lists_never_leak(owned: Owned, other: Tenant) -> None:
 def test_nothing_foreign_can_be_built_upon(owned: Owned, other: Tenant, field: str) -> None:
     body = other.table_body(**{field: owned.ids[field]})
     response = other.post("/v1/vector-tables", body)
+    assert (response.status_code, code_of(response)) == (404, f"{field.removesuffix('_id')}_not_found")
+    tenant = owned.tenant
+    elsewhere = tenant.made("/v1/environments", {"name": "elsewhere"})["id"]
+    at_home = {
+        "connection_id": tenant.connection(environment=elsewhere)["id"],
+        "embedding_provider_id": tenant.provider(environment=elsewhere)["id"],
+    }
+    body = tenant.table_body(**{**at_home, field: owned.ids[field]})
+    response = tenant.post("/v1/vector-tables", body, environment=elsewhere)
     assert (response.status_code, code_of(response)) == (404, f"{field.removesuffix('_id')}_not_found")
 
 
