@@ -8,10 +8,11 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, select, update
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.conflicts import name_must_be_free, violated_constraint
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
@@ -20,6 +21,7 @@ from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 
 _PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
 _ID_ATTEMPTS = 20
+_STORAGE_NAME_CONSTRAINT = "uq_vector_tables_storage_name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +42,23 @@ class NewVectorTable:
 def create(session: Session, environment: Environment, new: NewVectorTable) -> VectorTable:
     """A new vector table in status `pending`. Raises Conflict `name_conflict`."""
     for _attempt in range(_ID_ATTEMPTS):
-        # two tables of one name in two environments may begin with the same 8 characters: then another id is taken
-        vector_table_id = new_id("vt")
-        public_name = storage_name(vector_table_id, new.name, max_length=_PLATFORM_NAME_LENGTH)
-        if session.scalar(select(VectorTable.id).where(VectorTable.storage_name == public_name)) is None:
-            break
+        row = _new_row(environment, new, new_id("vt"))
+        try:
+            with name_must_be_free(session, "vector table", new.name):
+                session.add(row)
+        except IntegrityError as error:
+            # the ids of two tables of one name, in two environments, begin with the same 8 characters: take another
+            if violated_constraint(error) != _STORAGE_NAME_CONSTRAINT:
+                raise
+        else:
+            return row
+    raise EmbeddError(f"No name to store vector table {new.name!r} under is free.")
+
+
+def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str) -> VectorTable:
     configuration = new.configuration
-    row = VectorTable(
+    public_name = storage_name(vector_table_id, new.name, max_length=_PLATFORM_NAME_LENGTH)
+    return VectorTable(
         id=vector_table_id,
         org_id=environment.org_id,
         environment_id=environment.id,
@@ -72,9 +84,6 @@ def create(session: Session, environment: Environment, new: NewVectorTable) -> V
         created_at=now(),
         updated_at=now(),
     )
-    with name_must_be_free(session, "vector table", new.name):
-        session.add(row)
-    return row
 
 
 def get(session: Session, environment_id: str, vector_table_id: str, *, lock: bool = False) -> VectorTable:
