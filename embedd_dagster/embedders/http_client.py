@@ -5,12 +5,11 @@ from __future__ import annotations
 import ipaddress
 import ssl
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
-import httpcore
 import httpx
 import numpy as np
 import orjson
@@ -19,8 +18,8 @@ from embedd_dagster import network
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.embedders.cutting import byte_count
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
+from embedd_dagster.embedders.vetted_transport import VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
-from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
 _DEFAULT_CONCURRENCY = 16
@@ -57,7 +56,7 @@ class HttpEmbedder:
         url = _parse_base_url(base_url or default_base_url, example=default_base_url)
         self._name = f"The embedding provider at {url.host}" if base_url else provider
         self._base_url = url
-        tls: ssl.SSLContext | bool = _tls_context() if url.scheme == "https" else False
+        tls = _tls_context() if url.scheme == "https" else None
         pool = httpx.Limits(max_connections=concurrency + 2, max_keepalive_connections=concurrency + 2)
         is_proxied = _is_proxied(url)
         if is_proxied:
@@ -68,7 +67,7 @@ class HttpEmbedder:
             headers={"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": "embedd"},
             timeout=httpx.Timeout(timeout_seconds, connect=min(_CONNECT_TIMEOUT_SECONDS, timeout_seconds)),
             limits=pool,
-            verify=tls,
+            verify=tls or False,
             trust_env=is_proxied,
             follow_redirects=False,
             transport=None
@@ -161,77 +160,13 @@ def check_key(api_key: str | None, *, provider: str, required: bool) -> str:
     return key
 
 
-class VettedTransport(httpx.HTTPTransport):
-    """Connects only to addresses that are allowed, found and checked anew for every connection.
-
-    The address that was checked is the one that is connected to, so a name cannot lead elsewhere in between; Host header
-    and TLS name stay those of the URL.
-    """
-
-    def __init__(
-        self,
-        *,
-        tls: ssl.SSLContext | bool,
-        limits: httpx.Limits,
-        deny_private_networks: bool,
-        resolver: Resolver = network.resolve,
-    ) -> None:
-        super().__init__(verify=tls, limits=limits, trust_env=False)
-        self._pool.close()
-        # httpx has no parameter for this; that it is used at all is tested
-        self._pool = httpcore.ConnectionPool(
-            ssl_context=tls if isinstance(tls, ssl.SSLContext) else None,
-            max_connections=limits.max_connections,
-            max_keepalive_connections=limits.max_keepalive_connections,
-            keepalive_expiry=limits.keepalive_expiry,
-            network_backend=_VettedBackend(deny_private_networks=deny_private_networks, resolver=resolver),
-        )
-
-
-class _VettedBackend(httpcore.SyncBackend):
-    def __init__(self, *, deny_private_networks: bool, resolver: Resolver) -> None:
-        self._deny_private_networks = deny_private_networks
-        self._resolver = resolver
-
-    def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[Any] | None = None,
-    ) -> httpcore.NetworkStream:
-        try:
-            addresses = network.vetted_addresses(
-                host, port, deny_private_networks=self._deny_private_networks, resolver=self._resolver
-            )
-        except NameUnknown:
-            raise httpcore.ConnectError("The name does not resolve.") from None
-        except AddressForbidden as error:
-            raise _forbidden(host, str(error)) from None
-        failure: Exception = httpcore.ConnectError("The name has no address.")
-        for address in addresses:
-            try:
-                return super().connect_tcp(address, port, timeout, local_address, socket_options)
-            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
-                failure = error
-        raise failure
-
-
-def _forbidden(host: str, reason: str) -> EmbeddingRejected:
-    return EmbeddingRejected(
-        f"The embedding provider's host {host!r} leads to {reason}, to which this service does not connect.",
-        resolution="Use a base_url that is reachable under a public address, or ask the operator of this service.",
-    )
-
-
 def _check_literal(host: str, *, deny_private_networks: bool) -> None:
     try:
         reason = network.refusal(host, deny_private_networks=deny_private_networks)
     except ValueError:
         return  # a name
     if reason:
-        raise _forbidden(host, reason)
+        raise forbidden_host(host, reason)
 
 
 def _is_proxied(url: httpx.URL) -> bool:

@@ -8,16 +8,17 @@ same points: that, and the checkpoint behind the write, is what makes a killed r
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field, fields
 from functools import partial
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from embedd_dagster.catalog.vector_sets import RowFailure
-from embedd_dagster.core.embedded_text import compose_text, metadata_value, text_hash
+from embedd_dagster.core.embedded_text import compose_text, metadata_reader, text_hashes
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet
 from embedd_dagster.core.shards import BatchLimits, pack_batches
@@ -59,19 +60,25 @@ COUNT_NAMES = tuple(item.name for item in fields(RowCounts))
 
 
 class ComposedRow(NamedTuple):
-    """A row with its text; `text` is "" for a row that has nothing to embed, or that `failure` says why not."""
+    """A row with its text, which is "" where there is nothing to embed, or where `failure` says why not.
 
-    row: SourceRow
-    text: str
-    tokens: int
-    truncated: bool
-    metadata: dict[str, object]
+    Flat, and without the values that were read: a text of a megabyte, of which a model reads the beginning, must not wait
+    in a queue.
+    """
+
+    key: Key
+    row_hash: int
+    bucket: int
+    text: str = ""
+    metadata: Mapping[str, object] = MappingProxyType({})
+    tokens: int = 0
+    truncated: bool = False
     failure: RowError | None = None
 
-    @property
-    def size_bytes(self) -> int:
-        """About what the row holds in memory."""
-        return 200 + 2 * len(self.text)
+
+def _size_bytes(row: ComposedRow) -> int:
+    """About what the row holds in memory."""
+    return 200 + 2 * len(row.text)
 
 
 @dataclass(slots=True)
@@ -115,7 +122,9 @@ class RowPipeline:
         text_positions = [positions[column.name] for column in self._text_columns]
         # embedding columns come first in a selection, so that nearly always a slice is enough
         self._text_positions = None if text_positions == list(range(self._text_count)) else text_positions
-        self._metadata = [(name, positions[name], kind) for name, kind in configuration.filter_types.items()]
+        self._metadata = [
+            (name, positions[name], metadata_reader(kind)) for name, kind in configuration.filter_types.items()
+        ]
 
     @property
     def limits(self) -> BatchLimits:
@@ -125,86 +134,82 @@ class RowPipeline:
     def batches(self, pages: Iterable[list[SourceRow]]) -> Iterator[list[ComposedRow]]:
         """The rows of the pages, composed, in batches that one request to the provider can take. Lazy."""
         composed = (self.compose(row) for page in pages for row in page)
-        return pack_batches(((row, row.tokens, row.size_bytes) for row in composed), self.limits)
+        return pack_batches(((row, row.tokens, _size_bytes(row)) for row in composed), self.limits)
 
     def compose(self, row: SourceRow) -> ComposedRow:
         """The row with its text, cut at the model's limit, and its metadata."""
-        values = row.values
+        key, values, row_hash, bucket = row
         if self._text_positions is None:
             texts = values[: self._text_count]
         else:
             texts = tuple(values[position] for position in self._text_positions)
         text = compose_text(self._text_columns, texts)
-        # the values are let go: a text of a megabyte, of which a model reads the beginning, must not wait in a queue
-        row = SourceRow(row.key, (), row.row_hash, row.bucket)
         if not text:
-            return ComposedRow(row, "", 0, False, {})
+            return ComposedRow(key, row_hash, bucket)
         try:
             metadata: dict[str, object] = {}
-            for name, position, kind in self._metadata:
-                value = metadata_value(values[position], kind)
-                if value is not None:
+            for name, position, read in self._metadata:
+                value = values[position]
+                if value is not None and (value := read(value)) is not None:
                     metadata[name] = value
         except RowError as error:
-            return ComposedRow(row, "", 0, False, {}, error)
-        cut = self._embedder.cut(text)
-        return ComposedRow(row, cut.text, cut.tokens, cut.truncated, metadata)
+            return ComposedRow(key, row_hash, bucket, failure=error)
+        text, tokens, truncated = self._embedder.cut(text)
+        return ComposedRow(key, row_hash, bucket, text, metadata, tokens, truncated)
 
     def process(self, batch: list[ComposedRow]) -> BatchOutcome:
         """Embeds and writes one batch; when it returns, every point of it is durable. Idempotent."""
-        outcome = BatchOutcome(batch[-1].row.key, RowCounts(read=len(batch)))
+        outcome = BatchOutcome(batch[-1].key, RowCounts(read=len(batch)))
         rows = []
         for row in batch:
             if row.text:
                 rows.append(row)
+            elif row.failure is None:
+                outcome.without_point.append(row.key)
+                outcome.counts.skipped += 1
             else:
-                outcome.without_point.append(row.row.key)
-                if row.failure is None:
-                    outcome.counts.skipped += 1
-                else:
-                    _note_failure(outcome, row.row, "compose", row.failure)
+                _note_failure(outcome, row, "compose", row.failure)
         if rows:
             self._write(rows, outcome)
         return outcome
 
     def _write(self, rows: list[ComposedRow], outcome: BatchOutcome) -> None:
-        hashes = [text_hash(row.text) for row in rows]
-        known = self._find_vectors(rows, hashes)
+        hashes = text_hashes([row.text for row in rows])
+        known = self._find_vectors([row.key for row in rows], hashes)
         missing = {hashed: row.text for row, hashed in zip(rows, hashes, strict=True) if hashed not in known}
         embedded, rejected = self._embed(missing, known, outcome)
-        kept = []
-        for index, row in enumerate(rows):
-            if error := rejected.get(hashes[index]):
-                _note_failure(outcome, row.row, "embed", error)
-                outcome.without_point.append(row.row.key)
-            else:
-                kept.append(index)
-                outcome.counts.truncated += row.truncated
+        if rejected:
+            for row, hashed in zip(rows, hashes, strict=True):
+                if error := rejected.get(hashed):
+                    _note_failure(outcome, row, "embed", error)
+            rows = [row for row, hashed in zip(rows, hashes, strict=True) if hashed not in rejected]
+            hashes = [hashed for hashed in hashes if hashed not in rejected]
         outcome.counts.embedded += len(embedded)
-        outcome.counts.reused += len(kept) - len(embedded)
-        if not kept:
+        outcome.counts.reused += len(rows) - len(embedded)
+        if not rows:
             return
+        keys, row_hashes, buckets, texts, metadata, _tokens, truncated, _failure = zip(*rows, strict=True)
+        outcome.counts.truncated += sum(truncated)
         points = PointBatch(
-            keys=[rows[index].row.key for index in kept],
-            texts=[rows[index].text for index in kept],
-            metadata=[rows[index].metadata for index in kept],
-            row_hashes=[rows[index].row.row_hash for index in kept],
-            text_hashes=[hashes[index] for index in kept],
-            buckets=[rows[index].row.bucket for index in kept],
-            vectors=np.stack([known[hashes[index]] for index in kept]),
+            keys=list(keys),
+            texts=list(texts),
+            metadata=list(metadata),
+            row_hashes=list(row_hashes),
+            text_hashes=hashes,
+            buckets=list(buckets),
+            vectors=np.concatenate([known[hashed] for hashed in hashes]).reshape(len(hashes), -1),
         )
         self._patiently(lambda: self._store.upsert(self._set, points))
         outcome.written = points.keys
-        positions = [position for position, hashed in enumerate(points.text_hashes) if hashed in embedded]
         self._memory.note_written(
-            [points.text_hashes[position] for position in positions], [points.keys[position] for position in positions]
+            {hashed: key for hashed, key in zip(hashes, points.keys, strict=True) if hashed in embedded}
         )
 
-    def _find_vectors(self, rows: list[ComposedRow], hashes: list[int]) -> dict[int, Vectors]:
+    def _find_vectors(self, keys: list[Key], hashes: list[int]) -> dict[int, Vectors]:
         """Vectors that need not be paid for again, by text hash: of this row in an older set, or of an equal text."""
         known = self._memory.recall(hashes)
         for vector_set in self._reuse_from:
-            wanted = {row.row.key: hashed for row, hashed in zip(rows, hashes, strict=True) if hashed not in known}
+            wanted = {key: hashed for key, hashed in zip(keys, hashes, strict=True) if hashed not in known}
             known.update(self._read_vectors(vector_set, wanted))
         unknown = [hashed for hashed in hashes if hashed not in known]
         elsewhere = {key: hashed for hashed, key in self._memory.find_written(unknown).items()}
@@ -248,14 +253,16 @@ class RowPipeline:
             if claimed:
                 result = self._embedder.embed(list(claimed.values()))
                 outcome.counts.tokens += result.tokens
-                for index, hashed in enumerate(claimed):
-                    found[hashed] = result.failed.get(index) or result.vectors[index]
+                hashes = list(claimed)
+                found = dict(zip(hashes, result.vectors, strict=True))
+                found.update((hashes[index], error) for index, error in result.failed.items())
         finally:
             self._memory.resolve(list(claimed), dict(found))
         return found
 
 
-def _note_failure(outcome: BatchOutcome, row: SourceRow, step: str, error: RowError) -> None:
+def _note_failure(outcome: BatchOutcome, row: ComposedRow, step: str, error: RowError) -> None:
+    outcome.without_point.append(row.key)
     outcome.counts.failed += 1
     outcome.failures.append(RowFailure(row.key, row.row_hash, step, error.code, error.message))
 
@@ -278,7 +285,7 @@ def process_in_order(
     try:
         for batch in batches:
             check()
-            size = sum(row.size_bytes for row in batch)
+            size = sum(map(_size_bytes, batch))
             while in_flight and (
                 in_flight[0][1].done() or len(in_flight) >= max_batches or bytes_in_flight + size > max_bytes
             ):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
+import psycopg
 from psycopg import sql
 
 from embedd_dagster.core.filters import Filter
@@ -69,6 +70,8 @@ class PgvectorStore:
         self._vector_schema: str | None = None
         self._homes: dict[str, str] = {}
         self._key_types: dict[str, KeyType] = {}
+        self._new: set[str] = set()
+        """Sets whose table was made here, and in which no upsert has met a row that it replaces."""
 
     @property
     def schema(self) -> str:
@@ -88,13 +91,15 @@ class PgvectorStore:
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
         vector_schema, place = self._find_vector_schema(), self._table(vector_set)
-        self._database.with_locks(lambda connection: create_table(connection, vector_set, place, vector_schema))
+        if self._database.with_locks(lambda connection: create_table(connection, vector_set, place, vector_schema)):
+            self._new.add(vector_set.versioned_name)
         self._homes[vector_set.vector_table_id] = place.schema
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
 
-        The removal costs a bulk load some 5 % where it finds nothing; to merge from a staging table costs 30 %.
+        A new set has none to remove: it is tried without, which saves a bulk load a tenth of its time. To merge from a
+        staging table instead would cost 30 %.
         """
         if not len(points):
             return
@@ -104,12 +109,23 @@ class PgvectorStore:
         copy = sql.SQL("COPY {} ({}) FROM STDIN (FORMAT binary)").format(table, sql.SQL(COPIED_COLUMNS))
 
         def write(connection: Connection) -> None:
-            _delete(connection, table, key_type, points.keys)
             with connection.cursor().copy(copy) as writer:
                 writer.write(body)
 
+        def replace(connection: Connection) -> None:
+            _delete(connection, table, key_type, points.keys)
+            write(connection)
+
         with self._writers:
-            self._database.retrying_conflicts(write)
+            if vector_set.versioned_name in self._new:
+                with self._database.connection() as connection:
+                    try:
+                        write(connection)
+                    except psycopg.errors.UniqueViolation:
+                        self._new.discard(vector_set.versioned_name)
+                    else:
+                        return
+            self._database.retrying_conflicts(replace)
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""

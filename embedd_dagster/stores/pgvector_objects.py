@@ -35,10 +35,13 @@ class Place:
         return sql.Identifier(self.schema, self.name)
 
 
-def create_table(connection: Connection, vector_set: VectorSet, place: Place, vector_schema: str) -> None:
-    """Makes the table of a set; one that is there is kept. Raises VectorStoreRejected for somebody else's."""
+def create_table(connection: Connection, vector_set: VectorSet, place: Place, vector_schema: str) -> bool:
+    """Makes the table of a set, unless it is there: then it is kept, and the answer is False.
+
+    Raises VectorStoreRejected for somebody else's.
+    """
     if check_owned(connection, place):
-        return
+        return False
     key_type = resolve_key_type(connection, vector_set.key_type)
     inline = vector_set.dimensions in _INLINE_DIMENSIONS
     statement = sql.SQL(
@@ -57,6 +60,7 @@ def create_table(connection: Connection, vector_set: VectorSet, place: Place, ve
     if inline:
         connection.execute(sql.SQL("ALTER TABLE {} ALTER embedding SET STORAGE MAIN").format(place.identifier))
     connection.execute(sql.SQL("COMMENT ON TABLE {} IS {}").format(place.identifier, sql.Literal(place.mark)))
+    return True
 
 
 def replace_view(connection: Connection, view: Place, table: sql.Identifier, vector_schema: str) -> None:

@@ -111,12 +111,10 @@ def copy_body(points: PointBatch, key_type: KeyType) -> bytes:
         keys = [key_type.dump(key) for key in points.keys]
     except (struct.error, AttributeError, TypeError, ValueError, ArithmeticError):
         raise VectorStoreRejected(f"A primary key is no {key_type.sql_name}.") from None
-    heads = _row_heads(points)
+    heads, texts, documents = _row_heads(points), _text_bytes(points.texts), _json_bytes(points.metadata)
     parts = [_HEADER]
     for index in _last_of_each(points.keys):
-        key = keys[index]
-        text = _text_bytes(points.texts[index])
-        metadata = _json_bytes(points.metadata[index])
+        key, text, metadata = keys[index], texts[index], documents[index]
         parts += (
             heads[index],
             _LENGTH.pack(len(key)), key,
@@ -167,21 +165,25 @@ def _last_of_each(keys: list[Key]) -> Any:
     return sorted({encode_key(key): index for index, key in enumerate(keys)}.values())
 
 
-def _text_bytes(text: str) -> bytes:
+# Both look for what is rare in all of a batch at once: row by row that took half of the time of a COPY's body.
+
+
+def _text_bytes(texts: list[str]) -> list[bytes]:
     try:
-        raw = text.encode()
+        raw = [text.encode() for text in texts]
     except UnicodeEncodeError:
-        return clean_text(text).encode()
-    return raw.replace(b"\0", b"") if b"\0" in raw else raw
+        raw = [clean_text(text).encode() for text in texts]
+    return [item.replace(b"\0", b"") for item in raw] if b"\0" in b"".join(raw) else raw
 
 
-def _json_bytes(metadata: dict[str, Any]) -> bytes:
+def _json_bytes(metadata: list[dict[str, Any]]) -> list[bytes]:
     try:
-        raw = orjson.dumps(metadata)
+        raw = [orjson.dumps(item) for item in metadata]
+        joined = b"".join(raw)
     except TypeError:  # a lone surrogate
-        return orjson.dumps(_clean(metadata))
-    if b"null" in raw or b"\\u0000" in raw:  # it seems: jsonb holds no NUL, and nulls are left out
-        return orjson.dumps(_clean(metadata))
+        joined = b"null"
+    if b"null" in joined or b"\\u0000" in joined:  # it seems: jsonb holds no NUL, and nulls are left out
+        return [orjson.dumps(_clean(item)) for item in metadata]
     return raw
 
 

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from embedd_dagster.embedders import open_embedder
-from embedd_dagster.embedders.http_client import VettedTransport
+from embedd_dagster.embedders.vetted_transport import VettedTransport
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable
 from embedd_dagster.network import NameUnknown
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -35,7 +35,7 @@ class Names:
 def client(names: Names, *, deny: bool = False, keep: int = 1) -> httpx.Client:
     limits = httpx.Limits(max_connections=2, max_keepalive_connections=keep)
     return httpx.Client(
-        transport=VettedTransport(tls=False, limits=limits, deny_private_networks=deny, resolver=names),
+        transport=VettedTransport(tls=None, limits=limits, deny_private_networks=deny, resolver=names),
         trust_env=False,
     )
 
@@ -81,7 +81,7 @@ def test_a_name_that_does_not_resolve_is_a_connection_that_fails() -> None:
     def unknown(host: str, port: int) -> list[str]:
         raise NameUnknown("no such name")
 
-    transport = VettedTransport(tls=False, limits=httpx.Limits(), deny_private_networks=False, resolver=unknown)
+    transport = VettedTransport(tls=None, limits=httpx.Limits(), deny_private_networks=False, resolver=unknown)
     with httpx.Client(transport=transport) as http, pytest.raises(httpx.ConnectError):
         http.get("http://provider.example/")
 

@@ -1,0 +1,142 @@
+"""How httpx reaches a provider: only at addresses that are allowed, and cheaply.
+
+Over the standard library's HTTP client, because httpx's own (h11 takes an answer apart in pieces of 64 KB) cost 0.8 ms of
+CPU a request of 256 texts, a tenth of all that a row costs; this costs 0.4.
+"""
+
+from __future__ import annotations
+
+import http.client
+import select
+import socket
+import ssl
+import threading
+import time
+from typing import NamedTuple
+
+import httpx
+
+from embedd_dagster import network
+from embedd_dagster.errors import EmbeddingRejected
+from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
+
+
+class _Idle(NamedTuple):
+    connection: http.client.HTTPConnection
+    since: float
+
+
+class VettedTransport(httpx.BaseTransport):
+    """Connects only to addresses that are allowed, found and checked anew for every connection.
+
+    The address that was checked is the one that is connected to, so a name cannot lead elsewhere in between; Host header
+    and TLS name stay those of the URL. For one origin; as many connections are open as there are threads at work, and
+    those that `limits` allow are kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        tls: ssl.SSLContext | None,
+        limits: httpx.Limits,
+        deny_private_networks: bool,
+        resolver: Resolver = network.resolve,
+    ) -> None:
+        self._tls = tls
+        self._limits = limits
+        self._deny_private_networks = deny_private_networks
+        self._resolver = resolver
+        self._lock = threading.Lock()
+        self._idle: list[_Idle] = []
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """The answer, read to its end. Raises httpx's own errors, and EmbeddingRejected for a forbidden address."""
+        timeout = request.extensions["timeout"]
+        connection = self._take() or self._connect(request.url, timeout["connect"])
+        try:
+            connection.sock.settimeout(timeout["read"])
+            connection.putrequest(
+                request.method, request.url.raw_path.decode("ascii"), skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in request.headers.raw:
+                connection.putheader(name.decode("ascii"), value)
+            connection.endheaders(request.read())
+            answer = connection.getresponse()
+            response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read())
+        except TimeoutError:
+            connection.close()
+            raise httpx.ReadTimeout("No answer in time.", request=request) from None
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise httpx.RemoteProtocolError(type(error).__name__, request=request) from None
+        except BaseException:
+            connection.close()
+            raise
+        self._give_back(connection)
+        return response
+
+    def close(self) -> None:
+        """Idle connections are closed."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for item in idle:
+            item.connection.close()
+
+    def _take(self) -> http.client.HTTPConnection | None:
+        expiry = self._limits.keepalive_expiry
+        while True:
+            with self._lock:
+                if not self._idle:
+                    return None
+                connection, since = self._idle.pop()
+            # what can be read of an idle connection is its end
+            poller = select.poll()
+            poller.register(connection.sock, select.POLLIN)
+            if not poller.poll(0) and (expiry is None or time.monotonic() - since < expiry):
+                return connection
+            connection.close()
+
+    def _give_back(self, connection: http.client.HTTPConnection) -> None:
+        kept = self._limits.max_keepalive_connections
+        with self._lock:
+            # the standard library has closed it already where the server wanted that
+            if connection.sock is not None and (kept is None or len(self._idle) < kept):
+                self._idle.append(_Idle(connection, time.monotonic()))
+                return
+        connection.close()
+
+    def _connect(self, url: httpx.URL, timeout: float | None) -> http.client.HTTPConnection:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            addresses = network.vetted_addresses(
+                url.host, port, deny_private_networks=self._deny_private_networks, resolver=self._resolver
+            )
+        except NameUnknown:
+            raise httpx.ConnectError("The name does not resolve.") from None
+        except AddressForbidden as error:
+            raise forbidden_host(url.host, str(error)) from None
+        failure: httpx.TransportError = httpx.ConnectError("The name has no address.")
+        for address in addresses:
+            connection = http.client.HTTPConnection(url.host, port)
+            connection.auto_open = 0  # it would look up the name by itself
+            try:
+                connection.sock = socket.create_connection((address, port), timeout)
+                connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if self._tls is not None:
+                    connection.sock = self._tls.wrap_socket(connection.sock, server_hostname=url.host)
+            except TimeoutError:
+                failure = httpx.ConnectTimeout("No connection in time.")
+            except OSError as error:
+                failure = httpx.ConnectError(type(error).__name__)
+            else:
+                return connection
+            connection.close()
+        raise failure
+
+
+def forbidden_host(host: str, reason: str) -> EmbeddingRejected:
+    """What to say of a host name that leads to such an address."""
+    return EmbeddingRejected(
+        f"The embedding provider's host {host!r} leads to {reason}, to which this service does not connect.",
+        resolution="Use a base_url that is reachable under a public address, or ask the operator of this service.",
+    )
