@@ -206,7 +206,8 @@ def _owned(session: Session, task_id: str, run_id: str) -> Task:
 def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     """Ends a live task badly, or puts it back to pending where `retry` is asked for and attempts are left.
 
-    The last error of the vector table is set either way; its status becomes `error` only when the task is given up.
+    The last error of the vector table is set either way. When the task is given up, the status becomes `error`, but a paused
+    table stays so until it is resumed, and a sync that failed does not keep a newer configuration from being built.
     """
     task.last_error = error
     table = vector_tables.find(session, task.target_id, lock=True)
@@ -222,7 +223,11 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
         resyncs.delay(table, now())
-        vector_tables.set_status(table, SyncStatus.ERROR, error)
+        at_rest = vector_tables.resting_status(session, table)
+        stays = at_rest is SyncStatus.PAUSED or (
+            at_rest is SyncStatus.PENDING_REBACKFILL and task.task_type == TaskType.SYNC.value
+        )
+        vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
 
 
 def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:

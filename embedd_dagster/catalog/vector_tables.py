@@ -217,12 +217,14 @@ def pause(session: Session, row: VectorTable) -> None:
 
 
 def resume(session: Session, row: VectorTable) -> None:
-    """Ends a pause. Raises Conflict `sync_not_paused`."""
+    """Ends a pause; what had failed before or during it is an error still. Raises Conflict `sync_not_paused`."""
     if not row.paused:
         raise Conflict(f"Sync of {row.name!r} is not paused.", code="sync_not_paused", resolution="Nothing to do.")
     row.paused = False
     if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
-        set_status(row, resting_status(session, row))
+        status = resting_status(session, row)
+        has_failed = row.last_error is not None and status is not SyncStatus.PENDING_REBACKFILL
+        set_status(row, SyncStatus.ERROR if has_failed else status)
 
 
 @dataclass(frozen=True, slots=True)

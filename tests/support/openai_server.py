@@ -39,6 +39,7 @@ import uvicorn
 POISON = "☠POISON☠"
 FATAL = "☠FATAL☠"
 _POOL_SIZE = 1024
+_HOLD_POLL_SECONDS = 0.02
 _HEAD_FLOATS = 3  # 12 bytes are 16 characters of base64 exactly
 
 
@@ -67,6 +68,8 @@ class Behaviour:
     fail_status: int = 500
     hang_next: int = 0
     hang_seconds: float = 30.0
+    held: bool = False
+    """Requests wait until this is taken back, or the server is reset."""
     rejects_everything: bool = False
     garble: str = "none"  # none | truncated | html | too_few | too_many | nan | no_index | mixed_sizes | shuffled
     garble_next: int | None = None
@@ -211,6 +214,8 @@ class OpenAIServer:
             await asyncio.sleep(behaviour.hang_seconds)
         if behaviour.latency_seconds:
             await asyncio.sleep(behaviour.latency_seconds)
+        while self.behaviour.held:
+            await asyncio.sleep(_HOLD_POLL_SECONDS)
         self._check_account(request_headers)
         if self._counts_down("fail_next") or (behaviour.fail_every and number % behaviour.fail_every == 0):
             raise Refused(behaviour.fail_status, "The server had an error while processing your request.")

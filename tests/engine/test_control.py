@@ -1,0 +1,346 @@
+"""What becomes of a run in whose midst somebody does something else: every row of the table in docs/concepts.
+
+The provider holds its answers, so each run is caught while it embeds; what is done then is what the API does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+
+from embedd_dagster.catalog import connections, embedding_providers, tasks, vector_tables
+from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
+from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.engine.run import RunReport
+from embedd_dagster.engine.teardown import teardown
+from embedd_dagster.errors import Conflict, EmbeddError, RunCancelled
+from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
+from tests.support.openai_server import running_openai_server
+
+one_store = pytest.mark.parametrize("product", [Mode.PLATFORM], ids=["pgvector"], indirect=True)
+"""For outcomes that the catalog alone decides."""
+
+ITEM_COLUMNS = (replace(COLUMNS[0], name_prefix="item: "), *COLUMNS[1:])
+
+
+@contextmanager
+def caught(product: Product, task_id: str) -> Iterator[Future[RunReport]]:
+    """The task's run, which waits for its provider as long as the block lasts, and then goes on."""
+    product.provider.behave(held=True)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(product.run_task, task_id)
+        try:
+            _wait_for(lambda: running.done() or product.provider.stats()["in_flight"] > 0)
+            assert not running.done(), running.exception()
+            yield running
+        finally:
+            product.provider.behave(held=False)
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def begin_sync(product: Product) -> str:
+    """The task of a sync that has 20 texts to embed."""
+    product.sql("UPDATE products SET body = 'rewritten ' || id || %s WHERE id <= 20", uuid4().hex)
+    return product.add_task(TaskType.SYNC)
+
+
+def pause(product: Product) -> None:
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        vector_tables.pause(session, table)
+
+
+def resume(product: Product) -> None:
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        vector_tables.resume(session, table)
+
+
+def delete(product: Product) -> None:
+    with product.runtime.catalog.transaction() as session:
+        vector_tables.mark_deleted(
+            vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        )
+        live = tasks.find_live(session, product.vector_table_id)
+        assert live is not None
+        tasks.request_cancel(session, live)
+
+
+def cancel(product: Product, task_id: str) -> None:
+    with product.runtime.catalog.transaction() as session:
+        task = tasks.find(session, task_id, lock=True)
+        assert task is not None
+        tasks.request_cancel(session, task)
+
+
+def status(product: Product) -> SyncStatus:
+    return SyncStatus(product.table().sync_status)
+
+
+def is_awaiting_rebackfill(product: Product) -> bool:
+    """Whether the sensor would build the newer configuration."""
+    with product.runtime.catalog.transaction() as session:
+        return product.vector_table_id in {table.id for table in vector_tables.awaiting_rebackfill(session)}
+
+
+def prefixes(product: Product) -> set[str]:
+    return {hit.embedded_text.split(":")[0] for hit in product.search("x")}
+
+
+# the configuration changes
+
+
+@one_store
+def test_a_configuration_changed_during_a_sync_is_built_after_it(product: Product) -> None:
+    product.run()
+    with caught(product, begin_sync(product)) as running:
+        product.reconfigure(columns=ITEM_COLUMNS)
+        assert status(product) is SyncStatus.PENDING_REBACKFILL
+        with pytest.raises(Conflict):
+            product.add_task(TaskType.REBACKFILL)
+    assert running.result().rows_embedded == 20, "with the columns of what is live"
+    assert prefixes(product) == {"title"}
+    assert status(product) is SyncStatus.PENDING_REBACKFILL
+    assert is_awaiting_rebackfill(product)
+    product.run(TaskType.REBACKFILL)
+    assert (status(product), prefixes(product)) == (SyncStatus.SYNCED, {"item"})
+    product.assert_true_to_source()
+
+
+@one_store
+def test_a_configuration_changed_during_a_sync_that_fails_is_built_all_the_same(product: Product) -> None:
+    product.run()
+    with caught(product, begin_sync(product)) as running:
+        product.reconfigure(columns=ITEM_COLUMNS)
+        product.provider.behave(api_key="another")
+    assert isinstance(running.exception(), EmbeddError)
+    assert product.table().last_error
+    assert is_awaiting_rebackfill(product)
+    product.provider.behave(api_key=None)
+    product.run(TaskType.REBACKFILL)
+    assert (status(product), product.table().last_error) == (SyncStatus.SYNCED, None)
+    product.assert_true_to_source()
+
+
+@one_store
+def test_a_configuration_changed_during_a_backfill_is_built_after_it(product: Product) -> None:
+    with caught(product, product.add_task()):
+        product.reconfigure(columns=ITEM_COLUMNS)
+        product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
+        assert status(product) is SyncStatus.BACKFILLING
+    assert prefixes(product) == {"title"}, "what was begun is finished, and answers"
+    assert status(product) is SyncStatus.PENDING_REBACKFILL
+    assert is_awaiting_rebackfill(product)
+    product.run(TaskType.REBACKFILL)
+    assert (status(product), prefixes(product)) == (SyncStatus.SYNCED, {"item"})
+    assert product.live_set().dimensions == 24, "the last of the changes"
+
+
+@one_store
+def test_a_configuration_changed_while_a_backfill_is_queued_is_the_one_built(product: Product) -> None:
+    task_id = product.add_task()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    product.run_task(task_id)
+    assert product.provider.stats()["texts"] == 500
+    assert (status(product), prefixes(product)) == (SyncStatus.SYNCED, {"item"})
+
+
+@one_store
+def test_a_name_changed_during_a_sync_changes_nothing_else(product: Product) -> None:
+    product.run()
+    before = product.table()
+    with (
+        caught(product, begin_sync(product)) as running,
+        product.runtime.catalog.transaction() as session,
+    ):
+        vector_tables.rename(session, vector_tables.get(session, product.environment_id, before.id, lock=True), "new")
+    assert running.result().rows_embedded == 20
+    after = product.table()
+    assert (after.name, after.sync_status, after.total_rows) == ("new", SyncStatus.SYNCED, 500)
+    assert (after.storage_name, after.config_version) == (before.storage_name, before.config_version)
+    product.assert_true_to_source()
+
+
+# pause and resume
+
+
+@one_store
+def test_a_pause_during_a_backfill_lets_it_finish(product: Product) -> None:
+    with caught(product, product.add_task()):
+        pause(product)
+        assert status(product) is SyncStatus.BACKFILLING
+    assert (status(product), product.table().synced_rows) == (SyncStatus.PAUSED, 500)
+    assert len(product.search("x")) == 10, "it answers"
+    resume(product)
+    assert status(product) is SyncStatus.SYNCED
+
+
+@one_store
+def test_a_pause_during_a_sync_lets_it_finish(product: Product) -> None:
+    product.run()
+    with caught(product, begin_sync(product)):
+        pause(product)
+        assert status(product) is SyncStatus.PAUSED
+    assert status(product) is SyncStatus.PAUSED
+    product.assert_true_to_source()
+
+
+@one_store
+@pytest.mark.parametrize("task_type", [TaskType.BACKFILL, TaskType.SYNC])
+def test_a_pause_and_a_resume_during_a_run_leave_no_trace(product: Product, task_type: TaskType) -> None:
+    product.run()
+    product.sql("UPDATE products SET body = 'rewritten ' || id WHERE id <= 20")
+    with caught(product, product.add_task(task_type)):
+        pause(product)
+        resume(product)
+    assert status(product) is SyncStatus.SYNCED
+    product.assert_true_to_source()
+
+
+@one_store
+def test_a_run_that_fails_while_its_table_is_paused_shows_when_it_is_resumed(product: Product) -> None:
+    product.run()
+    with caught(product, begin_sync(product)):
+        pause(product)
+        product.provider.behave(api_key="another")
+    assert status(product) is SyncStatus.PAUSED
+    told = product.table().last_error
+    assert told
+    resume(product)
+    assert (status(product), product.table().last_error) == (SyncStatus.ERROR, told)
+    product.provider.behave(api_key=None)
+    product.run(TaskType.SYNC)
+    assert (status(product), product.table().last_error) == (SyncStatus.SYNCED, None)
+
+
+@one_store
+def test_a_paused_table_is_synced_and_built_on_demand_and_stays_paused(product: Product) -> None:
+    product.run()
+    pause(product)
+    product.sql("UPDATE products SET body = 'rewritten' WHERE id = 1")
+    product.run(TaskType.SYNC)
+    assert status(product) is SyncStatus.PAUSED
+    product.assert_true_to_source()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    assert not is_awaiting_rebackfill(product)
+    product.run(TaskType.REBACKFILL)
+    assert (status(product), prefixes(product)) == (SyncStatus.PAUSED, {"item"})
+
+
+@one_store
+def test_a_configuration_changed_while_paused_is_built_after_the_resume(product: Product) -> None:
+    product.run()
+    pause(product)
+    product.reconfigure(columns=ITEM_COLUMNS)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PAUSED, False)
+    resume(product)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, True)
+
+
+# one run a vector table
+
+
+@one_store
+@pytest.mark.parametrize("running_type", [TaskType.BACKFILL, TaskType.SYNC])
+@pytest.mark.parametrize("asked", [TaskType.BACKFILL, TaskType.SYNC])
+def test_while_one_runs_another_is_refused(product: Product, running_type: TaskType, asked: TaskType) -> None:
+    if running_type is TaskType.SYNC:
+        product.run()
+    task_id = begin_sync(product) if running_type is TaskType.SYNC else product.add_task()
+    with caught(product, task_id) as running:
+        before = status(product)
+        with pytest.raises(Conflict) as refused:
+            product.add_task(asked)
+        assert refused.value.code == "backfill_in_progress"
+        assert task_id in refused.value.message
+        assert running_type.value in refused.value.message
+        assert status(product) is before
+    running.result()
+    assert product.latest_task().id == task_id
+    assert status(product) is SyncStatus.SYNCED
+    product.run(asked)
+    product.assert_true_to_source()
+
+
+@one_store
+def test_a_sync_cancelled_in_the_middle_loses_nothing(product: Product) -> None:
+    product.run()
+    task_id = begin_sync(product)
+    with caught(product, task_id) as running:
+        cancel(product, task_id)
+        assert product.task(task_id).status == TaskStatus.RUNNING
+    assert isinstance(running.exception(), RunCancelled)
+    assert product.task(task_id).status == TaskStatus.CANCELLED
+    assert status(product) is SyncStatus.SYNCED
+    assert "sync" in product.run(TaskType.SYNC).seconds, "the next one looks at the same buckets again"
+    product.assert_true_to_source()
+    assert product.provider.stats()["texts"] == 520, "what was embedded before the end was kept"
+
+
+# the vector table is deleted
+
+
+@pytest.mark.parametrize("task_type", [TaskType.BACKFILL, TaskType.SYNC])
+def test_a_delete_ends_the_run_and_then_nothing_is_left(product: Product, task_type: TaskType) -> None:
+    if task_type is TaskType.SYNC:
+        product.run()
+    task_id = begin_sync(product) if task_type is TaskType.SYNC else product.add_task()
+    with product.runtime.catalog.transaction() as session:
+        endpoints = vector_tables.load_endpoints(session, product.vector_table_id)
+    assert endpoints is not None
+    with caught(product, task_id) as running:
+        delete(product)
+        assert not teardown(product.runtime, product.vector_table_id), "its run could write again"
+    assert isinstance(running.exception(), RunCancelled)
+    assert product.task(task_id).status == TaskStatus.CANCELLED
+    assert status(product) is SyncStatus.DELETING
+    assert teardown(product.runtime, product.vector_table_id)
+    with product.runtime.open_store(product.mode, endpoints.connection) as store:
+        assert store.versions(product.vector_table_id) == []
+    with product.runtime.catalog.transaction() as session:
+        assert vector_tables.find(session, product.vector_table_id) is None
+        assert tasks.find(session, task_id) is not None, "what was done is still told"
+
+
+# what a run was begun with changes
+
+
+@one_store
+def test_a_provider_changed_during_a_run_is_used_by_the_next(product: Product) -> None:
+    with running_openai_server(default_dimensions=DIMENSIONS) as other:
+        with caught(product, product.add_task()), product.runtime.catalog.transaction() as session:
+            table = vector_tables.get(session, product.environment_id, product.vector_table_id)
+            provider = embedding_providers.get(session, product.environment_id, table.embedding_provider_id or "")
+            credentials = {"api_key": "sk-new", "base_url": other.base_url}
+            embedding_providers.set_credentials(provider, product.runtime.box, credentials)
+        assert status(product) is SyncStatus.SYNCED
+        assert (product.provider.stats()["texts"], other.stats()["texts"]) == (500, 0)
+        product.run_task(begin_sync(product))
+        assert (product.provider.stats()["texts"], other.stats()["texts"]) == (500, 20)
+
+
+@one_store
+def test_a_connection_changed_during_a_run_is_used_by_the_next(product: Product) -> None:
+    with caught(product, product.add_task()) as running, product.runtime.catalog.transaction() as session:
+        table = vector_tables.get(session, product.environment_id, product.vector_table_id)
+        connection = connections.get(session, product.environment_id, table.connection_id)
+        credentials = connections.open_credentials(connection, product.runtime.box)
+        elsewhere = {**credentials, "database": "nowhere"}
+        connections.set_credentials(connection, product.runtime.box, elsewhere)
+    assert running.result().rows_embedded == 500
+    assert status(product) is SyncStatus.SYNCED
+    with pytest.raises(EmbeddError, match="nowhere"):
+        product.run(TaskType.SYNC)
+    assert status(product) is SyncStatus.ERROR
