@@ -11,10 +11,9 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
-from tests.support.e2e import API_KEY, Embedd
+from tests.support.e2e import API_KEY, Embedd, worker_of
 
 pytestmark = pytest.mark.e2e
 
@@ -44,20 +43,10 @@ def _start_slow_backfill(embedd: Embedd, eventually: Callable[..., Any], mode: s
     return vector_table_id, task_id
 
 
-def _worker_of(run_id: str) -> psutil.Process:
-    """The process that executes a run: the parent of those that Dagster starts to keep the run's output."""
-    for process in psutil.process_iter(["cmdline"]):
-        if run_id in " ".join(process.info["cmdline"] or []):
-            parent = process.parent()
-            assert parent is not None
-            return process if "execute_run" in " ".join(process.info["cmdline"]) else parent
-    raise AssertionError(f"no worker process of run {run_id}")
-
-
 def test_a_killed_worker_is_resumed_and_little_is_paid_twice(embedd: Embedd, eventually: Callable[..., Any]) -> None:
     vector_table_id, task_id = _start_slow_backfill(embedd, eventually)
     run_id = embedd.task(task_id)["dagster_run_id"]
-    os.kill(_worker_of(run_id).pid, signal.SIGKILL)
+    os.kill(worker_of(run_id).pid, signal.SIGKILL)
     embedd.provider_server.behave(latency_seconds=0)
     task = embedd.wait_for_task(task_id)
     assert task["status"] == "completed"

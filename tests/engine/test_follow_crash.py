@@ -47,23 +47,25 @@ def test_a_killed_follower_loses_nothing(product: Product, point: str, nth: int)
     )
     before = product.provider.stats()["texts"]
     kill_at(product.runtime.settings, VICTIM, connection_id, "victim", point, str(nth))
-    with product.runtime.catalog.transaction() as session:
-        feed = change_feeds.find(session, connection_id)
-        assert feed is not None
-        assert feed.dagster_run_id == "victim"
+    assert _owner(product, connection_id) == "victim"
     eventually(lambda: _follows_to_the_end(product, connection_id))
     product.assert_true_to_source()
     assert product.provider.stats()["texts"] - before <= 2 * 41
 
 
+def _owner(product: Product, connection_id: str) -> str | None:  # noqa: F811
+    with product.runtime.catalog.transaction() as session:
+        feed = change_feeds.find(session, connection_id)
+        return feed.dagster_run_id if feed else None
+
+
 def _follows_to_the_end(product: Product, connection_id: str) -> bool:  # noqa: F811
     """Whether a follower could take over: until the victim's silence is long enough, it ends at once."""
     with RunningFollower(product.runtime, connection_id) as follower:
+        eventually(lambda: follower.reason is not None or _owner(product, connection_id) == follower.run_id)
         if follower.reason is not None:
             return False
-        eventually(lambda: follower.reason is not None or (_is_followed(product) and _settled(product)))
-        if follower.reason is not None:
-            return False
+        eventually(lambda: _is_followed(product) and _settled(product))
         eventually(_is_true(product))
         assert not _is_owed(product)
     return True

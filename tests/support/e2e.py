@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 from sqlalchemy import URL
 
@@ -175,3 +176,13 @@ class Embedd:
         for vector_table_id in self._created:
             with suppress(httpx.TransportError):
                 self.api.delete(f"/v1/vector-tables/{vector_table_id}")
+
+
+def worker_of(run_id: str) -> psutil.Process:
+    """The process that executes a run: the parent of those that Dagster starts to keep the run's output."""
+    for process in psutil.process_iter(["cmdline"]):
+        if run_id in " ".join(process.info["cmdline"] or []):
+            parent = process.parent()
+            assert parent is not None
+            return process if "execute_run" in " ".join(process.info["cmdline"]) else parent
+    raise AssertionError(f"no worker process of run {run_id}")
