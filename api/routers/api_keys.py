@@ -13,23 +13,9 @@ from api.schemas.base import ApiKeyId
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
-from embedd_dagster.catalog.tables import ApiKey
 from embedd_dagster.errors import NotFound
 
 router = APIRouter(prefix="/api-keys", tags=["API keys"], route_class=StrictRoute)
-
-
-def _shown(row: ApiKey) -> ApiKeyAnswer:
-    return ApiKeyAnswer(
-        id=row.id,
-        org_id=row.org_id,
-        environment_id=row.environment_id,
-        name=row.name,
-        permission=row.permission,
-        prefix=row.prefix,
-        created_at=row.created_at,
-        revoked_at=row.revoked_at,
-    )
 
 
 @router.post("", status_code=201, responses=answers_once(201, "permission_denied"))
@@ -42,7 +28,7 @@ def create_api_key(body: ApiKeyCreate, caller: Writer, attempt: Once) -> NewApiK
         if environment_id is not None:
             environments.get(session, caller.org_id, environment_id)
         new = api_keys.create(session, caller.org_id, environment_id, body.name, Permission(body.permission))
-        return attempt.answer(session, NewApiKeyAnswer(key=new.raw, api_key=_shown(new.api_key)))
+        return attempt.answer(session, NewApiKeyAnswer(key=new.raw, api_key=ApiKeyAnswer.model_validate(new.api_key)))
 
 
 @router.get("", responses=answers())
@@ -51,7 +37,7 @@ def list_api_keys(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor =
     after = read_cursor(cursor)
     with caller.state.runtime.catalog.transaction() as session:
         page = api_keys.page(session, caller.org_id, caller.only_environment_id, limit, after)
-    return list_answer(ApiKeyList, page, limit, _shown)
+    return list_answer(ApiKeyList, page, limit, ApiKeyAnswer.model_validate)
 
 
 @router.delete("/{api_key_id}", status_code=204, responses=answers("permission_denied", "api_key_not_found"))

@@ -31,23 +31,6 @@ from embedd_dagster.errors import EmbeddError, NotReady, SecretUnreadable, Valid
 router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 
 
-def _shown(row: Connection) -> ConnectionAnswer:
-    return ConnectionAnswer(
-        id=row.id,
-        org_id=row.org_id,
-        environment_id=row.environment_id,
-        name=row.name,
-        provider=row.provider,
-        mode=row.mode,
-        status=row.status,
-        settings=row.settings,
-        last_error=row.last_error,
-        tested_at=row.tested_at,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-    )
-
-
 @router.post(
     "/providers/postgresql/connections",
     status_code=201,
@@ -67,7 +50,7 @@ def _create(
         row = connections.create(
             session, runtime.box, caller.environment, name=name, provider=provider, mode=mode, credentials=credentials
         )
-        attempt.answer(session, _shown(row), more_follows=True)
+        attempt.answer(session, ConnectionAnswer.model_validate(row), more_follows=True)
     return _test(caller, row, attempt)[1]
 
 
@@ -89,13 +72,13 @@ def list_connections(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Curso
     after = read_cursor(cursor)
     with caller.state.runtime.catalog.transaction() as session:
         page = connections.page(session, caller.environment.id, limit, after)
-    return list_answer(ConnectionList, page, limit, _shown)
+    return list_answer(ConnectionList, page, limit, ConnectionAnswer.model_validate)
 
 
 @router.get("/connections/{connection_id}", responses=answers("connection_not_found"))
 def get_connection(connection_id: ConnectionId, caller: Reader) -> ConnectionAnswer:
     """Get a connection."""
-    return _shown(_get(caller, connection_id))
+    return ConnectionAnswer.model_validate(_get(caller, connection_id))
 
 
 def _get(caller: Caller, connection_id: str) -> Connection:
@@ -115,7 +98,7 @@ def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, calle
             connections.rename(session, row, body.name)
         if "credentials" in given:
             connections.set_credentials(row, caller.state.runtime.box, body.credentials.model_dump())
-    return _test(caller, row)[1] if "credentials" in given else _shown(row)
+    return _test(caller, row)[1] if "credentials" in given else ConnectionAnswer.model_validate(row)
 
 
 @router.delete(
@@ -150,7 +133,7 @@ def _test(
         row = connections.get(session, caller.environment.id, connection.id, lock=True)
         if row.updated_at == connection.updated_at:  # else other credentials came meanwhile, with a test of their own
             connections.record_test(row, fault)
-        shown = _shown(row)
+        shown = ConnectionAnswer.model_validate(row)
         if attempt is not None:
             attempt.answer(session, shown)
     return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault), shown

@@ -35,20 +35,6 @@ router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], 
 _TEST_TIMEOUT_SECONDS: Final = 10.0
 
 
-def _shown(row: EmbeddingProvider) -> EmbeddingProviderAnswer:
-    return EmbeddingProviderAnswer(
-        id=row.id,
-        org_id=row.org_id,
-        environment_id=row.environment_id,
-        name=row.name,
-        provider=row.provider,
-        base_url=row.base_url,
-        limits=row.limits,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-    )
-
-
 @router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
 def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
     """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
@@ -65,7 +51,7 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, att
                 credentials=credentials,
                 limits=body.limits.model_dump(exclude_none=True),
             )
-            return attempt.answer(session, _shown(row))
+            return attempt.answer(session, EmbeddingProviderAnswer.model_validate(row))
 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
@@ -106,13 +92,13 @@ def list_embedding_providers(
     after = read_cursor(cursor)
     with caller.state.runtime.catalog.transaction() as session:
         page = embedding_providers.page(session, caller.environment.id, limit, after)
-    return list_answer(EmbeddingProviderList, page, limit, _shown)
+    return list_answer(EmbeddingProviderList, page, limit, EmbeddingProviderAnswer.model_validate)
 
 
 @router.get("/{embedding_provider_id}", responses=answers("embedding_provider_not_found"))
 def get_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller: Reader) -> EmbeddingProviderAnswer:
     """Get an embedding provider."""
-    return _shown(_get(caller, embedding_provider_id))
+    return EmbeddingProviderAnswer.model_validate(_get(caller, embedding_provider_id))
 
 
 def _get(caller: Caller, embedding_provider_id: str) -> EmbeddingProvider:
@@ -139,7 +125,7 @@ def update_embedding_provider(
             embedding_providers.set_credentials(row, caller.state.runtime.box, credentials)
         if "limits" in given:
             embedding_providers.set_limits(row, body.limits.model_dump(exclude_none=True))
-    return _shown(row)
+    return EmbeddingProviderAnswer.model_validate(row)
 
 
 @router.delete(

@@ -19,10 +19,6 @@ from embedd_dagster.errors import Conflict, NotFound, PermissionDenied
 router = APIRouter(prefix="/environments", tags=["Environments"], route_class=StrictRoute)
 
 
-def _shown(row: Environment) -> EnvironmentAnswer:
-    return EnvironmentAnswer(id=row.id, org_id=row.org_id, name=row.name, created_at=row.created_at)
-
-
 def _refuse_restricted(caller: Caller) -> None:
     if caller.only_environment_id is not None:
         raise PermissionDenied(
@@ -36,7 +32,9 @@ def create_environment(body: EnvironmentCreate, caller: Writer, attempt: Once) -
     """Create an environment."""
     _refuse_restricted(caller)
     with attempt, caller.state.runtime.catalog.transaction() as session:
-        return attempt.answer(session, _shown(environments.create(session, caller.org_id, body.name)))
+        return attempt.answer(
+            session, EnvironmentAnswer.model_validate(environments.create(session, caller.org_id, body.name))
+        )
 
 
 @router.get("", responses=answers())
@@ -44,16 +42,18 @@ def list_environments(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Curs
     """List the environments that the key can see."""
     after = read_cursor(cursor)
     if caller.only_environment_id is not None:
-        return EnvironmentList(data=[_shown(caller.environment)], pagination=pagination(None, limit))
+        return EnvironmentList(
+            data=[EnvironmentAnswer.model_validate(caller.environment)], pagination=pagination(None, limit)
+        )
     with caller.state.runtime.catalog.transaction() as session:
         page = environments.page(session, caller.org_id, limit, after)
-    return list_answer(EnvironmentList, page, limit, _shown)
+    return list_answer(EnvironmentList, page, limit, EnvironmentAnswer.model_validate)
 
 
 @router.get("/{environment_id}", responses=answers())
 def get_environment(environment_id: EnvironmentId, caller: Reader) -> EnvironmentAnswer:
     """Get an environment."""
-    return _shown(_get(caller, environment_id))
+    return EnvironmentAnswer.model_validate(_get(caller, environment_id))
 
 
 def _get(caller: Caller, environment_id: str) -> Environment:

@@ -79,9 +79,9 @@ class Body(BaseModel):
 
 
 class Answer(BaseModel):
-    """An answer's body."""
+    """An answer's body. Made of a row of the catalog by `model_validate`, it has the attributes that are its fields alone."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
 
 
 def _instant(value: datetime) -> str:

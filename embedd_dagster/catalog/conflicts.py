@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Final
 
+from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
+from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, VectorTable
 from embedd_dagster.errors import Conflict
+
+_NAMED: Final = 3
 
 
 @contextmanager
@@ -28,6 +33,23 @@ def name_must_be_free(session: Session, noun: str, name: str) -> Iterator[None]:
         raise Conflict(
             f"The name {name!r} is taken by another {noun} in this environment.", resolution="Choose another name."
         ) from None
+
+
+def must_be_unused(
+    session: Session,
+    noun: str,
+    row: Connection | EmbeddingProvider,
+    reference: InstrumentedAttribute[str] | InstrumentedAttribute[str | None],
+) -> None:
+    """Raises Conflict `<noun>_conflict`, with some of their names, where vector tables refer to the row by this column."""
+    users = session.scalars(select(VectorTable.name).where(reference == row.id).limit(_NAMED + 1)).all()
+    if users:
+        listed = ", ".join(repr(name) for name in users[:_NAMED]) + (" and others" if len(users) > _NAMED else "")
+        raise Conflict(
+            f"{noun.capitalize()} {row.name!r} is still used by vector table{'s' if len(users) > 1 else ''} {listed}.",
+            code=f"{noun.replace(' ', '_')}_conflict",
+            resolution="Delete those vector tables first.",
+        )
 
 
 def violated_constraint(error: IntegrityError) -> str:

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import name_must_be_free
+from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
@@ -108,13 +108,7 @@ def page(session: Session, environment_id: str, limit: int, after: Position | No
 def delete(session: Session, environment_id: str, connection_id: str) -> None:
     """Removes a connection that nothing uses. Raises NotFound, Conflict."""
     connection = get(session, environment_id, connection_id)
-    users = session.scalars(select(VectorTable.name).where(VectorTable.connection_id == connection_id).limit(4)).all()
-    if users:
-        raise Conflict(
-            f"Connection {connection.name!r} is still used by {describe_users(users)}.",
-            code="connection_conflict",
-            resolution="Delete those vector tables first.",
-        )
+    must_be_unused(session, "connection", connection, VectorTable.connection_id)
     feed = session.get(ChangeFeed, connection_id)
     if feed is not None and feed.last_error is None:
         raise Conflict(
@@ -123,13 +117,3 @@ def delete(session: Session, environment_id: str, connection_id: str) -> None:
             resolution="Try again in some seconds.",
         )
     session.delete(connection)
-
-
-def describe_users(names: Any) -> str:
-    """Up to three vector tables by name, for a conflict's message."""
-    listed = ", ".join(repr(name) for name in names[:3])
-    return (
-        f"vector table {listed}"
-        if len(names) == 1
-        else f"vector tables {listed}{' and others' if len(names) > 3 else ''}"
-    )

@@ -9,12 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import name_must_be_free
-from embedd_dagster.catalog.connections import describe_users
+from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import EmbeddingProvider, Environment, VectorTable
-from embedd_dagster.errors import Conflict, NotFound
+from embedd_dagster.errors import NotFound
 
 
 def create(
@@ -99,13 +98,5 @@ def page(session: Session, environment_id: str, limit: int, after: Position | No
 def delete(session: Session, environment_id: str, provider_id: str) -> None:
     """Removes a provider that nothing uses. Raises NotFound, Conflict."""
     row = get(session, environment_id, provider_id)
-    users = session.scalars(
-        select(VectorTable.name).where(VectorTable.embedding_provider_id == provider_id).limit(4)
-    ).all()
-    if users:
-        raise Conflict(
-            f"Embedding provider {row.name!r} is still used by {describe_users(users)}.",
-            code="embedding_provider_conflict",
-            resolution="Delete those vector tables first.",
-        )
+    must_be_unused(session, "embedding provider", row, VectorTable.embedding_provider_id)
     session.delete(row)
