@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from api import state
 from tests.api.tenants import COLUMNS, Tenant, code_of, unique
 
 
@@ -79,7 +80,8 @@ def test_update_delete_and_schema(tenant: Tenant) -> None:
     assert tenant.post("/v1/vector-tables", tenant.table_body(name="renamed")).status_code == 201
 
 
-def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant) -> None:
+def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_ESTIMATE_SECONDS", 10.0)  # six at once, on a busy machine
     table = tenant.table()
     path = f"/v1/vector-tables/{table['id']}/backfill"
     with ThreadPoolExecutor(6) as pool:
