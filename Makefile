@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check fuzz lint format lock audit bench bench-sync bench-follow clean
+.PHONY: help setup demo up down test check fuzz lint format lock audit bench bench-sync bench-follow bench-api clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -59,6 +59,9 @@ bench-sync: setup  ## what a sync costs, up to a million rows; recorded too
 
 bench-follow: setup  ## from a commit in the source until the row is found, and how many changes a second; recorded too
 	@$(BIN)/python -m benchmarks.follow
+
+bench-api: setup  ## what the API adds to a query, and how it does with ten thousand tables (six minutes; needs wrk)
+	@$(BIN)/python -m benchmarks.api
 
 clean:  ## remove what setup and up made
 	@test ! -x $(BIN)/embedd || $(BIN)/embedd down --remove-state

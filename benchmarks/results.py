@@ -46,7 +46,7 @@ def record(name: str, title: str, body: str, data: object, command: str) -> None
     (RESULTS / f"{name}.json").write_text(json.dumps({"told": told, "data": data}, indent=1, default=str) + "\n")
     parts = [path.read_text() for part in ORDER if (path := RESULTS / f"{part}.md").exists()]
     head = (
-        "# Benchmarks\n\nWritten by `make bench` and `make bench-sync`; what is measured and how is in"
+        "# Benchmarks\n\nWritten by `make bench`, `make bench-sync` and `make bench-api`; what is measured and how is in"
         " [`benchmarks/README.md`](../benchmarks/README.md).\nRatios are those of one run on one machine; absolute"
         " numbers move with the machine.\n\n"
     )

@@ -183,3 +183,20 @@ def _until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         waiting.wait(0.02)
+
+
+def test_queries_count_against_a_providers_limits(built: Built, catalog_url: str) -> None:
+    provider_id = built.tenant.get(built.path).json()["embedding_provider_id"]
+    limits = {"requests_per_minute": 6000, "tokens_per_minute": 600_000}
+    assert built.tenant.put(f"/v1/embedding-providers/{provider_id}", {"limits": limits}).status_code == 200
+    for _ in range(3):
+        assert built.query(query="x" * 400).status_code == 200
+    _state(built).searcher.close()  # books what is left
+    with psycopg.connect(catalog_url) as connection:
+        booked = connection.execute(
+            "SELECT kind, level FROM provider_budgets WHERE embedding_provider_id = %s", [provider_id]
+        ).fetchall()
+    levels = dict(booked)
+    assert set(levels) == {"requests", "tokens"}
+    assert 0 < levels["requests"] <= 3
+    assert 0 < levels["tokens"] <= 300
