@@ -14,8 +14,10 @@ from api.errors import error_response, internal_error_response
 from api.rate_limit import RateLimit
 from embedd_dagster.catalog.clock import new_id
 from embedd_dagster.engine.search import StageSeconds
+from embedd_dagster.postgresql import patience
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_GRACE_SECONDS: Final = 1.0
 _log = structlog.get_logger("embedd.api")
 
 
@@ -52,7 +54,12 @@ class RequestContext:
                     headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - begun)
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        timeout = scope["app"].state.embedd.settings.request_timeout_seconds
+        with (
+            structlog.contextvars.bound_contextvars(request_id=request_id),
+            # a little more, so that a server that can still say itself what is wrong says it
+            patience(timeout + _GRACE_SECONDS),
+        ):
             try:
                 await self._app(scope, receive, send_with_headers)
             except Exception as error:  # noqa: BLE001 - the last stop before the server, which would log a stack trace

@@ -2,19 +2,26 @@
 
 Not psycopg_pool: it connects in the background and reports a wrong password as a timeout, half a minute later. Here the
 thread that needs a connection opens it, and gets the real error at once.
+
+Nor are a server's timeouts enough where somebody waits for the answer: one that has frozen keeps none of them, and TCP finds
+nothing wrong as long as its machine lives. So what is done within `patience` is given up on this side.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self, TypeVar
 
 import psycopg
 from psycopg import pq
 
 Connection = psycopg.Connection[Any]
+Result = TypeVar("Result")
 
 CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
     {
@@ -39,6 +46,82 @@ def host_parameters(host: str, port: int, addresses: Sequence[str]) -> dict[str,
     The name stays beside each address: the server's certificate is checked against it.
     """
     return {"host": ",".join([host] * len(addresses)), "hostaddr": ",".join(addresses), "port": port}
+
+
+class Patience:
+    """What is left of the time that may be spent waiting for each server."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._spent: dict[tuple[bytes, bytes, bytes], float] = {}
+
+    def spend(self, connection: Connection, seconds: float) -> None:
+        """Takes off what one operation took."""
+        server = self._server(connection)
+        self._spent[server] = self._spent.get(server, 0.0) + seconds
+
+    def allows(self, connection: Connection, seconds: float) -> bool:
+        """Whether an operation that has taken so long already may go on."""
+        return self._spent.get(self._server(connection), 0.0) + seconds < self._seconds
+
+    @staticmethod
+    def _server(connection: Connection) -> tuple[bytes, bytes, bytes]:
+        return connection.pgconn.host, connection.pgconn.port, connection.pgconn.db
+
+
+_patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Within the block, and in threads that run in its context, no server is waited for longer, all operations together.
+
+    Whoever waits then gets an OperationalError, and the connection is closed. It counts for connections of a ConnectionPool
+    and of BoundedConnection; connecting has a timeout of its own.
+    """
+    token = _patience.set(Patience(seconds))
+    try:
+        yield
+    finally:
+        _patience.reset(token)
+
+
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection whose operations end when `patience` does."""
+
+    @classmethod
+    def adopt(cls, connection: Connection) -> Self:
+        """The same connection, opened by somebody who knows nothing of this: psycopg's methods all wait by `wait`."""
+        connection.__class__ = cls
+        assert isinstance(connection, cls)  # noqa: S101 - for the type checker
+        return connection
+
+    def wait(self, gen: Generator[Any, Any, Result], *args: Any, **kwargs: Any) -> Result:
+        """As psycopg's. The generator is told every 0.1 s that nothing has come."""
+        allowed = _patience.get()
+        return super().wait(gen if allowed is None else self._bounded(gen, allowed), *args, **kwargs)
+
+    def _bounded(self, gen: Generator[Any, Any, Result], allowed: Patience) -> Generator[Any, Any, Result]:
+        begun = time.monotonic()
+        has_waited = False
+        try:
+            wanted = next(gen)
+            while True:
+                ready = yield wanted
+                if not ready:
+                    has_waited = True
+                    if not allowed.allows(self, time.monotonic() - begun):
+                        gen.close()
+                        break
+                wanted = gen.send(ready)
+        except StopIteration as done:
+            result: Result = done.value
+            return result
+        finally:
+            if has_waited:
+                allowed.spend(self, time.monotonic() - begun)
+        self.pgconn.finish()
+        raise psycopg.OperationalError("the server has not answered in time")
 
 
 class ConnectionPool:
@@ -68,7 +151,7 @@ class ConnectionPool:
                     raise self._closed_error()
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return self._open()
+                return BoundedConnection.adopt(self._open())
             if not checked:
                 return connection
             try:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from embedd_dagster.catalog.lookups import Lookups
 from embedd_dagster.errors import CatalogUnavailable
+from embedd_dagster.postgresql import BoundedConnection
 
 _LOOKUP_CONNECTIONS = 8
 _CONNECT_ARGUMENTS: dict[str, Any] = {
@@ -22,6 +23,12 @@ _CONNECT_ARGUMENTS: dict[str, Any] = {
     # a hung statement must not take a worker hostage
     "options": "-c statement_timeout=30000 -c lock_timeout=10000 -c timezone=UTC",
 }
+
+
+def _connect_bounded(
+    _dialect: Any, _record: Any, args: Sequence[Any], parameters: Mapping[str, Any]
+) -> BoundedConnection:
+    return BoundedConnection.connect(*args, **parameters)
 
 
 class Catalog:
@@ -36,6 +43,7 @@ class Catalog:
             pool_timeout=10,
             connect_args=_CONNECT_ARGUMENTS,
         )
+        event.listen(self._engine, "do_connect", _connect_bounded)
         self._sessions = sessionmaker(self._engine, expire_on_commit=False)
         self.lookups = Lookups(self._connect, size=_LOOKUP_CONNECTIONS)
 
@@ -56,7 +64,7 @@ class Catalog:
 
     def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         _, address = self._engine.dialect.create_connect_args(self._engine.url)
-        return psycopg.connect(**{**address, **_CONNECT_ARGUMENTS}, autocommit=True)
+        return BoundedConnection.connect(**{**address, **_CONNECT_ARGUMENTS}, autocommit=True)
 
     def check(self) -> None:
         """Returns when the catalog answers."""
