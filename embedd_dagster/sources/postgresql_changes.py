@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType, TracebackType
-from typing import IO, Any, Final, NamedTuple, Self
+from typing import IO, Any, Final, Self
 
 import psycopg
 from psycopg import errors
@@ -35,17 +35,18 @@ from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translate, translated
 from embedd_dagster.sources.postgresql_followed import Followed, FollowedTables
 from embedd_dagster.sources.postgresql_prerequisites import PREREQUISITES, Prerequisites, rejected
-from embedd_dagster.sources.postgresql_publication import Published, Publisher
+from embedd_dagster.sources.postgresql_publisher import Published, Publisher
 from embedd_dagster.sources.postgresql_slot import (
-    Slot,
+    Standing,
     advance_slot,
     create_slot,
     drop_slot,
     in_use,
-    lsn_text,
     peek_slot,
+    prepare_session,
+    read_standing,
+    slot_label,
     slot_lag_bytes,
-    spare_server_log,
 )
 
 _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
@@ -61,25 +62,9 @@ FEED_SESSION: Final[Mapping[str, str]] = MappingProxyType(
         "default_transaction_read_only": "off",
         "statement_timeout": "0",
         "idle_session_timeout": "0",
-        "lock_timeout": "5s",  # behind an ALTER TABLE, or for transactions to end: it is tried again
+        "lock_timeout": "2s",  # behind a VACUUM or an ALTER TABLE: it is tried again
     }
 )
-
-# The flushed position, not the written one: a slot is decoded as far as the log is flushed, and what is confirmed must
-# have been decoded.
-_STANDING: Final = """
-SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
-            THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), '0/0')::pg_catalog.int8 END,
-       (SELECT pg_catalog.to_jsonb(s) FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = %(name)s),
-       EXISTS (SELECT FROM pg_catalog.pg_publication p WHERE p.pubname = %(name)s)
-"""
-
-
-class _Standing(NamedTuple):
-    end: int | None
-    """Of the log; None on a standby."""
-    slot: Slot | None
-    has_publication: bool
 
 
 class PostgresChangeFeed:
@@ -96,8 +81,8 @@ class PostgresChangeFeed:
         self._connection: psycopg.Connection[Any] | None = None
         self._publisher = Publisher(name, connections.server)
         self._tables = FollowedTables(connections.server)
-        self._stamps: dict[FollowedTable, object] = {}
-        """What a table is published by and stored in, as of the last attach."""
+        self._files: dict[FollowedTable, frozenset[tuple[int, int]]] = {}
+        """What the tables were stored in as of the last attach."""
         self._by_oid: dict[int, list[Followed]] | None = None
         self._confirmed = 0
         self._quiet_to = 0
@@ -123,20 +108,26 @@ class PostgresChangeFeed:
         A table that an open transaction has written to joins when that has ended: until then it is refused for now.
         """
         with self._session() as connection:
-            standing = self._standing(connection)
-            lost = self._fault(connection, standing, known_position)
+            standing = read_standing(connection, self._name)
+            if standing.slot is not None and standing.slot.active_pid not in (None, connection.info.backend_pid):
+                raise in_use(self._name, self._server)
+            lost = standing.fault(self._server, known_position)
             begins = standing.slot is None or lost is not None
             self._require_prerequisites(connection, standing, begins=begins)
+            if begins and standing.slot is not None:
+                # Before anything is mended: should we die in between, the next one begins anew as well.
+                self._drop_slot(connection)
             wanted, refused = self._tables.find_fit(connection, list(dict.fromkeys(tables)))
             published = self._publisher.publish(connection, wanted, into_slot=not begins)
             refused.update(published.refused)
             wanted = [one for one in wanted if one.table not in refused]
             if published.is_new and not begins:
+                self._drop_slot(connection)
                 lost, begins = f"Publication {self._name!r} at {self._server} was dropped.", True
             if begins:
-                position = self._begin(connection, standing.slot)
+                position, self._quiet_to = create_slot(connection, self._name, self._server), 0
             else:
-                position = standing.slot.confirmed if standing.slot and standing.slot.confirmed else 0
+                position = (standing.slot.confirmed if standing.slot else None) or 0
             joined = self._joined(wanted, published, everything=begins or known_position is None)
             by_oid: dict[int, list[Followed]] = {}
             for one in wanted:
@@ -154,26 +145,28 @@ class PostgresChangeFeed:
         if self._by_oid is None:
             raise RuntimeError("attach comes before read")
         with self._session() as connection:
-            standing = self._standing(connection)
+            standing = read_standing(connection, self._name)
             self._require_followed(connection, standing)
             end = standing.end or 0
             given = self._confirmed = (standing.slot.confirmed if standing.slot else None) or 0
         if end <= max(given, self._quiet_to):
             yield ChangeBatch(position=max(given, end))
             return
-        change_count = 0
+        change_count = unconfirmed = 0
         while True:
-            # Where not all was confirmed, the next peek begins again with what was given: then to the end at once.
-            limit = _PEEK_MESSAGES if self._confirmed >= given else None
+            # A peek begins at what is confirmed by now: what was given beyond that comes again, and is passed over.
+            limit = max(_PEEK_MESSAGES + unconfirmed, 2 * unconfirmed)
             with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, prefix="embedd-") as spool:
-                batch_count, batches, at_end = self._fill(spool, end, given, limit, max_keys)
+                batches, marks, at_end = self._fill(spool, end, given, limit, max_keys)
                 spool.seek(0)
-                for _ in range(batch_count):
+                for _ in marks:
                     yield pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
             change_count += batches.change_count
-            given = batches.position
             if at_end:
                 break
+            given = batches.position
+            confirmed = [count for position, count in marks if position is not None and position <= self._confirmed]
+            unconfirmed = batches.message_count - max(confirmed, default=0)
         if not change_count:
             self._quiet_to = end
 
@@ -183,7 +176,7 @@ class PostgresChangeFeed:
             return
         with self._session() as connection, self._slot_errors(connection):
             if not advance_slot(connection, self._name, position):
-                raise ChangeFeedLost(f"{self._slot_label} was dropped.")
+                raise ChangeFeedLost(f"{slot_label(self._name, self._server)} is gone.")
             self._confirmed = position
 
     def lag_bytes(self) -> int | None:
@@ -197,40 +190,12 @@ class PostgresChangeFeed:
     def drop(self) -> None:
         """Slot and publication are gone; a publication that an administrator made stays. Idempotent."""
         with self._session() as connection:
-            with self._slot_errors(connection):
-                drop_slot(connection, self._name)
+            self._drop_slot(connection)
             self._publisher.drop(connection)
         self._by_oid = None
         self._confirmed = 0
 
-    @property
-    def _slot_label(self) -> str:
-        return f"Replication slot {self._name!r} at {self._server}"
-
-    def _standing(self, connection: psycopg.Connection[Any]) -> _Standing:
-        row = connection.execute(_STANDING, {"name": self._name}).fetchone()
-        end, slot, has_publication = row or (None, None, False)
-        return _Standing(end, None if slot is None else Slot.parse(slot), has_publication)
-
-    def _fault(self, connection: psycopg.Connection[Any], standing: _Standing, known: int | None) -> str | None:
-        """Why the slot cannot be gone on from, as a sentence; None also where there never was one."""
-        slot, what = standing.slot, self._slot_label
-        if slot is None:
-            return None if known is None else f"{what} is gone."
-        if slot.active_pid not in (None, connection.info.backend_pid):
-            raise in_use(self._name, self._server)
-        if fault := slot.fault(self._server.database):
-            return f"{what} {fault}."
-        if not standing.has_publication:
-            return f"Publication {self._name!r} at {self._server} was dropped."
-        # Behind `known` the slot may well be: after a crash, the server remembers an earlier confirmation.
-        if known is not None and slot.confirmed is not None and slot.confirmed > known:
-            return f"{what} was moved on to {lsn_text(slot.confirmed)} by somebody else, or made anew."
-        if known is not None and standing.end is not None and standing.end < known:
-            return f"The log at {self._server} ends before {lsn_text(known)}: it is another server's, or restored."
-        return None
-
-    def _require_prerequisites(self, connection: psycopg.Connection[Any], standing: _Standing, *, begins: bool) -> None:
+    def _require_prerequisites(self, connection: psycopg.Connection[Any], standing: Standing, *, begins: bool) -> None:
         row = connection.execute(PREREQUISITES).fetchone()
         prerequisites = Prerequisites(*(row or ()))
         problems = prerequisites.problems(
@@ -241,65 +206,62 @@ class PostgresChangeFeed:
         if problems:
             raise rejected(f"database {self._server.database!r}", problems)
 
-    def _begin(self, connection: psycopg.Connection[Any], old: Slot | None) -> int:
+    def _drop_slot(self, connection: psycopg.Connection[Any]) -> None:
         with self._slot_errors(connection):
-            if old is not None:
-                drop_slot(connection, self._name)
-            position = create_slot(connection, self._name, self._server)
-        self._quiet_to = 0
-        return position
+            drop_slot(connection, self._name)
 
     def _joined(
         self, wanted: Sequence[Followed], published: Published, *, everything: bool
     ) -> frozenset[FollowedTable]:
-        stamps: dict[FollowedTable, object] = {
-            one.table: (one.relation.oid, published.stamps.get(one.table), one.state.files) for one in wanted
-        }
-        changed = {table for table, stamp in stamps.items() if self._stamps.get(table, stamp) != stamp}
-        self._stamps = stamps
-        return frozenset(stamps) if everything else frozenset(changed | (published.joined & stamps.keys()))
+        files = {one.table: one.state.files for one in wanted}
+        rewritten = {table for table, now in files.items() if self._files.get(table, now) != now}
+        self._files = files
+        return frozenset(files) if everything else frozenset(rewritten | (published.joined & files.keys()))
 
-    def _require_followed(self, connection: psycopg.Connection[Any], standing: _Standing) -> None:
+    def _require_followed(self, connection: psycopg.Connection[Any], standing: Standing) -> None:
         if standing.end is None:
             self._require_prerequisites(connection, standing, begins=False)
-        if standing.slot is None:
-            raise ChangeFeedLost(f"{self._slot_label} was dropped.")
-        if fault := standing.slot.fault(self._server.database):
-            raise ChangeFeedLost(f"{self._slot_label} {fault}.")
-        if not standing.has_publication:
-            raise ChangeFeedLost(f"Publication {self._name!r} at {self._server} was dropped.")
+        label = slot_label(self._name, self._server)
+        fault = standing.fault(self._server, None) if standing.slot else f"{label} is gone."
+        if fault:
+            raise ChangeFeedLost(fault)
 
     def _fill(
-        self, spool: IO[bytes], end: int, given: int, limit: int | None, max_keys: int
-    ) -> tuple[int, ChangeBatches, bool]:
-        """Puts the batches of one peek into the file: how many, what they were made by, and whether that was all."""
+        self, spool: IO[bytes], end: int, given: int, limit: int, max_keys: int
+    ) -> tuple[ChangeBatches, list[tuple[int | None, int]], bool]:
+        """Puts the batches of one peek into the file.
+
+        Gives what made them; of each its position, and how many messages led up to it; and whether that was all.
+        """
+        marks: list[tuple[int | None, int]] = []
+
+        def put(batch: ChangeBatch) -> None:
+            pickle.dump(batch, spool, pickle.HIGHEST_PROTOCOL)
+            marks.append((batch.position, batches.message_count))
+
         with self._session() as connection, self._slot_errors(connection):
             loaders = KeyLoaders(connection, may_hold_invalid_text=self._connections.may_hold_invalid_text)
             by_oid = self._by_oid or {}
             for one in itertools.chain.from_iterable(by_oid.values()):
                 loaders.add(one.state.type_oids[one.key.name], one.key)
             batches = ChangeBatches(by_oid, loaders, max_keys=max_keys, given=given)
-            batch_count = 0
             for batch in batches.of(peek_slot(connection, self._name, upto=end, limit=limit)):
-                pickle.dump(batch, spool, pickle.HIGHEST_PROTOCOL)
-                batch_count += 1
-        at_end = limit is None or batches.message_count < limit
+                put(batch)
+        at_end = batches.message_count < limit or batches.position >= end
         last = batches.last(max(end, batches.position) if at_end else None)
         if last is not None:
-            pickle.dump(last, spool, pickle.HIGHEST_PROTOCOL)
-            batch_count += 1
-        return batch_count, batches, at_end
+            put(last)
+        return batches, marks, at_end
 
     @contextmanager
     def _session(self) -> Iterator[psycopg.Connection[Any]]:
         """The feed's own connection, kept between calls; closed when the block raises what is not ours."""
         if self._closed:
             raise SourceUnavailable(f"The feed {self._name!r} of {self._server} has been closed.")
-        if self._connection is None:
-            self._connection = self._connections.open()
-            with translated(self._server):
-                spare_server_log(self._connection)
         try:
+            if self._connection is None:
+                self._connection = self._connections.open()
+                prepare_session(self._connection)
             yield self._connection
         except EmbeddError:
             if self._connection is not None and self._connection.closed:
@@ -332,7 +294,7 @@ class PostgresChangeFeed:
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege) as error:
             if connection.closed:
                 raise
-            standing = self._standing(connection)
+            standing = read_standing(connection, self._name)
             self._require_prerequisites(connection, standing, begins=False)
             self._require_followed(connection, standing)
             if isinstance(error, errors.UndefinedObject):

@@ -56,8 +56,10 @@ class FollowedTables:
                 relation = find_relation(connection, table.table, self._server)
                 key = relation.key(table.primary_key_column)
                 state = table_states(connection, [relation.oid], [key.name]).get(relation.oid)
-                if state is None:
-                    raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=table.table)
+                if state is None or key.name not in state.type_oids:
+                    raise SourceTableNotFound(
+                        f"Table {relation.label} was dropped or altered just now.", table=table.table
+                    )
             except (SourceTableNotFound, SourceAccessDenied, SourceRejected) as error:
                 refused[table] = _renamed(table, one, states) or error
             else:

@@ -73,7 +73,57 @@ def lsn_text(position: int) -> str:
     return f"{position >> 32:X}/{position & 0xFFFFFFFF:X}"
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the feed of a name stands in its database."""
+
+    name: str
+    end: int | None
+    """Of the server's log; None on a standby."""
+    slot: Slot | None
+    has_publication: bool
+
+    def fault(self, server: Server, known: int | None) -> str | None:
+        """Why it cannot be gone on from the known position, as a sentence; None also where there never was a slot."""
+        slot, what = self.slot, slot_label(self.name, server)
+        if slot is None:
+            return None if known is None else f"{what} is gone."
+        if fault := slot.fault(server.database):
+            return f"{what} {fault}."
+        if not self.has_publication:
+            return f"Publication {self.name!r} at {server} was dropped."
+        # Behind `known` the slot may well be: after a crash, the server remembers an earlier confirmation.
+        if known is not None and slot.confirmed is not None and slot.confirmed > known:
+            return f"{what} was moved on to {lsn_text(slot.confirmed)} by somebody else, or made anew."
+        if known is not None and self.end is not None and self.end < known:
+            return f"The log at {server} ends before {lsn_text(known)}: it is another server's, or restored."
+        return None
+
+
+def slot_label(name: str, server: Server) -> str:
+    """The slot of this name in a message."""
+    return f"Replication slot {name!r} at {server}"
+
+
+# The flushed position, not the written one: a slot is decoded as far as the log is flushed, and what is confirmed must
+# have been decoded.
+_STANDING: Final = """
+SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
+            THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), '0/0')::pg_catalog.int8 END,
+       (SELECT pg_catalog.to_jsonb(s) FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = %(name)s),
+       EXISTS (SELECT FROM pg_catalog.pg_publication p WHERE p.pubname = %(name)s)
+"""
+
+
+def read_standing(connection: psycopg.Connection[Any], name: str) -> Standing:
+    """How the feed of this name stands, in one round trip."""
+    row = connection.execute(_STANDING, {"name": name}).fetchone()
+    end, slot, has_publication = row or (None, None, False)
+    return Standing(name, end, None if slot is None else Slot.parse(slot), has_publication)
+
+
 _CREATE: Final = "SELECT lsn::pg_catalog.text FROM pg_catalog.pg_create_logical_replication_slot(%s, %s)"
+_CREATE_WAIT: Final = "20s"
 _DROP: Final = (
     "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = %s"
 )
@@ -95,12 +145,16 @@ FROM pg_catalog.pg_replication_slots WHERE slot_name = %s
 """
 
 
-def spare_server_log(connection: psycopg.Connection[Any]) -> None:
-    """Keeps this session's decoding out of the server's log, where we may.
+def prepare_session(connection: psycopg.Connection[Any]) -> None:
+    """Makes a session that may write a safe one, and a quiet one.
 
-    Up to version 18 at least, each start of a decoding is two entries there, by level LOG, and a busy server is read some
-    times a second. `GRANT SET ON PARAMETER log_min_messages TO …` lets others than superusers do this, from version 15 on.
+    Nobody's operators come before PostgreSQL's own. And where we may, its decoding stays out of the server's log: up to
+    version 18 at least, each start of one is two entries there, of level LOG, and a busy server is read some times a
+    second. From version 15 on, `GRANT SET ON PARAMETER log_min_messages TO …` lets others than superusers do this.
     """
+    row = connection.execute("SELECT pg_catalog.current_setting('search_path')").fetchone()
+    path = ", ".join(filter(None, ("pg_catalog", row[0] if row else "")))
+    connection.execute("SELECT pg_catalog.set_config('search_path', %s, false)", [path])
     if connection.info.server_version >= 150000:
         allowed = "pg_catalog.has_parameter_privilege('log_min_messages', 'SET')"
     else:
@@ -111,18 +165,21 @@ def spare_server_log(connection: psycopg.Connection[Any]) -> None:
 def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) -> int:
     """Makes the slot; the position from which on it gives everything that is committed.
 
-    The server waits for transactions that have written already, so that none is seen by half. It gives up after the
-    session's lock_timeout, and has made nothing then.
+    The server waits for transactions that have written already, so that none is seen by half. It gives up after a while,
+    and has made nothing then.
     """
     try:
-        row = connection.execute(_CREATE, [name, PLUGIN]).fetchone()
+        with connection.transaction():
+            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_CREATE_WAIT])
+            row = connection.execute(_CREATE, [name, PLUGIN]).fetchone()
     except errors.LockNotAvailable:
         raise SourceUnavailable(
             f"Following database {server.database!r} at {server} begins when the transactions that are open there have"
             " ended; one has been open for long.",
             resolution="Nothing to do: it is tried again. SELECT pid, xact_start, query FROM pg_stat_activity shows it.",
         ) from None
-    assert row is not None  # noqa: S101 - a function's row
+    if row is None:
+        raise SourceUnavailable(f"PostgreSQL at {server} did not say where its log begins.")
     return parse_lsn(row[0])
 
 
@@ -157,7 +214,7 @@ def slot_lag_bytes(connection: psycopg.Connection[Any], name: str) -> int | None
 def in_use(name: str, server: Server) -> SourceUnavailable:
     """Another session holds the slot."""
     return SourceUnavailable(
-        f"Replication slot {name!r} at {server} is in use by another session.",
+        f"{slot_label(name, server)} is in use by another session.",
         resolution="Nothing to do if it passes: a session of ours that was cut off may still be ending. Else end what"
         " reads it: SELECT slot_name, active_pid FROM pg_replication_slots;",
     )

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import tempfile
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -26,9 +31,11 @@ from embedd_dagster.errors import (
     SourceUnavailable,
 )
 from embedd_dagster.local.postgres import EmbeddedPostgres, open_temporary_postgres
-from embedd_dagster.sources import open_source
+from embedd_dagster.local.postgres_place import run_as
+from embedd_dagster.sources import open_source, pgoutput
 from embedd_dagster.sources.base import Selection, Source
 from embedd_dagster.sources.changes import Attachment, ChangeBatch, ChangeFeed, FollowedTable
+from embedd_dagster.sources.postgresql_slot import Slot
 
 Admin = psycopg.Connection[Any]
 T = FollowedTable("t", "id")
@@ -359,3 +366,1082 @@ class TestChanges:
         for _ in range(3):
             assert [batch.keys for batch in follower.read(confirm=False)] == [{}]
         assert len(executed) == 3
+
+
+KEYS: dict[str, tuple[str, list[Any]]] = {
+    "smallint": ("smallint", [-5, 0, 7]),
+    "int": ("int", [-5, 7]),
+    "bigint": ("bigint", [-(2**63), 0, 2**63 - 1]),
+    "text": ("text", ["", "B", "a", "a\nb", "ü🙂", " a "]),
+    "varchar": ("varchar(5)", ["ab", "abcde", "ab  "]),
+    "char": ("char(5)", ["ab", "abcde", " b"]),
+    "citext": ("citext", ["Ab", "b"]),
+    "uuid": ("uuid", [UUID(int=1), UUID(int=2**127)]),
+    "numeric": ("numeric", [Decimal("-1.50"), Decimal("0"), Decimal(10**30), Decimal("NaN")]),
+    "date": ("date", [date(1, 1, 1), date(2024, 2, 29), date(9999, 12, 31)]),
+    "timestamp": (
+        "timestamp",
+        [datetime.fromisoformat("1999-01-01"), datetime.fromisoformat("2024-01-01T01:02:03.000456")],
+    ),
+    "timestamptz": ("timestamptz", [datetime(1999, 1, 1, tzinfo=UTC), datetime(2024, 1, 1, 1, 2, 3, 456, UTC)]),
+    "enum": ('"Mood %"', ["sad", "fine", "happy"]),
+    "domain": ("positive", [1, 2]),
+    "domain over char": ("code", ["a", "abc"]),
+}
+
+
+class TestKeys:
+    @pytest.fixture(autouse=True)
+    def _types(self, admin: Admin) -> None:
+        admin.execute("CREATE EXTENSION citext; CREATE TYPE \"Mood %\" AS ENUM ('sad', 'fine', 'happy')")
+        admin.execute("CREATE DOMAIN positive AS bigint CHECK (VALUE > 0); CREATE DOMAIN code AS char(4)")
+
+    @pytest.mark.parametrize("kind", KEYS)
+    def test_every_type_of_key_is_that_of_the_reader(
+        self, admin: Admin, source: Source, feed: ChangeFeed, kind: str
+    ) -> None:
+        ddl, keys = KEYS[kind]
+        admin.execute(f"ALTER DATABASE {admin.info.dbname} SET TimeZone = 'Asia/Tokyo'")
+        admin.execute(f"ALTER DATABASE {admin.info.dbname} SET DateStyle = 'SQL, DMY'")
+        admin.execute(f"CREATE TABLE t (v text, id {ddl} PRIMARY KEY)")
+        follower = Follower(feed, T)
+        assert not follower.attach().refused
+        for key in keys:
+            admin.execute(f"INSERT INTO t VALUES ('x', %s::{ddl.replace('%', '%%')})", [key])
+        inserted = follower.keys()
+        admin.execute("UPDATE t SET v = 'y'")
+        updated = follower.keys()
+        pages = source.reader(Selection("t", "id", ())).read(KeyRange(), page_rows=99, page_bytes=9999)
+        read = [row.key for page in pages for row in page]
+        admin.execute("DELETE FROM t")
+        deleted = follower.keys()
+        expected = sorted(map(encode_key, read))
+        for given in (inserted, updated, deleted):
+            assert sorted(map(encode_key, given)) == expected
+            assert {type(key) for key in given} == {type(key) for key in read}
+
+    def test_a_key_that_no_reader_gives_breaks_its_table_alone(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (id date PRIMARY KEY); CREATE TABLE u (id int PRIMARY KEY)")
+        u = FollowedTable("u", "id")
+        follower = Follower(feed, T, u)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES ('infinity'), ('2024-01-01'); INSERT INTO u VALUES (1)")
+        (batch,) = follower.read()
+        assert batch.keys == {T: [date(2024, 1, 1)], u: [1]}
+        assert isinstance(batch.broken[T], SourceRejected)
+        assert "infinity" not in repr(vars(batch.broken[T]))
+
+    def test_rows_without_a_key_are_passed_over(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (id int UNIQUE); ALTER TABLE t REPLICA IDENTITY FULL")
+        follower = Follower(feed, T)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES (null); UPDATE t SET id = 5; UPDATE t SET id = null; DELETE FROM t")
+        assert follower.keys() == [5]
+
+    def test_a_large_key_that_an_update_left_alone(self, admin: Admin, feed: ChangeFeed) -> None:
+        """An index entry has at most some 2,700 bytes: so a key that is stored out of line has to be made so."""
+        admin.execute("CREATE TABLE t (id text PRIMARY KEY, v text, w text)")
+        admin.execute("ALTER TABLE t ALTER COLUMN id SET STORAGE EXTERNAL, ALTER COLUMN w SET STORAGE EXTERNAL")
+        admin.execute("ALTER TABLE t SET (toast_tuple_target = 128)")
+        follower = Follower(feed, T)
+        follower.attach()
+        large = "k" * 2500
+        admin.execute("INSERT INTO t VALUES (%s, 'x', repeat('w', 5000)), ('small', 'x', repeat('w', 5000))", [large])
+        assert follower.keys() == [large, "small"]
+        admin.execute("UPDATE t SET v = 'y'")
+        assert follower.keys() == [large, "small"]
+        admin.execute("ALTER TABLE t REPLICA IDENTITY FULL")
+        admin.execute("UPDATE t SET v = 'z'")
+        assert follower.keys() == [large, "small"]
+        admin.execute("DELETE FROM t")
+        assert follower.keys() == [large, "small"]
+
+    def test_two_followed_tables_on_one_table(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (id int PRIMARY KEY, slug text NOT NULL UNIQUE, v int)")
+        admin.execute("ALTER TABLE t REPLICA IDENTITY FULL")
+        by_slug = FollowedTable("public.T", "SLUG")
+        follower = Follower(feed, T, by_slug)
+        assert follower.attach().joined == {T, by_slug}
+        admin.execute("INSERT INTO t VALUES (1, 'one', 0); UPDATE t SET slug = 'eins'; DELETE FROM t")
+        (batch,) = follower.read()
+        assert batch.keys == {T: [1], by_slug: ["one", "eins"]}
+        assert batch.change_count == 3
+
+    @pytest.mark.parametrize(
+        ("table", "column"),
+        [
+            ('"; DROP TABLE x; --', '"; DROP TABLE x; --'),
+            ("Straße 🙂", "schlüssel"),
+            ("MiXed", "Id"),
+            ("per%cent %s {}", "Id %s {}"),
+            ("a.b", "c.d"),
+            ("it's", "'"),
+        ],
+    )
+    def test_hostile_names(self, admin: Admin, source: Source, feed: ChangeFeed, table: str, column: str) -> None:
+        names = (sql.Identifier(table), sql.Identifier(column))
+        admin.execute(sql.SQL("CREATE TABLE {} (v int, {} text PRIMARY KEY)").format(*names))
+        followed = FollowedTable(source.tables(5)[0].name, column)
+        source.check_followable(followed)
+        follower = Follower(feed, followed)
+        assert follower.attach().joined == {followed}
+        admin.execute(sql.SQL("INSERT INTO {} VALUES (1, 'k')").format(*names))
+        assert follower.keys(followed) == ["k"]
+        admin.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY NOTHING").format(*names))
+        for error in (follower.attach().refused[followed], refusal(source, followed)):
+            assert "REPLICA IDENTITY DEFAULT" in error.resolution
+        admin.execute(statements_of(error))
+        assert follower.attach().joined == {followed}
+        admin.execute(sql.SQL("TRUNCATE {}").format(*names))
+        assert follower.read()[0].truncated == {followed}
+
+
+def refusal(source: Source, table: FollowedTable) -> EmbeddError:
+    with pytest.raises(EmbeddError) as caught:
+        source.check_followable(table)
+    return caught.value
+
+
+class TestChangedTables:
+    def test_columns_are_added_and_dropped_in_the_middle(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (a int, id int PRIMARY KEY, b int)")
+        follower = Follower(feed, T)
+        follower.attach()
+        admin.execute(
+            "INSERT INTO t VALUES (0, 1, 0); ALTER TABLE t ADD COLUMN c text; INSERT INTO t VALUES (0, 2, 0, 'x')"
+        )
+        admin.execute("ALTER TABLE t DROP COLUMN a; INSERT INTO t VALUES (3, 0, 'x')")
+        admin.execute("BEGIN; INSERT INTO t VALUES (4); ALTER TABLE t DROP COLUMN b; INSERT INTO t VALUES (5); COMMIT")
+        assert follower.keys() == [1, 2, 3, 4, 5]
+        assert follower.attach().joined == set()
+
+    def test_the_key_column_is_renamed(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t VALUES (4); ALTER TABLE t RENAME COLUMN id TO nr; INSERT INTO t VALUES (5)")
+        (batch,) = follower.read()
+        assert batch.keys == {T: [4]}
+        assert isinstance(batch.broken[T], SourceTableNotFound)
+        assert "'id'" in batch.broken[T].message
+        refused = follower.attach().refused[T]
+        assert isinstance(refused, SourceTableNotFound)
+        assert "'id'" in refused.message
+        admin.execute("ALTER TABLE t RENAME COLUMN nr TO id")
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (6)")
+        assert follower.keys() == [6]
+
+    def test_the_key_column_gets_another_type(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        admin.execute("ALTER TABLE t ALTER COLUMN id TYPE text USING 'n' || id; INSERT INTO t VALUES ('n5')")
+        assert follower.keys() == [4, "n5"]
+        assert follower.attach().joined == {T}  # all of its rows were written anew
+
+    def test_the_key_column_gets_a_type_that_was_unknown(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("CREATE TYPE mood AS ENUM ('sad', 'happy'); DELETE FROM t")
+        follower.keys()
+        admin.execute("ALTER TABLE t ALTER COLUMN id TYPE mood USING null; INSERT INTO t VALUES ('sad')")
+        (batch,) = follower.read()
+        assert "type of column 'id'" in batch.broken[T].message
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES ('happy')")
+        assert follower.keys() == ["happy"]
+
+    def test_the_table_is_renamed(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("ALTER TABLE t RENAME TO elsewhere; INSERT INTO elsewhere VALUES (4)")
+        assert follower.keys() == [4]
+        refused = follower.attach().refused[T]
+        assert isinstance(refused, SourceTableNotFound)
+        assert '"public"."elsewhere"' in refused.message
+        assert follower.attach().refused[T].message == refused.message
+        admin.execute("ALTER TABLE elsewhere RENAME TO t")
+        assert follower.attach().joined == {T}
+
+    def test_the_table_is_swapped_for_another(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("CREATE TABLE new (id int PRIMARY KEY, v text)")
+        admin.execute("BEGIN; ALTER TABLE t RENAME TO old; ALTER TABLE new RENAME TO t; COMMIT")
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (70); INSERT INTO old VALUES (71)")
+        assert follower.keys() == [70]
+
+    def test_the_table_is_dropped_and_made_again(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t VALUES (4); DROP TABLE t")
+        assert follower.keys() == [4]
+        assert isinstance(follower.attach().refused[T], SourceTableNotFound)
+        admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (5)")
+        assert follower.keys() == [5]
+
+    def test_a_table_that_is_written_anew_joins_again(self, admin: Admin, follower: Follower) -> None:
+        assert follower.attach().joined == set()
+        admin.execute("ALTER TABLE t ALTER COLUMN v TYPE varchar USING upper(v)")
+        assert follower.keys() == []  # the log does not tell
+        assert follower.attach().joined == {T}
+        assert follower.attach().joined == set()
+
+    def test_tables_come_and_go(self, admin: Admin, follower: Follower, name: str) -> None:
+        admin.execute("CREATE TABLE u (id int PRIMARY KEY)")
+        u = FollowedTable("u", "id")
+        admin.execute("INSERT INTO t VALUES (4); INSERT INTO u VALUES (1)")
+        follower.tables = (T, u)
+        assert follower.attach().joined == {u}
+        admin.execute("INSERT INTO u VALUES (2)")
+        batches = follower.read()
+        assert batches[-1].keys == {T: [4], u: [2]}
+        follower.tables = (u,)
+        assert follower.attach() == Attachment(follower.position, frozenset(), {})
+        assert published(admin, name) == {"u"}
+        admin.execute("INSERT INTO t VALUES (5); INSERT INTO u VALUES (3)")
+        assert follower.keys(u) == [3]
+        follower.tables = ()
+        assert follower.attach().joined == set()
+        assert published(admin, name) == set()
+        admin.execute("INSERT INTO u VALUES (4)")
+        assert follower.keys(u) == []
+
+    def test_a_table_joins_when_the_transactions_that_wrote_to_it_have_ended(
+        self, admin: Admin, writer: Admin, follower: Follower, name: str
+    ) -> None:
+        admin.execute("CREATE TABLE u (id int PRIMARY KEY)")
+        u = FollowedTable("u", "id")
+        follower.tables = (T, u)
+        writer.execute("BEGIN; INSERT INTO u VALUES (1)")
+        for _ in range(2):
+            attachment = follower.attach()
+            assert attachment.joined == set()
+            assert isinstance(attachment.refused[u], SourceUnavailable)
+            assert published(admin, name) == {"t"}
+        admin.execute("INSERT INTO t VALUES (4)")
+        assert follower.keys() == [4]  # the others are followed all the same
+        threading.Timer(0.3, lambda: writer.execute("COMMIT")).start()
+        wait_until(lambda: follower.attach().joined == {u})
+        admin.execute("INSERT INTO u VALUES (2)")
+        assert follower.keys(u) == [2]
+
+    def test_a_table_waits_for_a_short_transaction(self, admin: Admin, writer: Admin, follower: Follower) -> None:
+        admin.execute("CREATE TABLE u (id int PRIMARY KEY)")
+        u = FollowedTable("u", "id")
+        follower.tables = (T, u)
+        writer.execute("BEGIN; INSERT INTO u VALUES (1)")
+        timer = threading.Timer(0.5, lambda: writer.execute("COMMIT"))
+        timer.start()
+        assert follower.attach().joined == {u}
+        assert one(admin, "SELECT count(*) FROM u") == 1  # a comparison that begins now sees it
+        timer.join()
+
+    def test_a_locked_table_does_not_hold_up_the_others(
+        self, admin: Admin, writer: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        admin.execute("CREATE TABLE u (id int PRIMARY KEY); CREATE TABLE w (id int PRIMARY KEY)")
+        u, w = FollowedTable("u", "id"), FollowedTable("w", "id")
+        follower.tables = (T, u, w)
+        with writer.transaction():
+            writer.execute("LOCK TABLE u IN SHARE UPDATE EXCLUSIVE MODE")  # as VACUUM does
+            attachment = follower.attach()
+            assert attachment.joined == {w}
+            assert isinstance(attachment.refused[u], SourceUnavailable)
+        assert follower.attach().joined == {u}
+
+
+class TestPartitions:
+    @pytest.fixture(autouse=True)
+    def _partitioned(self, admin: Admin) -> None:
+        admin.execute(
+            "CREATE TABLE t (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);"
+            "CREATE TABLE low PARTITION OF t FOR VALUES FROM (0) TO (100);"
+            "CREATE TABLE high PARTITION OF t FOR VALUES FROM (100) TO (200)"
+        )
+
+    def test_the_root(self, admin: Admin, source: Source, feed: ChangeFeed) -> None:
+        source.check_followable(T)
+        follower = Follower(feed, T)
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (1, 'x'); INSERT INTO high VALUES (101, 'x')")
+        assert follower.keys() == [1, 101]
+        admin.execute("UPDATE t SET id = 150 WHERE id = 1")  # moves from one partition to the other
+        assert follower.keys() == [1, 150]
+        admin.execute("CREATE TABLE more PARTITION OF t FOR VALUES FROM (200) TO (300); INSERT INTO t VALUES (250)")
+        assert follower.keys() == [250]
+        admin.execute("TRUNCATE t")
+        assert follower.read()[0].truncated == {T}
+
+    def test_a_leaf_alone_and_with_its_root(self, admin: Admin, feed: ChangeFeed, name: str) -> None:
+        low = FollowedTable("low", "id")
+        follower = Follower(feed, low)
+        assert follower.attach().joined == {low}
+        admin.execute("INSERT INTO t VALUES (1, 'x'), (101, 'x')")
+        assert follower.keys(low) == [1]
+        follower.tables = (low, T)
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (2, 'x')")
+        (batch,) = follower.read()
+        assert batch.keys == {low: [2], T: [2]}  # logged as of the root
+        admin.execute("TRUNCATE t")
+        assert follower.read()[0].truncated == {low, T}
+        follower.tables = (low,)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES (3, 'x'), (103, 'x')")
+        assert follower.keys(low) == [3]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "DROP TABLE high",
+            "ALTER TABLE t DETACH PARTITION high",
+            "TRUNCATE high",
+            (
+                "CREATE TABLE n (id int PRIMARY KEY, v text); INSERT INTO n VALUES (1000);"
+                "ALTER TABLE t ATTACH PARTITION n FOR VALUES FROM (1000) TO (2000)"
+            ),
+        ],
+    )
+    def test_what_is_done_to_a_whole_partition_is_not_logged_and_joins_the_table_again(
+        self, admin: Admin, feed: ChangeFeed, change: str
+    ) -> None:
+        follower = Follower(feed, T)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES (101, 'x')")
+        assert follower.keys() == [101]
+        assert follower.attach().joined == set()
+        admin.execute(change)
+        assert follower.keys() == []
+        assert follower.attach().joined == {T}
+        assert follower.attach().joined == set()
+
+    def test_partitions_of_partitions(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute(
+            "CREATE TABLE deep PARTITION OF t FOR VALUES FROM (200) TO (400) PARTITION BY RANGE (id);"
+            "CREATE TABLE deeper PARTITION OF deep FOR VALUES FROM (200) TO (300)"
+        )
+        deeper = FollowedTable("deeper", "id")
+        follower = Follower(feed, T, deeper)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES (1, 'x'), (201, 'x')")
+        (batch,) = follower.read()
+        assert batch.keys == {T: [1, 201], deeper: [1, 201]}  # more than its own, as all are logged as of the root
+
+    def test_a_root_without_a_primary_key_is_refused(self, admin: Admin, source: Source, feed: ChangeFeed) -> None:
+        """A partition that is made later would have no replica identity, and its owner's UPDATE would fail."""
+        admin.execute(
+            "CREATE TABLE p (id int, day date) PARTITION BY RANGE (day);"
+            "CREATE TABLE p1 PARTITION OF p FOR VALUES FROM ('2024-01-01') TO ('2025-01-01');"
+            "ALTER TABLE p1 REPLICA IDENTITY FULL"
+        )
+        p = FollowedTable("p", "id")
+        refused = Follower(feed, p).attach().refused[p]
+        assert refused.resolution == refusal(source, p).resolution
+        assert statements_of(refused) == 'ALTER TABLE "public"."p" ADD PRIMARY KEY ("id", "day");'
+        admin.execute(statements_of(refused))
+        source.check_followable(p)
+        follower = Follower(feed, p)
+        assert follower.attach().joined == {p}
+        admin.execute("CREATE TABLE p2 PARTITION OF p FOR VALUES FROM ('2025-01-01') TO ('2026-01-01')")
+        admin.execute("INSERT INTO p VALUES (1, '2025-02-02'); UPDATE p SET id = 2; DELETE FROM p")
+        assert follower.keys(p) == [1, 2]
+
+    def test_a_partition_without_an_identity_takes_all_of_it_out(
+        self, admin: Admin, feed: ChangeFeed, name: str
+    ) -> None:
+        follower = Follower(feed, T)
+        follower.attach()
+        admin.execute("ALTER TABLE high REPLICA IDENTITY NOTHING; INSERT INTO t VALUES (101, 'x')")
+        refused = follower.attach().refused[T]
+        assert statements_of(refused) == 'ALTER TABLE "public"."high" REPLICA IDENTITY DEFAULT;'
+        admin.execute("UPDATE t SET v = 'y'")
+        admin.execute(statements_of(refused))
+        assert follower.attach().joined == {T}
+
+    def test_an_admins_publication_by_partition_is_mended(self, admin: Admin, feed: ChangeFeed, name: str) -> None:
+        admin.execute(f"CREATE PUBLICATION {name} FOR TABLE t")
+        follower = Follower(feed, T)
+        assert follower.attach().joined == {T}
+        admin.execute("CREATE TABLE more PARTITION OF t FOR VALUES FROM (200) TO (300); INSERT INTO t VALUES (250)")
+        assert follower.keys() == [250]
+
+
+# the table's definition, then what makes its identity; what our statement is; None where it is fit
+IDENTITIES: dict[str, tuple[str, str | None]] = {
+    "primary key": ("CREATE TABLE t (id int PRIMARY KEY, v int)", None),
+    "primary key of two": ("CREATE TABLE t (id int, v int, PRIMARY KEY (v, id))", None),
+    "full": ("CREATE TABLE t (id int, v int); ALTER TABLE t REPLICA IDENTITY FULL", None),
+    "index": (
+        ("CREATE TABLE t (id int NOT NULL, v int); CREATE UNIQUE INDEX i ON t (id);"
+        "ALTER TABLE t REPLICA IDENTITY USING INDEX i"),
+        None,
+    ),
+    "nothing": ("CREATE TABLE t (id int PRIMARY KEY, v int); ALTER TABLE t REPLICA IDENTITY NOTHING", "DEFAULT"),
+    "no key at all": ("CREATE TABLE t (id int, v int)", "FULL"),
+    "a unique index": (
+        'CREATE TABLE t (id int NOT NULL, v int); CREATE UNIQUE INDEX "I x" ON t (id)', 'USING INDEX "I x"',
+    ),
+    "a unique index of a nullable column": ("CREATE TABLE t (id int UNIQUE, v int)", "FULL"),
+    "a partial index": ("CREATE TABLE t (id int NOT NULL, v int); CREATE UNIQUE INDEX i ON t (id) WHERE v > 0", "FULL"),
+    "another column's primary key": ("CREATE TABLE t (id int NOT NULL, v int PRIMARY KEY)", "FULL"),
+    "another column's primary key beside ours": (
+        "CREATE TABLE t (id int NOT NULL CONSTRAINT u UNIQUE, v int PRIMARY KEY)", 'USING INDEX "u"',
+    ),
+    "only included": (
+        ("CREATE TABLE t (id int NOT NULL, v int NOT NULL); CREATE UNIQUE INDEX i ON t (v) INCLUDE (id);"
+        "ALTER TABLE t REPLICA IDENTITY USING INDEX i"),
+        "FULL",
+    ),
+    "an index that was dropped": (
+        ("CREATE TABLE t (id int NOT NULL, v int); CREATE UNIQUE INDEX i ON t (id);"
+        "ALTER TABLE t REPLICA IDENTITY USING INDEX i; DROP INDEX i"),
+        "FULL",
+    ),
+    "a deferrable primary key": ("CREATE TABLE t (id int PRIMARY KEY DEFERRABLE, v int)", "FULL"),
+    "full, with a stored generated column": (
+        "CREATE TABLE t (id int, v int, g int GENERATED ALWAYS AS (v + 1) STORED); ALTER TABLE t REPLICA IDENTITY FULL",
+        None,
+    ),
+    "a stored generated key": (
+        "CREATE TABLE t (v int, id int GENERATED ALWAYS AS (v + 1) STORED PRIMARY KEY)", None,
+    ),
+    "full, with a virtual generated column": (
+        ("CREATE TABLE t (id int NOT NULL UNIQUE, v int, g int GENERATED ALWAYS AS (v + 1) VIRTUAL);"
+        "ALTER TABLE t REPLICA IDENTITY FULL"),
+        'USING INDEX "t_id_key"',
+    ),
+}  # fmt: skip
+
+
+class TestIdentities:
+    @pytest.mark.parametrize("kind", IDENTITIES)
+    def test_a_table_is_refused_with_the_statement_that_helps_and_its_owner_can_write_all_the_while(
+        self, admin: Admin, source: Source, feed: ChangeFeed, kind: str
+    ) -> None:
+        ddl, identity = IDENTITIES[kind]
+        admin.execute(ddl)
+        follower = Follower(feed, T)
+        attachment = follower.attach()
+        writes = "INSERT INTO t (v) VALUES (6)" if "STORED PRIMARY" in ddl else "INSERT INTO t (id, v) VALUES (7, 6)"
+        writes += "; UPDATE t SET v = 8; DELETE FROM t"
+        if identity is not None:
+            admin.execute(writes)
+            assert follower.keys() == []
+            for error in (refusal(source, T), attachment.refused[T]):
+                assert isinstance(error, SourceRejected)
+                assert statements_of(error) == f'ALTER TABLE "public"."t" REPLICA IDENTITY {identity};'
+            admin.execute(statements_of(error))
+            attachment = follower.attach()
+        source.check_followable(T)
+        assert not attachment.refused
+        assert attachment.joined == {T}
+        admin.execute(writes)
+        assert follower.keys() == ([7, 9] if "STORED PRIMARY" in ddl else [7])
+        admin.execute("ALTER TABLE t REPLICA IDENTITY NOTHING; INSERT INTO t (v) VALUES (1)" if "STORED PRIMARY" in ddl
+                      else "ALTER TABLE t REPLICA IDENTITY NOTHING; INSERT INTO t (id, v) VALUES (1, 1)")  # fmt: skip
+        assert T in follower.attach().refused
+        admin.execute("UPDATE t SET v = 2")  # it was taken out at once
+
+    def test_where_no_identity_can_be_had_it_says_so(self, admin: Admin, source: Source) -> None:
+        admin.execute("CREATE TABLE t (id int, v int GENERATED ALWAYS AS (id + 1) VIRTUAL)")
+        error = refusal(source, T)
+        assert "unique index" in error.resolution
+        assert refusal(source, FollowedTable("t", "v")).resolution.startswith("Use sync_mode batch")
+
+    def test_changes_that_were_logged_without_the_key_break_the_table(self, admin: Admin, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (id int NOT NULL UNIQUE, v int PRIMARY KEY); ALTER TABLE t REPLICA IDENTITY FULL")
+        follower = Follower(feed, T)
+        follower.attach()
+        admin.execute("INSERT INTO t VALUES (1, 1); ALTER TABLE t REPLICA IDENTITY DEFAULT; DELETE FROM t")
+        (batch,) = follower.read()
+        assert batch.keys == {T: [1]}
+        assert "replica identity" in batch.broken[T].message
+        assert T in follower.attach().refused
+
+    @pytest.mark.parametrize(
+        ("ddl", "says"),
+        [
+            ("CREATE VIEW t AS SELECT 1 AS id", "a view"),
+            ("CREATE MATERIALIZED VIEW t AS SELECT 1 AS id", "a materialized view"),
+            (("CREATE TABLE base (id int PRIMARY KEY); CREATE TABLE t () INHERITS (base);"
+             "ALTER TABLE t RENAME TO c; ALTER TABLE base RENAME TO t"), "inherit"),
+            (("CREATE EXTENSION file_fdw; CREATE SERVER s FOREIGN DATA WRAPPER file_fdw;"
+             "CREATE FOREIGN TABLE t (id int) SERVER s OPTIONS (filename '/nothing')"), "a foreign table"),
+        ],
+    )  # fmt: skip
+    def test_what_has_no_log(self, admin: Admin, source: Source, feed: ChangeFeed, ddl: str, says: str) -> None:
+        try:
+            admin.execute(ddl)
+        except psycopg.errors.FeatureNotSupported:
+            pytest.skip("this server has no foreign data wrapper")
+        for error in (refusal(source, T), Follower(feed, T).attach().refused[T]):
+            assert says in error.message
+            assert "sync_mode batch" in error.resolution
+
+    def test_an_unlogged_table(self, admin: Admin, source: Source, feed: ChangeFeed) -> None:
+        admin.execute("CREATE UNLOGGED TABLE t (id int PRIMARY KEY)")
+        admin.execute(statements_of(refusal(source, T)))
+        source.check_followable(T)
+        assert Follower(feed, T).attach().joined == {T}
+        admin.execute("ALTER TABLE t SET LOGGED")
+
+    def test_a_column_that_is_no_key_or_not_there(self, admin: Admin, source: Source, feed: ChangeFeed) -> None:
+        admin.execute("CREATE TABLE t (id int PRIMARY KEY, v float8)")
+        v, w = FollowedTable("t", "v"), FollowedTable("t", "w")
+        refused = Follower(feed, T, v, w).attach().refused
+        assert refused.keys() == {v, w}
+        assert type(refused[v]) is type(refusal(source, v)) is SourceRejected
+        assert type(refused[w]) is type(refusal(source, w)) is SourceTableNotFound
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedPostgres]:
+    """A server of this test alone, whose settings it may change."""
+    with open_temporary_postgres() as server:
+        yield server
+
+
+class TestLost:
+    @pytest.mark.parametrize(
+        ("harm", "says"),
+        [
+            ("SELECT pg_drop_replication_slot('{name}')", "slot .* is gone"),
+            ("DROP PUBLICATION {name}", "Publication .* was dropped"),
+            (
+                (
+                    "SELECT pg_drop_replication_slot('{name}');"
+                    "SELECT pg_create_logical_replication_slot('{name}', 'test_decoding')"
+                ),
+                "of another kind",
+            ),
+            (
+                "SELECT pg_drop_replication_slot('{name}'); SELECT pg_create_physical_replication_slot('{name}')",
+                "of another kind",
+            ),
+        ],
+    )
+    def test_a_slot_or_publication_that_is_gone_begins_anew(
+        self, admin: Admin, follower: Follower, name: str, harm: str, says: str
+    ) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        for statement in harm.format(name=name).split(";"):
+            admin.execute(statement)
+        admin.execute("INSERT INTO t VALUES (5)")
+        with pytest.raises(ChangeFeedLost):
+            follower.read()
+        attachment = follower.attach()
+        assert attachment.joined == {T}
+        assert attachment.lost is not None
+        assert re.search(says, attachment.lost)
+        admin.execute("INSERT INTO t VALUES (6)")
+        assert follower.keys() == [6]
+        assert follower.attach() == Attachment(follower.position, frozenset(), {})
+
+    def test_a_slot_that_is_gone_cannot_be_confirmed(self, admin: Admin, follower: Follower, name: str) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        batches = follower.read(confirm=False)
+        admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
+        assert batches[-1].position is not None
+        with pytest.raises(ChangeFeedLost):
+            follower.feed.confirm(batches[-1].position)
+
+    def test_a_slot_in_another_database_of_the_server(
+        self, admin: Admin, postgres: EmbeddedPostgres, follower: Follower, name: str
+    ) -> None:
+        admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
+        with psycopg.connect(postgres.url(), autocommit=True) as elsewhere:
+            elsewhere.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+        with pytest.raises(ChangeFeedLost, match="another database"):
+            follower.read()
+        assert "another database" in (follower.attach().lost or "")
+        assert follower.keys() == []
+
+    @pytest.mark.parametrize("recreated", [False, True])
+    def test_a_slot_that_was_moved_on(self, admin: Admin, follower: Follower, name: str, recreated: bool) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        if recreated:
+            admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
+            admin.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
+        else:
+            admin.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [name])
+        attachment = follower.attach()
+        assert attachment.joined == {T}
+        assert "moved on" in (attachment.lost or "")
+        assert follower.position == attachment.position
+        assert follower.keys() == []
+
+    def test_a_slot_behind_the_known_position_is_what_a_crash_leaves(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        batches = follower.read(confirm=False)
+        assert batches[-1].position is not None
+        follower.position = batches[-1].position
+        attachment = follower.attach()
+        assert (attachment.joined, attachment.lost) == (set(), None)
+        assert follower.keys() == [4]
+
+    def test_a_server_that_was_restored(self, follower: Follower) -> None:
+        assert follower.position is not None
+        attachment = follower.feed.attach([T], follower.position + 2**40)
+        assert attachment.joined == {T}
+        assert "restored" in (attachment.lost or "")
+
+    def test_a_slot_that_an_earlier_run_made_is_gone_on_from(
+        self, admin: Admin, source: Source, follower: Follower, name: str
+    ) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        follower.feed.close()
+        with source.change_feed(name) as again:
+            other = Follower(again, T)
+            attachment = other.attach()
+            assert (attachment.joined, attachment.lost) == ({T}, None)
+            assert other.keys() == [4]
+
+    def test_a_slot_that_another_session_reads(
+        self, admin: Admin, writer: Admin, follower: Follower, name: str
+    ) -> None:
+        admin.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(10, 400000) g")
+        peek = (
+            "SELECT count(*) FROM pg_logical_slot_peek_binary_changes("
+            "%s, null, null, 'proto_version', '1', 'publication_names', %s)"
+        )
+        thread = threading.Thread(target=lambda: writer.execute(peek, [name, name]))
+        thread.start()
+        try:
+            wait_until(lambda: one(admin, "SELECT active FROM pg_replication_slots WHERE slot_name = %s", name))
+            for use in (follower.attach, follower.read, follower.feed.drop):
+                with pytest.raises(SourceUnavailable, match="in use"):
+                    use()
+        finally:
+            thread.join()
+        wait_until(lambda: not one(admin, "SELECT active FROM pg_replication_slots WHERE slot_name = %s", name))
+        assert follower.attach().lost is None
+
+    def test_a_slot_that_the_server_invalidated(self, own_server: EmbeddedPostgres) -> None:
+        with (
+            psycopg.connect(own_server.url(), autocommit=True) as admin,
+            open_source("postgresql", credentials_of(own_server.url())) as source,
+            source.change_feed("embedd_invalidated") as feed,
+        ):
+            admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+            follower = Follower(feed, T)
+            follower.attach()
+            admin.execute("INSERT INTO t VALUES (1)")
+            admin.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
+            admin.execute("SELECT pg_reload_conf()")
+            for _ in range(3):
+                admin.execute("CREATE TABLE noise AS SELECT g FROM generate_series(1, 1000) g; DROP TABLE noise")
+                admin.execute("SELECT pg_switch_wal()")
+            admin.execute("CHECKPOINT")
+            assert one(admin, "SELECT wal_status FROM pg_replication_slots") == "lost"
+            with pytest.raises(ChangeFeedLost, match="invalidated"):
+                follower.read()
+            with pytest.raises(ChangeFeedLost, match="invalidated"):
+                feed.confirm((follower.position or 0) + 1)
+            assert feed.lag_bytes() is None
+            attachment = follower.attach()
+            assert attachment.joined == {T}
+            assert "invalidated" in (attachment.lost or "")
+            admin.execute("INSERT INTO t VALUES (2)")
+            assert follower.keys() == [2]
+
+    @pytest.mark.parametrize(
+        ("row", "reason"),
+        [
+            ({"wal_status": "reserved"}, None),  # 14
+            ({"wal_status": "lost"}, "wal_removed"),
+            ({"wal_status": "reserved", "conflicting": True}, "conflicting"),  # 16
+            ({"wal_status": "lost", "invalidation_reason": "idle_timeout", "conflicting": False}, "idle_timeout"),  # 18
+        ],
+    )
+    def test_versions_say_differently_that_a_slot_is_invalid(self, row: dict[str, Any], reason: str | None) -> None:
+        assert Slot.parse({"plugin": "pgoutput", "confirmed_flush_lsn": "1/A", **row}).invalid_because == reason
+
+    def test_a_log_that_leads_through_a_time_without_publication(
+        self, admin: Admin, follower: Follower, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Up to version 17 decoding fails there, whatever there is by now."""
+
+        def fail(*_: Any, **__: Any) -> Iterator[bytes]:
+            raise psycopg.errors.UndefinedObject(f'publication "{name}" does not exist')
+
+        with monkeypatch.context() as patched:
+            patched.setattr("embedd_dagster.sources.postgresql_changes.peek_slot", fail)
+            admin.execute("INSERT INTO t VALUES (4)")
+            with pytest.raises(ChangeFeedLost, match="made again"):
+                follower.read()
+        attachment = follower.attach()
+        assert attachment.joined == {T}
+        assert attachment.lost is not None
+        assert follower.keys() == []
+
+    def test_an_attach_that_dies_while_it_begins_anew_is_not_forgotten(
+        self, admin: Admin, source: Source, follower: Follower, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        admin.execute(f"DROP PUBLICATION {name}; INSERT INTO t VALUES (4)")
+
+        def fail(*_: Any, **__: Any) -> int:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patched:
+            patched.setattr("embedd_dagster.sources.postgresql_changes.create_slot", fail)
+            with pytest.raises(KeyboardInterrupt):
+                follower.attach()
+        follower.feed.close()
+        with source.change_feed(name) as again:
+            attachment = again.attach([T], follower.position)
+            assert attachment.joined == {T}
+            assert attachment.lost is not None
+
+    def test_a_slot_waits_for_open_transactions_and_says_so(
+        self, admin: Admin, writer: Admin, feed: ChangeFeed, table: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("embedd_dagster.sources.postgresql_slot._CREATE_WAIT", "1s")
+        follower = Follower(feed, T)
+        with writer.transaction():
+            writer.execute("INSERT INTO t VALUES (4)")
+            with pytest.raises(SourceUnavailable, match="one has been open for long"):
+                follower.attach()
+        assert follower.attach().joined == {T}
+
+    def test_drop_leaves_nothing_and_may_be_repeated(self, admin: Admin, follower: Follower, name: str) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        for _ in range(2):
+            follower.feed.drop()
+            assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
+            assert one(admin, "SELECT count(*) FROM pg_publication") == 0
+        attachment = follower.attach()
+        assert attachment.joined == {T}
+        assert attachment.lost is not None
+        assert follower.keys() == []
+
+    def test_close_may_be_repeated_and_ends_every_session(self, admin: Admin, follower: Follower) -> None:
+        ours = (
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedd' AND datname = current_database()"
+        )
+        follower.feed.lag_bytes()
+        for _ in range(2):
+            follower.feed.close()
+        wait_until(lambda: one(admin, ours) == 0)
+        with pytest.raises(SourceUnavailable, match="closed"):
+            follower.attach()
+
+
+class TestPublications:
+    def test_a_table_that_was_taken_out_joins_again(self, admin: Admin, follower: Follower, name: str) -> None:
+        admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
+        assert follower.keys() == []
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (5)")
+        assert follower.keys() == [5]
+        assert follower.attach().joined == set()
+
+    def test_a_table_that_was_taken_out_and_put_in_joins_again(
+        self, admin: Admin, follower: Follower, name: str
+    ) -> None:
+        admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
+        admin.execute(f"ALTER PUBLICATION {name} ADD TABLE t")
+        assert follower.attach().joined == {T}
+
+    @pytest.mark.parametrize("kept", ["", "insert", "insert, update", "insert, update, delete"])
+    def test_flags_that_were_turned_off(self, admin: Admin, follower: Follower, name: str, kept: str) -> None:
+        admin.execute(f"ALTER PUBLICATION {name} SET (publish = '{kept}')")
+        assert follower.attach().joined == {T}
+        assert follower.attach().joined == set()
+        admin.execute("INSERT INTO t VALUES (4); UPDATE t SET id = 5 WHERE id = 4; DELETE FROM t WHERE id = 1")
+        assert follower.keys() == [4, 5, 1]
+        admin.execute("TRUNCATE t")
+        assert follower.read()[0].truncated == {T}
+
+    @pytest.mark.parametrize(("narrowed", "joins"), [("t WHERE (id > 5)", True), ("t (id)", False), ("t (w)", True)])
+    def test_row_filters_and_column_lists(
+        self, admin: Admin, follower: Follower, name: str, narrowed: str, joins: bool
+    ) -> None:
+        admin.execute("ALTER TABLE t ADD COLUMN w int")
+        admin.execute(f"ALTER PUBLICATION {name} SET TABLE {narrowed}")
+        attachment = follower.attach()
+        assert attachment.joined == {T}  # if only as it was taken out and put in
+        admin.execute("INSERT INTO t VALUES (4, 'x'); DELETE FROM t WHERE id = 1")
+        assert follower.keys() == [4, 1]
+        columns = one(admin, "SELECT attnames::text FROM pg_publication_tables WHERE pubname = %s", name)
+        assert columns == ("{id,v,w}" if joins else "{id}")
+
+    def test_an_admins_publication_of_all_tables(self, admin: Admin, feed: ChangeFeed, table: None, name: str) -> None:
+        admin.execute(f"CREATE PUBLICATION {name} FOR ALL TABLES; CREATE TABLE other (id int PRIMARY KEY)")
+        follower = Follower(feed, T)
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (4); INSERT INTO other VALUES (1)")
+        assert follower.keys() == [4]
+        assert follower.attach().joined == set()
+
+    def test_an_admins_publication_of_a_schema(self, admin: Admin, feed: ChangeFeed, table: None, name: str) -> None:
+        admin.execute(f"CREATE PUBLICATION {name} FOR TABLES IN SCHEMA public")
+        follower = Follower(feed, T)
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (4)")
+        assert follower.keys() == [4]
+        assert follower.attach().joined == set()
+
+
+class TestRights:
+    @pytest.fixture
+    def role(self, admin: Admin, table: None) -> Iterator[str]:
+        """A user that may read `t`, and nothing more."""
+        name = f"follower_{uuid4().hex[:8]}"
+        admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'; GRANT SELECT ON t TO {name}")
+        yield name
+        admin.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+    @pytest.fixture
+    def limited(self, role: str, database_url: str) -> Iterator[Source]:
+        with open_source("postgresql", credentials_of(database_url, user=role, password="secret")) as opened:
+            yield opened
+
+    def test_everything_that_is_missing_is_said_at_once(
+        self, admin: Admin, role: str, limited: Source, name: str
+    ) -> None:
+        admin.execute("ALTER TABLE t REPLICA IDENTITY NOTHING")
+        owner = f"owner_{uuid4().hex[:8]}"
+        admin.execute(f"CREATE ROLE {owner}; ALTER TABLE t OWNER TO {owner}")
+        try:
+            error = refusal(limited, T)
+            assert isinstance(error, SourceRejected)
+            database = admin.info.dbname
+            assert statements_of(error).split("; ") == [
+                'ALTER TABLE "public"."t" REPLICA IDENTITY DEFAULT',
+                f'GRANT "{owner}" TO "{role}"',
+                f'ALTER ROLE "{role}" REPLICATION',
+                f'GRANT CREATE ON DATABASE "{database}" TO "{role}";',
+            ]
+            with limited.change_feed(name) as feed:
+                with pytest.raises(SourceRejected, match="no right to replicate") as caught:
+                    feed.attach([T], None)
+                assert "GRANT CREATE ON DATABASE" in caught.value.resolution
+            admin.execute(statements_of(error))
+            limited.check_followable(T)
+            with limited.change_feed(name) as feed:
+                follower = Follower(feed, T)
+                assert follower.attach().joined == {T}
+                admin.execute("INSERT INTO t VALUES (4)")
+                assert follower.keys() == [4]
+                admin.execute(f"ALTER ROLE {role} NOREPLICATION; INSERT INTO t VALUES (5)")
+                with pytest.raises(SourceRejected, match="no right to replicate"):
+                    follower.read()
+                admin.execute(f"ALTER ROLE {role} REPLICATION")
+                assert follower.keys() == [5]
+                feed.drop()
+        finally:
+            admin.execute(f"ALTER TABLE t OWNER TO CURRENT_USER; DROP OWNED BY {owner}; DROP ROLE {owner}")
+
+    def test_not_the_owner(self, admin: Admin, role: str, limited: Source, name: str) -> None:
+        admin.execute(f"ALTER ROLE {role} REPLICATION; GRANT CREATE ON DATABASE {admin.info.dbname} TO {role}")
+        admin.execute(f"CREATE TABLE mine (id int PRIMARY KEY); ALTER TABLE mine OWNER TO {role}")
+        mine = FollowedTable("mine", "id")
+        assert f'OWNER TO "{role}"' in refusal(limited, T).resolution
+        with limited.change_feed(name) as feed:
+            follower = Follower(feed, T, mine)
+            attachment = follower.attach()
+            assert attachment.joined == {mine}
+            assert statements_of(attachment.refused[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
+            admin.execute(statements_of(attachment.refused[T]))
+            assert follower.attach().joined == {T}
+            admin.execute("INSERT INTO t VALUES (4)")
+            assert follower.keys() == [4]
+            limited.check_followable(T)  # as it is published already
+            feed.drop()
+
+    def test_a_publication_that_is_not_ours(self, admin: Admin, role: str, limited: Source, name: str) -> None:
+        admin.execute(f"ALTER ROLE {role} REPLICATION; CREATE TABLE other (id int PRIMARY KEY)")
+        admin.execute(f"GRANT SELECT ON other TO {role}; CREATE TABLE extra (id int PRIMARY KEY)")
+        admin.execute(f"CREATE PUBLICATION {name} FOR TABLE t, extra")
+        other = FollowedTable("other", "id")
+        with limited.change_feed(name) as feed:
+            follower = Follower(feed, T, other)
+            attachment = follower.attach()
+            assert attachment.joined == {T}
+            assert "ADD TABLE" in attachment.refused[other].resolution
+            admin.execute("INSERT INTO t VALUES (4); INSERT INTO extra VALUES (1)")
+            assert follower.keys() == [4]
+            admin.execute(f"ALTER PUBLICATION {name} SET (publish = 'insert')")
+            refused = follower.attach().refused[T]
+            assert "is not ours to change" in refused.message
+            admin.execute(statements_of(refused))
+            follower.attach()
+            feed.drop()
+        assert published(admin, name) == {"t", "extra"}
+        assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
+
+
+class TestServers:
+    def test_wal_level_replica(self) -> None:
+        with open_temporary_postgres(wal_level="replica") as server:
+            with psycopg.connect(server.url(), autocommit=True) as admin:
+                admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+                with open_source("postgresql", credentials_of(server.url())) as source:
+                    error = refusal(source, T)
+                    assert "wal_level" in error.message
+                    assert "restart" in error.resolution
+                    with source.change_feed("embedd_x") as feed, pytest.raises(SourceRejected, match="wal_level"):
+                        feed.attach([T], None)
+                    admin.execute(statements_of(error))
+
+    def test_no_slot_is_left(self) -> None:
+        with open_temporary_postgres(max_replication_slots="1") as server:
+            with psycopg.connect(server.url(), autocommit=True) as admin:
+                admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+                admin.execute("SELECT pg_create_physical_replication_slot('taken')")
+                with open_source("postgresql", credentials_of(server.url())) as source:
+                    assert "max_replication_slots" in refusal(source, T).message
+                    with source.change_feed("embedd_x") as feed:
+                        with pytest.raises(SourceRejected, match="max_replication_slots"):
+                            feed.attach([T], None)
+                        admin.execute("SELECT pg_drop_replication_slot('taken')")
+                        assert feed.attach([T], None).joined == {T}
+                    source.check_followable(T)  # the one that is taken is ours
+
+    def test_a_standby(self, standby: str) -> None:
+        with open_source("postgresql", credentials_of(standby)) as source:
+            assert "standby" in refusal(source, T).message
+            with source.change_feed("embedd_x") as feed, pytest.raises(SourceRejected, match="standby"):
+                feed.attach([T], None)
+
+    @pytest.fixture
+    def standby(self) -> Iterator[str]:
+        """The URL of a standby with `t`."""
+        with open_temporary_postgres() as primary:
+            with psycopg.connect(primary.url(), autocommit=True) as admin:
+                admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+            directory = Path(tempfile.mkdtemp(prefix="embedd-standby-"))
+            directory.chmod(0o711)
+            replica = EmbeddedPostgres(directory)
+            place = replica.place
+            place.data.mkdir(mode=0o700)
+            if place.account:
+                os.chown(place.data, place.account.uid, place.account.gid)
+            program = str(place.binaries / "pg_basebackup")
+            copied = run_as(place.account, [program, "-d", primary.url(), "-D", str(place.data), "-R", "-c", "fast"])
+            assert copied.returncode == 0, copied.stdout
+            (directory / "postgres" / "password").write_text(str(conninfo_to_dict(primary.url())["password"]))
+            try:
+                with replica:
+                    yield replica.url()
+            finally:
+                replica.remove()
+                shutil.rmtree(directory, ignore_errors=True)
+
+    def test_a_restart(self, own_server: EmbeddedPostgres) -> None:
+        url = own_server.url()
+        with psycopg.connect(url, autocommit=True) as admin:
+            admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+        with open_source("postgresql", credentials_of(url)) as source, source.change_feed("embedd_restart") as feed:
+            follower = Follower(feed, T)
+            follower.attach()
+            with psycopg.connect(url, autocommit=True) as admin:
+                admin.execute("INSERT INTO t VALUES (1)")
+            own_server.stop()
+            for use in (follower.read, follower.attach, feed.lag_bytes, feed.drop):
+                with pytest.raises(SourceUnavailable):
+                    use()
+            own_server.start()
+            assert own_server.url() == url
+            attachment = follower.attach()
+            assert (attachment.joined, attachment.lost) == (set(), None)
+            assert follower.keys() == [1]
+
+    def test_a_connection_that_is_lost_in_the_middle_of_a_read_is_an_error_and_not_an_end(
+        self, admin: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        admin.execute("INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(10, 40000) g")
+        original = pgoutput.inserted_value
+        seen = []
+
+        def count(data: bytes, column: int) -> Any:
+            seen.append(1)
+            if len(seen) == 1000:
+                admin.execute(
+                    "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+                    " WHERE application_name = 'embedd' AND datname = current_database()"
+                )
+            return original(data, column)
+
+        monkeypatch.setattr(pgoutput, "inserted_value", count)
+        with pytest.raises(SourceUnavailable):
+            list(follower.feed.read(max_keys=100))
+        assert 1000 <= len(seen) < 39991
+        assert follower.keys() == list(range(10, 40001))
+
+    def test_a_connection_that_was_lost_between_two_reads(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t VALUES (4)")
+        admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+            " WHERE application_name = 'embedd' AND datname = current_database()"
+        )
+        with pytest.raises(SourceUnavailable):
+            follower.read()
+        assert follower.keys() == [4]
+
+    def test_a_decoding_that_is_cancelled(self, admin: Admin, follower: Follower) -> None:
+        admin.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(10, 300000) g")
+        done = threading.Event()
+
+        def cancel() -> None:
+            while not done.is_set():
+                admin.execute(
+                    "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE application_name = 'embedd'"
+                    " AND datname = current_database() AND state = 'active' AND query LIKE '%peek%'"
+                )
+
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        try:
+            with pytest.raises(SourceUnavailable):
+                follower.read()
+        finally:
+            done.set()
+            thread.join()
+        assert len(follower.keys()) == 299991
+
+    def test_operators_in_the_search_path_are_not_called(
+        self, admin: Admin, source: Source, feed: ChangeFeed, table: None
+    ) -> None:
+        admin.execute("CREATE FUNCTION evil(name, name) RETURNS bool LANGUAGE sql AS 'SELECT 1 / 0 = 1'")
+        admin.execute("CREATE FUNCTION evil(pg_lsn, pg_lsn) RETURNS bool LANGUAGE sql AS 'SELECT 1 / 0 = 1'")
+        admin.execute("CREATE OPERATOR = (FUNCTION = evil, LEFTARG = name, RIGHTARG = name)")
+        admin.execute("CREATE OPERATOR < (FUNCTION = evil, LEFTARG = pg_lsn, RIGHTARG = pg_lsn)")
+        admin.execute(f"ALTER DATABASE {admin.info.dbname} SET search_path = public, pg_catalog")
+        follower = Follower(feed, T)
+        assert follower.attach().joined == {T}
+        admin.execute("INSERT INTO t VALUES (4)")
+        assert follower.keys() == [4]
+        feed.drop()
+
+    def test_the_servers_log_is_spared(self, own_server: EmbeddedPostgres) -> None:
+        with (
+            psycopg.connect(own_server.url(), autocommit=True) as admin,
+            open_source("postgresql", credentials_of(own_server.url())) as source,
+            source.change_feed("embedd_quiet") as feed,
+        ):
+            admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
+            follower = Follower(feed, T)
+            follower.attach()
+            for key in range(5):
+                admin.execute("INSERT INTO t VALUES (%s)", [key])
+                assert follower.keys() == [key]
+        assert "logical decoding" not in own_server._log_path.read_text()
+
+    def test_a_name_is_checked(self, source: Source) -> None:
+        for bad in ("", "x" * 51, "a-b", "A", "a;b", "ü"):
+            with pytest.raises(ValueError, match="name"):
+                source.change_feed(bad)
+
+    def test_a_database_without_encoding(self, admin: Admin, database_url: str) -> None:
+        name = f"ascii_{uuid4().hex[:8]}"
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE template0 ENCODING 'SQL_ASCII' LOCALE_PROVIDER libc LOCALE 'C'")
+        try:
+            url = database_url.rpartition("/")[0] + "/" + name
+            with (
+                psycopg.connect(url, autocommit=True, client_encoding="UTF8") as connection,
+                open_source("postgresql", credentials_of(url)) as source,
+                source.change_feed(name) as feed,
+            ):
+                connection.execute('CREATE TABLE "tü" ("ü" text PRIMARY KEY)')
+                followed = FollowedTable("tü", "ü")
+                follower = Follower(feed, followed)
+                assert follower.attach().joined == {followed}
+                connection.execute("INSERT INTO \"tü\" VALUES ('fine ü'), (E'\\xff')")
+                (batch,) = follower.read()
+                assert batch.keys == {followed: ["fine ü"]}
+                assert "UTF-8" in batch.broken[followed].message
+        finally:
+            admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
