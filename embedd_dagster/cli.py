@@ -45,10 +45,16 @@ def _explained(command: Callable[P, R]) -> Callable[P, R]:
 
 @app.command()
 @_explained
-def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
+def up(
+    state_dir: StateDir = _DEFAULT_STATE_DIR,
+    *,
+    code_location: Annotated[
+        str, typer.Option(help="The module of Dagster's definitions; your own has embedd's in it (docs/operations).")
+    ] = "embedd_dagster.definitions",
+) -> None:
     """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant where you name none of your own."""
     from embedd_dagster.local.outside import Endpoints
-    from embedd_dagster.local.stack import Stack
+    from embedd_dagster.local.stack import Stack, StackSettings
 
     def ready(endpoints: Endpoints) -> None:
         _console.print("[bold green]embedd is up.[/]")
@@ -60,7 +66,7 @@ def up(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
         _console.print("Make a key with [cyan]embedd keys create[/]. Ctrl-C stops everything.")
 
     _console.print("Starting …")
-    Stack(state_dir).up(on_ready=ready)
+    Stack(state_dir, settings=StackSettings(code_location_module=code_location)).up(on_ready=ready)
 
 
 @app.command()

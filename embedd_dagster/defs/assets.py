@@ -13,7 +13,7 @@ from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.materialization import data_version, describe_report
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import stop_signal
-from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, OUTCOME_TAG, TASK_TAG
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
@@ -84,6 +84,10 @@ def vector_table(
         # the API launches a table's first run maybe before the sensor has added its partition
         instance.add_dynamic_partitions("vector_tables", [context.partition_key])
         task_id = find_or_create_task(opened, context, config)
+        if task_id is None:
+            context.log.info("Nothing to do: the vector table is paused, and nobody asked for this by hand.")
+            instance.add_run_tags(run_id, {OUTCOME_TAG: "paused"})
+            return
         with stop_signal(cancelled) as should_stop:
             report = run_task(opened, task_id, run_id, log=context.log.info, should_stop=should_stop)
     except RunSuperseded as superseded:
@@ -103,8 +107,10 @@ def vector_table(
     )
 
 
-def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, config: VectorTableConfig) -> str:
-    """The id of the run's task; one of its own for a materialization asked for in the UI.
+def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, config: VectorTableConfig) -> str | None:
+    """The id of the run's task; one of its own for a materialization asked for in the UI, or by somebody's own schedule.
+
+    None where the vector table is paused and a schedule, sensor or automation condition asked.
 
     Raises Conflict while another task of the vector table is live, NotFound, and NotReady for a sync of what never was
     built.
@@ -120,8 +126,11 @@ def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, con
         table = vector_tables.find(session, context.partition_key, lock=True)
         if table is None or table.deleted_at is not None:
             raise NotFound("vector_table", context.partition_key)
+        by_hand = context.run.parent_run_id or not any(tag in context.run.tags for tag in AUTOMATIC_TAGS)
+        if table.paused and not by_hand:
+            return None
         built = table.live_version is not None
-        if config.mode is RunMode.sync:
+        if _mode(context, config) is RunMode.sync:
             if not built:
                 raise NotReady(
                     f"{table.name!r} was never built, so there is nothing to sync.",
@@ -142,6 +151,11 @@ def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, con
         task_id = task.id
     context.instance.add_run_tags(context.run.run_id, {TASK_TAG: task_id})
     return task_id
+
+
+def _mode(context: dg.AssetExecutionContext, config: VectorTableConfig) -> RunMode:
+    tagged = context.run.tags.get(MODE_TAG)
+    return config.mode if tagged is None else RunMode(tagged)
 
 
 def _data_version(context: dg.AssetExecutionContext, report: RunReport) -> dg.DataVersion:

@@ -8,7 +8,14 @@ TASK_TAG: Final = "embedd/task_id"
 """The task that a run was launched for. The API sets it, the sensor does, and a run from the UI once it has made one."""
 
 OUTCOME_TAG: Final = "embedd/outcome"
-"""`superseded` on a run that found its task done, or another run's: it materialized nothing, and nothing is wrong."""
+"""On a run that materialized nothing, though nothing is wrong: `superseded` where it found its task done, or another
+run's; `paused` where its vector table is, and nobody asked for it by hand."""
+
+MODE_TAG: Final = "embedd/mode"
+"""`sync` or `backfill`, on runs whose config nobody can write: those of automation conditions."""
+
+AUTOMATIC_TAGS: Final = ("dagster/schedule_name", "dagster/sensor_name", "dagster/from_automation_condition")
+"""Dagster's own: on a run that no person has asked for."""
 
 CONNECTION_TAG: Final = "embedd/connection_id"
 """The connection whose log a run follows."""
