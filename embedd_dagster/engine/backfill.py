@@ -8,11 +8,9 @@ checkpoints are, so a run may die anywhere.
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 
 from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
@@ -22,6 +20,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import VectorConfiguration
+from embedd_dagster.engine.memory import bulk_load
 from embedd_dagster.engine.patience import with_patience
 from embedd_dagster.engine.pipeline import RowCounts, RowPipeline, process_in_order
 from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete
@@ -33,7 +32,6 @@ _PAGE_ROWS = 2_000
 _PAGE_BYTES = 4 * 2**20
 _MAX_BYTES_IN_FLIGHT = 64 * 2**20
 _CHECKPOINT_SECONDS = 1.0
-_ALLOCATIONS_A_COLLECTION = 10_000
 _CATCH_UP_ROUNDS = 5
 _VERIFY_ROUNDS = 3
 
@@ -47,7 +45,7 @@ def backfill(work: Work) -> RowCounts:
         vector_set = work.vector_set(row)
         work.patiently(lambda: work.store.create(vector_set))
     pipeline = work.pipeline(row, _reusable_sets(work, row, resumed=resumed))
-    with work.stage("load"), _seldom_scanned():
+    with work.stage("load"), bulk_load():
         _load(work, reader, pipeline, vector_set)
     with work.stage("catch_up"):
         digest = _catch_up(work, reader, pipeline, row)
@@ -93,23 +91,6 @@ def _reusable_sets(work: Work, row: VectorSetRow, *, resumed: bool) -> list[Vect
         if (old.embedding_model, old.embedding_dimensions) == (new.embedding_model, new.embedding_dimensions):
             sets.append(work.vector_set(live))
     return sets
-
-
-@contextmanager
-def _seldom_scanned() -> Iterator[None]:
-    """Garbage collection for rows that come and go by the million: seldom, and not of what is in memory now.
-
-    Python would scan all modules again and again, which took 6 of 34 µs a row and stood still for 80 ms each time, and
-    rows on their way (another 1.5 µs).
-    """
-    threshold = gc.get_threshold()
-    gc.freeze()
-    gc.set_threshold(_ALLOCATIONS_A_COLLECTION, *threshold[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*threshold)
-        gc.unfreeze()
 
 
 def _load(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet) -> None:

@@ -48,7 +48,7 @@ class TextMemory:
         # "" is a file that SQLite makes in the temporary directory and removes at once
         self._file = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         self._file.executescript(
-            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -16384;"
+            "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -8192;"
             "CREATE TABLE written (hash INTEGER PRIMARY KEY, key TEXT NOT NULL);"
         )
 
