@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -32,6 +36,7 @@ from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_deadlines import Hung, hung
 from tests.api.test_query import Built
 from tests.support.openai_server import RunningServer, running_openai_server
+from tests.support.request_and_die import POINTS
 
 __all__ = ["hung"]
 
@@ -366,6 +371,31 @@ class TestDeath:
         time.sleep(1.1)
         response = tenant.post("/v1/environments", content=body, headers=headers)
         assert (response.status_code, _replayed(response)) == (201, False)
+
+    @pytest.mark.parametrize("point", POINTS)
+    def test_a_process_that_is_killed_leaves_the_work_with_its_answer_or_neither(
+        self, point: str, tenant: Tenant, settings: Settings
+    ) -> None:
+        environment = {
+            **os.environ,
+            "EMBEDD_DATABASE_URL": settings.database_url.get_secret_value(),
+            "EMBEDD_ENCRYPTION_KEYS": settings.encryption_keys[0].get_secret_value(),
+            "EMBEDD_QDRANT_URL": settings.qdrant_url,
+            "EMBEDD_REQUEST_TIMEOUT_SECONDS": "0.5",
+        }
+        name, key = unique("key"), uuid4().hex
+        program = [sys.executable, "-m", "tests.support.request_and_die", point, tenant.key, key, name]
+        ended = subprocess.run(program, env=environment, capture_output=True, timeout=60, check=False)
+        assert ended.returncode == -signal.SIGKILL, ended.stderr
+        deadline = time.monotonic() + 3  # the lease is three times the timeout
+        while (response := tenant.post("/v1/api-keys", {"name": name}, **_key(key))).status_code == 409:
+            assert code_of(response) == "idempotency_key_in_use"
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert (response.status_code, _replayed(response)) == (201, point == "before:exit")
+        listed = [row["id"] for row in tenant.get("/v1/api-keys").json()["data"] if row["name"] == name]
+        assert listed == [response.json()["api_key"]["id"]]
+        assert tenant.get("/v1/tasks", key=response.json()["key"]).status_code == 200
 
     def test_who_lost_its_lease_undoes_its_work(self, tenant: Tenant, catalog: Catalog, box: SecretBox) -> None:
         slow = self._claim(tenant, catalog, box, "k", b"", 0.0)
