@@ -27,7 +27,9 @@ def address(client: TestClient) -> Iterator[str]:
 
 @pytest.fixture
 def tab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tab]:
-    with open_chromium(tmp_path_factory.mktemp("profile"), "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1") as tab:
+    with open_chromium(
+        tmp_path_factory.mktemp("profile"), "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+    ) as tab:
         tab.call("Network.enable")
         tab.call("Log.enable")
         yield tab
