@@ -217,9 +217,13 @@ def states(session: Session, vector_table_ids: Collection[str]) -> dict[str, Tab
     }
 
 
-def set_followed(session: Session, connection_id: str, followed_ids: Collection[str], joined: Iterable[str]) -> None:
-    """Records which tables of the connection are followed without a gap, and since when."""
-    instant = now()
+def set_followed(
+    session: Session, connection_id: str, followed_ids: Collection[str], joined: Iterable[str]
+) -> list[str]:
+    """Records which tables of the connection are followed without a gap; gives those for which that begins only now.
+
+    Those that have joined, and those that were not followed before, whatever was published of them meanwhile.
+    """
     gone = select(VectorTable.id).where(
         VectorTable.connection_id == connection_id,
         VectorTable.followed_since.is_not(None),
@@ -229,14 +233,11 @@ def set_followed(session: Session, connection_id: str, followed_ids: Collection[
     if gone_ids:
         resyncs.keep_freshness(session, gone_ids)
         session.execute(update(VectorTable).where(VectorTable.id.in_(gone_ids)).values(followed_since=None))
-    anew = set(joined)
-    session.execute(
-        update(VectorTable)
-        .where(
-            VectorTable.id.in_(followed_ids), VectorTable.followed_since.is_(None) | VectorTable.id.in_(anew)
-        )
-        .values(followed_since=instant)
-    )  # fmt: skip
+    begins = VectorTable.followed_since.is_(None) | VectorTable.id.in_(set(joined))
+    anew = list(session.scalars(select(VectorTable.id).where(VectorTable.id.in_(followed_ids), begins)))
+    if anew:
+        session.execute(update(VectorTable).where(VectorTable.id.in_(anew)).values(followed_since=now()))
+    return anew
 
 
 def unused(session: Session) -> list[tuple[ChangeFeed, Connection]]:

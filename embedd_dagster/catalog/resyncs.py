@@ -72,13 +72,13 @@ def set_pending(session: Session, changes: Mapping[str, int]) -> None:
 
 
 def settle_held(session: Session, vector_table_id: str, run_id: str) -> None:
-    """What this run holds of a vector table is applied; nothing is settled that was asked for by others."""
+    """What this run noted of a vector table is applied; nothing is settled that was asked for by others."""
+    set_pending(session, {vector_table_id: 0})
     session.execute(
         update(VectorTable)
         .where(VectorTable.id == vector_table_id, VectorTable.resync_held_by == run_id)
         .values(
-            resync_done=VectorTable.resync_wanted, resync_held_by=None, resync_reason=None, resync_options={},
-            changes_pending=0,
+            resync_done=VectorTable.resync_wanted, resync_held_by=None, resync_reason=None, resync_options={}
         )
     )  # fmt: skip
 
@@ -87,7 +87,10 @@ def release(session: Session, connection_id: str) -> None:
     """What followers of this connection held is owed by a sync from now on: their memory is gone."""
     session.execute(
         update(VectorTable)
-        .where(VectorTable.connection_id == connection_id, VectorTable.resync_held_by.is_not(None))
+        .where(
+            VectorTable.connection_id == connection_id,
+            VectorTable.resync_held_by.is_not(None) | (VectorTable.changes_pending > 0),
+        )
         .values(resync_held_by=None, changes_pending=0)
     )
 

@@ -167,8 +167,8 @@ class Follower:
         refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
         kept = [key for key in self._tables.by_id if key not in refused]
         with self._lease.fenced() as session:
-            change_feeds.set_followed(session, self._lease.connection_id, kept, joined)
-            states = change_feeds.states(session, joined)
+            anew = change_feeds.set_followed(session, self._lease.connection_id, kept, joined)
+            states = change_feeds.states(session, anew)
             # before it was ever built there is nothing to compare, unless that is being done at this moment
             owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]
             resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
@@ -181,8 +181,8 @@ class Follower:
                 self._lease.advance(session, position=attachment.position)
         if begins_anew:
             self._position = attachment.position
-        if joined:
-            self._log(f"{attachment.lost or ''} Following {', '.join(sorted(joined))} from now on.".strip())
+        if anew:
+            self._log(f"{attachment.lost or ''} Following {', '.join(sorted(anew))} from now on.".strip())
 
     def _give_up_log(self, error: LogTooLong) -> None:
         self._log(f"{error.message} It is dropped, and everything is compared instead.")

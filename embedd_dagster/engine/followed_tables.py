@@ -87,6 +87,7 @@ class FollowedTables:
         if left:
             with self._lease.fenced() as session:
                 resyncs.request(session, left, "It was paused while changes were waiting.")
+                resyncs.set_pending(session, dict.fromkeys(left, 0))
 
     def apply(self, batch: ChangeBatch) -> None:
         """Applies, notes or owes what is in the batch; durable when it returns. Idempotent."""
@@ -196,6 +197,7 @@ class FollowedTables:
         self._following.log(f"{', '.join(sorted(keys))}: {reason} A sync compares it.")
         with self._lease.fenced() as session:
             resyncs.request(session, keys, reason, options=options)
+            resyncs.set_pending(session, dict.fromkeys(keys, 0))
 
     def _settle(self, key: str) -> None:
         with self._lease.fenced() as session:

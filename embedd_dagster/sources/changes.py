@@ -70,9 +70,9 @@ class ChangeFeed(Protocol):
         ...
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
-        """What was committed since the confirmed position, in batches of about `max_keys` keys at most; ends when
-        nothing more has been committed by now. The last batch has a position, and may have no keys.
+        """What was committed since the confirmed position, in batches of about `max_keys` keys at most.
 
+        Ends when nothing more has been committed by now; the last batch has a position, and may have no keys.
         A transaction of any size takes bounded memory: it comes in several batches. Raises ChangeFeedLost when the
         source does not keep the position any more: `attach` begins anew.
         """
