@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -60,7 +60,7 @@ class QdrantStore:
         self._rest.call("GET", ("collections",))
 
     def create(self, vector_set: VectorSet) -> None:
-        """A collection that is not indexed while it is loaded, with its payload indexes; one that is there is kept."""
+        """A collection that is not indexed while it is loaded; one that is there is kept."""
         name = vector_set.versioned_name
         if not self._exists(name):
             body = {
@@ -72,8 +72,8 @@ class QdrantStore:
             except VectorStoreRejected:
                 if not self._exists(name):
                     raise
-        for field, schema in payload_indexes(vector_set.filter_types).items():
-            self._index(name, field, schema)
+        # catching up after the load asks by bucket; the others cost the load a tenth, and wait for its end
+        self._index(vector_set, ["bucket"])
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
@@ -112,6 +112,7 @@ class QdrantStore:
     def finish_load(self, vector_set: VectorSet) -> None:
         """Turns indexing on and returns when the collection stays green; as long as there is progress, it waits."""
         name = vector_set.versioned_name
+        self._index(vector_set, payload_indexes(vector_set.filter_types))
         body = {"optimizers_config": {"indexing_threshold": _INDEXING_THRESHOLD_KB}}
         self._rest.call("PATCH", ("collections", name), body, seconds=WRITE_SECONDS)
         state: Any = None
@@ -230,13 +231,17 @@ class QdrantStore:
     def _points(self, vector_set: VectorSet, method: str, path: tuple[str, ...], body: Any, **options: Any) -> Any:
         return self._rest.call(method, ("collections", vector_set.versioned_name, "points", *path), body, **options)
 
-    def _index(self, name: str, field: str, schema: dict[str, Any]) -> None:
-        body: dict[str, Any] = {"field_name": field, "field_schema": schema}
-        try:
-            self._rest.call("PUT", ("collections", name, "index"), body, seconds=SLOW_SECONDS, wait=True)
-        except VectorStoreRejected:  # by a server too old to know these settings
-            body["field_schema"] = schema["type"]
-            self._rest.call("PUT", ("collections", name, "index"), body, seconds=SLOW_SECONDS, wait=True)
+    def _index(self, vector_set: VectorSet, fields: Iterable[str]) -> None:
+        path = ("collections", vector_set.versioned_name, "index")
+        schemas = payload_indexes(vector_set.filter_types)
+        for field in fields:
+            schema = schemas[field]
+            body: dict[str, Any] = {"field_name": field, "field_schema": schema}
+            try:
+                self._rest.call("PUT", path, body, seconds=SLOW_SECONDS, wait=True)
+            except VectorStoreRejected:  # by a server too old to know these settings
+                body["field_schema"] = schema["type"]
+                self._rest.call("PUT", path, body, seconds=SLOW_SECONDS, wait=True)
 
     def _exists(self, name: str) -> bool:
         return bool(self._rest.call("GET", ("collections", name, "exists"))["exists"])

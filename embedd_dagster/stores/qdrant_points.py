@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from embedd_dagster.core.embedded_text import clean_text
-from embedd_dagster.core.keys import Key, encode_key, point_id
+from embedd_dagster.core.keys import Key, encode_key, point_id, point_ids
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.stores.qdrant_filters import payload_key
 
@@ -41,6 +41,7 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
     """The body that writes this part of a batch; `None` in metadata is left out."""
     vectors = np.ascontiguousarray(points.vectors[part], dtype=np.float32)
     keys = [encode_key(key) for key in points.keys[part]]
+    names = {name: payload_key(name) for name in set().union(*points.metadata[part])}
     payloads = [
         {
             "pk": key,
@@ -48,7 +49,7 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
             "row_hash": row_hash,
             "text_hash": text_hash,
             "bucket": bucket,
-            "metadata": {payload_key(name): value for name, value in metadata.items() if value is not None},
+            "metadata": {names[name]: value for name, value in metadata.items() if value is not None},
         }
         for key, text, row_hash, text_hash, bucket, metadata in zip(
             keys,
@@ -60,7 +61,7 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
             strict=True,
         )
     ]
-    ids = [str(point_id(vector_set.vector_table_id, key)) for key in keys]
+    ids = point_ids(vector_set.vector_table_id, keys)
     body = {"batch": {"ids": ids, "vectors": vectors, "payloads": payloads}}
     try:
         return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedd_dagster.core.keys import Key, decode_key, encode_key, point_id, render_key
+from embedd_dagster.core.keys import Key, decode_key, encode_key, point_id, point_ids, render_key
 
 keys = st.one_of(
     st.integers(-(2**63), 2**63 - 1),
@@ -72,3 +72,9 @@ def test_a_key_is_shown_in_the_sources_type(key: Key, shown: object) -> None:
 
 def test_one_key_in_two_vector_tables_has_two_point_ids() -> None:
     assert point_id("vt_1", "i:1") != point_id("vt_2", "i:1")
+
+
+@given(st.lists(keys, max_size=3))
+def test_point_ids_are_the_texts_of_point_id(some: list[Key]) -> None:
+    encoded = [encode_key(key) for key in some]
+    assert point_ids("vt_1", encoded) == [str(point_id("vt_1", key)) for key in encoded]
