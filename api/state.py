@@ -20,7 +20,7 @@ from embedd_dagster.engine.search import Searcher
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
 
-_ESTIMATE_SECONDS: Final = 0.07  # a backfill is acknowledged within a tenth of a second
+_ESTIMATE_SECONDS: Final = 0.04  # a backfill is acknowledged within a tenth of a second
 _QUERY_THREADS: Final = 64
 
 
