@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, TypeVar
 
 import psycopg
 from psycopg import pq
@@ -76,8 +76,8 @@ _patience: ContextVar[Patience | None] = ContextVar("patience", default=None)
 def patience(seconds: float) -> Iterator[None]:
     """Within the block, and in threads that run in its context, no server is waited for longer, all operations together.
 
-    Whoever waits then gets an OperationalError, and the connection is closed. It counts for connections of a ConnectionPool
-    and of BoundedConnection; connecting has a timeout of its own.
+    Whoever waits then gets an OperationalError, and the connection is closed. It counts for BoundedConnections; connecting
+    has a timeout of its own.
     """
     token = _patience.set(Patience(seconds))
     try:
@@ -88,13 +88,6 @@ def patience(seconds: float) -> Iterator[None]:
 
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection whose operations end when `patience` does."""
-
-    @classmethod
-    def adopt(cls, connection: Connection) -> Self:
-        """The same connection, opened by somebody who knows nothing of this: psycopg's methods all wait by `wait`."""
-        connection.__class__ = cls
-        assert isinstance(connection, cls)  # noqa: S101 - for the type checker
-        return connection
 
     def wait(self, gen: Generator[Any, Any, Result], *args: Any, **kwargs: Any) -> Result:
         """As psycopg's. The generator is told every 0.1 s that nothing has come."""
@@ -151,7 +144,7 @@ class ConnectionPool:
                     raise self._closed_error()
                 connection = self._idle.pop() if self._idle else None
             if connection is None:
-                return BoundedConnection.adopt(self._open())
+                return self._open()
             if not checked:
                 return connection
             try:

@@ -10,6 +10,7 @@ from embedd_dagster.core.embedded_text import compose_text, text_hash
 from embedd_dagster.core.models import ProviderKind, find_model_by_name
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
+from embedd_dagster.engine.admission import open_source_briefly
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound
 from embedd_dagster.sources.base import Selection, TableReader
@@ -53,7 +54,7 @@ def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Est
         live = None if table.live_version is None else vector_sets.get(session, table.id, table.live_version)
     configuration = table.configuration
     selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
-    with runtime.open_source(endpoints.connection) as source:
+    with open_source_briefly(runtime, endpoints.connection) as source:
         reader = source.reader(selection)
         row_count = reader.count()
         sample = _sample(reader)

@@ -16,7 +16,7 @@ from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import CONNECT_OPTIONS, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, ConnectionPool, host_parameters
 from embedd_dagster.sources.network import allowed_addresses
 from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
 
@@ -129,7 +129,7 @@ class Connections:
         """A new connection, which whoever asked for it closes."""
         credentials, server = self._credentials, self.server
         try:
-            connection = psycopg.connect(
+            connection = BoundedConnection.connect(
                 **self._addresses(),
                 dbname=server.database,
                 user=server.user,

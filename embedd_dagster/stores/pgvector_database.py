@@ -21,7 +21,7 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
-from embedd_dagster.postgresql import CONNECT_OPTIONS, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, Connection, ConnectionPool, host_parameters
 
 Result = TypeVar("Result")
 
@@ -181,7 +181,7 @@ class Database:
 
     def _open(self) -> Connection:
         try:
-            connection = psycopg.connect(
+            connection = BoundedConnection.connect(
                 **self._parameters,
                 **self._addresses(),
                 connect_timeout=_CONNECT_SECONDS,
