@@ -69,6 +69,11 @@ class Settings(BaseSettings):
     cdc_drop_above_max_lag: bool = Field(
         default=False, description="Then let the source forget its log, and compare by a sync instead"
     )
+    run_retention_days: int = Field(
+        default=30,
+        ge=0,
+        description="How long ended runs, with their events and logs, and ended tasks are kept; 0 = for ever",
+    )
     outage_patience_seconds: float = Field(
         default=600.0, ge=0, description="How long a run waits for a source, store or provider that is down"
     )

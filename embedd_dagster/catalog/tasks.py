@@ -8,9 +8,10 @@ another run's, or nobody's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -18,6 +19,7 @@ from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
+from embedd_dagster.core import ids
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound, RunCancelled, RunSuperseded
 
@@ -114,6 +116,14 @@ def page(
 def live_tasks(session: Session) -> list[Task]:
     """Every task that is pending or running, oldest first."""
     return list(session.scalars(select(Task).where(Task.status.in_(_LIVE)).order_by(Task.created_at)))
+
+
+def forget_ended(session: Session, before: datetime, limit: int) -> int:
+    """Removes some of the tasks that ended before; how many. Fewer than `limit` are all."""
+    # ids begin with the second of their making, so the primary key's index finds the old ones
+    old = select(Task.id).where(Task.id < ids.new_id("task", int(before.timestamp())), Task.ended_at < before)
+    forgotten = session.scalars(delete(Task).where(Task.id.in_(old.order_by(Task.id).limit(limit))).returning(Task.id))
+    return len(forgotten.all())
 
 
 def record_launch(session: Session, task_id: str, run_id: str) -> None:
