@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import resyncs
+from embedd_dagster.catalog import resyncs, vector_tables
 from embedd_dagster.catalog.clock import database_now, now
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, EmbeddingProvider, Task, VectorSetRow, VectorTable
 from embedd_dagster.core.following import TableState
@@ -238,6 +238,13 @@ def set_followed(
     if anew:
         session.execute(update(VectorTable).where(VectorTable.id.in_(anew)).values(followed_since=now()))
     return anew
+
+
+def stop_following(session: Session, connection_id: str, error: str) -> None:
+    """None of the connection's tables can be followed until somebody acts: they say so, and are compared afterwards."""
+    set_followed(session, connection_id, [], [])
+    for row in followed(session, connection_id):
+        vector_tables.refuse(session, row.table.id, error)
 
 
 def unused(session: Session) -> list[tuple[ChangeFeed, Connection]]:

@@ -25,6 +25,7 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
     CatalogUnavailable,
     ChangeFeedLost,
+    PermanentError,
     RunCancelled,
     RunSuperseded,
     SourceUnavailable,
@@ -66,6 +67,9 @@ def follow(
         return str(error)
     except Exception as error:
         trouble = describe(error)
+        if isinstance(error, PermanentError):
+            with lease.fenced() as session:
+                change_feeds.stop_following(session, connection_id, trouble)
         raise
     finally:
         lease.end(trouble)

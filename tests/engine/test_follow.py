@@ -13,6 +13,7 @@ from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
+from embedd_dagster.errors import SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
 
@@ -392,6 +393,43 @@ def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Produc
         product.provider.behave(fail_every=0)
         eventually(lambda: _is_followed(product) and _settled(product))
         eventually(_is_true(product))
+
+
+def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
+    followed: tuple[Product, RunningFollower],
+) -> None:
+    product, follower = followed
+    follower.stop()
+    product.sql(
+        """CREATE ROLE reader LOGIN PASSWORD 'x'; GRANT SELECT ON products TO reader;
+        GRANT ALL ON SCHEMA public TO reader"""
+    )
+    good = _use(product, user="reader", password="x")
+    with _follower(product) as refused:
+        refused.join()
+        error, refused.error = refused.error, None
+    assert isinstance(error, SourceRejected)
+    assert "REPLICATION" in error.resolution
+    assert product.table().sync_status == SyncStatus.ERROR
+    assert "REPLICATION" in (product.table().last_error or "")
+    product.sql(INSERT, 6500)
+    _use(product, **good)
+    with _follower(product):
+        eventually(lambda: _is_followed(product) and _settled(product))
+        assert product.table().sync_status == SyncStatus.SYNCED
+        eventually(_is_true(product))
+    product.sql("DROP OWNED BY reader; DROP ROLE reader")
+
+
+def _use(product: Product, **changes: Any) -> dict[str, Any]:
+    """Changes the connection's credentials; those before."""
+    with product.runtime.catalog.transaction() as session:
+        connection = connections.find(session, product.table().connection_id)
+        assert connection is not None
+        before = connections.open_credentials(connection, product.runtime.box)
+        connections.set_credentials(connection, product.runtime.box, {**before, **changes})
+        connections.record_test(connection, None)
+        return before
 
 
 def test_a_huge_transaction_is_followed_in_bounded_memory(product: Product) -> None:
