@@ -29,8 +29,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from embedd_dagster.local import qdrant_wire as wire
-from embedd_dagster.local.qdrant_calls import HANDLERS, Call
+from embedd_dagster.local.qdrant_calls import COLLECTION_HANDLERS, Call
 from embedd_dagster.local.qdrant_collections import QdrantCatalog
+from embedd_dagster.local.qdrant_point_calls import POINT_HANDLERS
 from embedd_dagster.local.qdrant_wire import RefusedError
 
 VERSION = "1.20.0"  # of the protocol: clients compare it with their own
@@ -84,7 +85,7 @@ def create_app(catalog: QdrantCatalog, api_key: str | None = None) -> Starlette:
 
     routes = [Route("/", version)]
     routes += [Route(path, health) for path in sorted(_OPEN_PATHS - {"/"})]
-    routes += [route(method, path, handler) for method, path, handler in HANDLERS]
+    routes += [route(method, path, handler) for method, path, handler in COLLECTION_HANDLERS + POINT_HANDLERS]
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: failed, Exception: failed})
 
 
