@@ -8,13 +8,12 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from embedd_dagster.sources.postgresql_changes import PostgresChangeFeed
-
 from embedd_dagster.catalog import change_feeds, resyncs
 from embedd_dagster.engine.follow import follow
 from embedd_dagster.engine.followed_table import TableFollower
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.settings import read_settings
+from embedd_dagster.sources.postgresql_changes import PostgresChangeFeed
 from tests.support.run_and_die import POINTS as OF_A_RUN
 from tests.support.run_and_die import die_at
 
