@@ -12,7 +12,7 @@ from embedd_dagster.defs.enact import Enactor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.observe import Memory, observe
 from embedd_dagster.defs.partitions import vector_tables as partitions
-from embedd_dagster.defs.reconcile import Limits, plan
+from embedd_dagster.defs.reconcile import Limits, Plan, Verdict, plan
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import drop_retired_sets, drop_unused_feeds, teardown
@@ -46,8 +46,14 @@ def reconcile(
     try:
         runtime = open_runtime()
         limits = Limits(stale_after=timedelta(seconds=runtime.settings.stale_after_seconds))
+        enactor = Enactor(instance, runtime, log)
         planned = plan(observe(instance, runtime, memory), limits)
-        requests = Enactor(instance, runtime, log).enact(planned)
+        requests = enactor.enact(planned)
+        requeued = {decision.task.task_id for decision in planned.tasks if decision.verdict is Verdict.REQUEUE}
+        if requeued:  # they are judged once more: the next tick is five seconds away
+            again = plan(observe(instance, runtime, memory), limits)
+            launches = [decision for decision in again.tasks if decision.verdict is Verdict.LAUNCH]
+            requests += enactor.enact(Plan(tasks=tuple(one for one in launches if one.task.task_id in requeued)))
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())
         return dg.SkipReason(f"{error.message} {error.resolution}")

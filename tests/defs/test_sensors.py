@@ -155,6 +155,36 @@ def test_a_running_task_whose_run_has_ended(
         assert tables[key].last_error
 
 
+@pytest.mark.parametrize("kind", ["ended", "silent"])
+def test_a_task_whose_run_died_gets_another_in_the_same_tick(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance, kind: str
+) -> None:
+    key, other = tables.create("a"), tables.create("b")
+    task_id = tables.task(key)
+    tables.task(other)
+    tables.claim(task_id, make_run(Status.STARTED if kind == "silent" else Status.FAILURE, key, task_id))
+    if kind == "silent":
+        tables.change_task(task_id, heartbeat_at=long_ago())
+    made = requests(tick())
+    assert sorted(request.partition_key for request in made) == sorted([key, other]), "each once"
+    (request,) = [request for request in made if request.partition_key == key]
+    assert request.run_key == f"{task_id}:1"
+    again = {request.run_key for request in requests(tick())}
+    assert request.run_key in again, "the same until Dagster has the run"
+
+
+def test_the_third_attempt_waits_a_while(tick: Any, tables: Any, make_run: Any) -> None:
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.change_task(task_id, attempts=1)
+    make_run(Status.FAILURE, key, task_id)
+    failed = make_run(Status.STARTED, key, task_id)
+    tables.claim(task_id, failed)
+    tables.change_task(task_id, heartbeat_at=long_ago())
+    assert not requests(tick())
+    assert tables.get_task(task_id).status == "pending"
+
+
 def test_attempts_come_to_an_end(tick: Any, tables: Any, make_run: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
@@ -326,12 +356,13 @@ def test_what_went_on_by_itself_meanwhile_is_left_alone(
 
     def then_it_completes(*arguments: Any) -> Any:
         seen = observe(*arguments)
-        with tables.runtime.catalog.transaction() as session:
-            tasks.complete(session, task_id, run_id, tasks.EMPTY_PROGRESS)
+        if tables.get_task(task_id).status == "running":
+            with tables.runtime.catalog.transaction() as session:
+                tasks.complete(session, task_id, run_id, tasks.EMPTY_PROGRESS)
         return seen
 
     monkeypatch.setattr(sensors, "observe", then_it_completes)
-    tick()
+    assert not requests(tick())
     assert tables.get_task(task_id).status == "completed"
 
 
