@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import ssl
+import threading
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from embedd_dagster.embedders import open_embedder
 from embedd_dagster.embedders.vetted_transport import VettedTransport
@@ -84,6 +93,72 @@ def test_a_name_that_does_not_resolve_is_a_connection_that_fails() -> None:
     transport = VettedTransport(tls=None, limits=httpx.Limits(), deny_private_networks=False, resolver=unknown)
     with httpx.Client(transport=transport) as http, pytest.raises(httpx.ConnectError):
         http.get("http://provider.example/")
+
+
+class _Closing(BaseHTTPRequestHandler):
+    """Answers, and closes the connection without a word."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+        self.close_connection = True
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def closing_server() -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Closing) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(closing_server: ThreadingHTTPServer) -> None:
+    names = Names(["127.0.0.1"])
+    with client(names) as http:
+        for _ in range(3):
+            assert http.get(f"http://provider.example:{closing_server.server_port}/").text == "ok"
+            for thread in threading.enumerate():
+                if "process_request_thread" in thread.name:
+                    thread.join()  # until then it is not closed
+    assert len(names.asked) == 3
+
+
+def test_a_certificate_is_checked_for_the_name_that_was_given(
+    closing_server: ThreadingHTTPServer, tmp_path: Path
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "provider.example")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), 1, now - timedelta(1), now + timedelta(1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("provider.example")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(serialization.Encoding.PEM)
+    )
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(pem)
+    closing_server.socket = server_side.wrap_socket(closing_server.socket, server_side=True)
+    trusting = ssl.create_default_context(cadata=certificate.public_bytes(serialization.Encoding.PEM).decode())
+    transport = VettedTransport(
+        tls=trusting, limits=httpx.Limits(), deny_private_networks=False, resolver=Names(["127.0.0.1"])
+    )
+    with httpx.Client(transport=transport) as http:
+        assert http.get(f"https://provider.example:{closing_server.server_port}/").text == "ok"
+        with pytest.raises(httpx.ConnectError):
+            http.get(f"https://other.example:{closing_server.server_port}/")
 
 
 @pytest.mark.parametrize(
