@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import re
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
-from itertools import product
 from typing import Any, Final
 from uuid import UUID
 
@@ -18,6 +15,7 @@ from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected, SourceTableNotFound
 from embedd_dagster.sources.base import SourceColumn, SourceTable
 from embedd_dagster.sources.postgresql_errors import Server, access_denied, quoted
+from embedd_dagster.sources.postgresql_names import folded, readings, spelling, suggestion
 
 # base type → the Python type of its keys. Any enum is a key too, as text.
 _KEY_TYPES: Final[dict[str, type]] = {
@@ -154,19 +152,19 @@ class Relation:
 
     def described(self, estimate: int | None) -> SourceTable:
         """The table as the Protocol gives it."""
-        name = _spelling(self.schema, self.name, visible=self.visible)
+        name = spelling(self.schema, self.name, visible=self.visible)
         return SourceTable(name, tuple(column.described() for column in self.columns), self.is_view, estimate)
 
     def find_columns(self, names: tuple[str, ...]) -> list[ColumnInfo]:
         """The columns of these names, each exactly or folded as PostgreSQL folds. Names all that are missing."""
         by_name = {column.name: column for column in self.columns}
-        found = [by_name.get(name) or by_name.get(_folded(name)) for name in names]
+        found = [by_name.get(name) or by_name.get(folded(name)) for name in names]
         missing = list(dict.fromkeys(name for name, column in zip(names, found, strict=True) if column is None))
         if missing:
             listed = ", ".join(repr(name) for name in missing)
             raise SourceTableNotFound(
                 f"Table {self.label} has no column {listed}.",
-                resolution=_suggestion(missing, list(by_name)) or SourceTableNotFound.default_resolution,
+                resolution=suggestion(missing, list(by_name)) or SourceTableNotFound.default_resolution,
                 columns=missing,
             )
         return [column for column in found if column is not None]
@@ -268,7 +266,7 @@ def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceT
     """Up to `limit` readable tables, by name, without columns."""
     rows = connection.execute(_TABLES, [limit]).fetchall()
     return [
-        SourceTable(_spelling(schema, name, visible=visible), (), kind in "vm", estimate)
+        SourceTable(spelling(schema, name, visible=visible), (), kind in "vm", estimate)
         for schema, name, kind, visible, estimate in rows
     ]
 
@@ -293,7 +291,7 @@ def planner_estimate(connection: psycopg.Connection[Any], relation: Relation) ->
 
 def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
     """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
-    candidates = _readings(given)
+    candidates = readings(given)
     qualified = [(schema, name) for schema, name in candidates if schema is not None]
     found = connection.execute(
         _RELATIONS,
@@ -318,66 +316,6 @@ def find_relation(connection: psycopg.Connection[Any], given: str, server: Serve
     known = [table.name for table in list_tables(connection, 2000)]
     raise SourceTableNotFound(
         f"There is no table {given!r} in database {server.database!r}.",
-        resolution=_suggestion([given], known) or SourceTableNotFound.default_resolution,
+        resolution=suggestion([given], known) or SourceTableNotFound.default_resolution,
         table=given,
     )
-
-
-_PART: Final = r'"(?:[^"\x00]|"")+"'
-_QUOTED_NAME: Final = re.compile(rf'({_PART}|[^".]+)(?:\.({_PART}|[^".]+))?')
-_PLAIN: Final = re.compile(r'[^".\x00]+')
-
-
-def _readings(given: str) -> list[tuple[str | None, str]]:
-    """(schema, table) pairs that this text may mean, the likeliest first; a schema of None is the search path.
-
-    Plain names are taken exactly first, then folded to lower case: users copy names from where they are shown, and type
-    them as in SQL. Quotes are only for names that plain text cannot say.
-    """
-    if "\x00" in given or not given:
-        return []
-    if '"' in given:
-        match = _QUOTED_NAME.fullmatch(given)
-        if match is None:
-            return [(None, given)]
-        spellings = [_spellings(part) for part in match.groups() if part is not None]
-        if len(spellings) == 1:
-            return [(None, name) for name in spellings[0]]
-        return [(schema, name) for schema, name in product(*spellings)]
-    dots = [index for index, character in enumerate(given) if character == "."][:8]
-    exact: list[tuple[str | None, str]] = [(None, given)]
-    exact += [(given[:dot], given[dot + 1 :]) for dot in dots if 0 < dot < len(given) - 1]
-    mixed = [
-        (schema, name)
-        for pair in exact
-        for schema in ([None] if pair[0] is None else _spellings(pair[0]))
-        for name in _spellings(pair[1])
-    ]
-    return list(dict.fromkeys([*exact, *mixed]))
-
-
-def _spellings(part: str) -> list[str]:
-    if part.startswith('"'):
-        return [part[1:-1].replace('""', '"')]
-    return list(dict.fromkeys([part, _folded(part)]))
-
-
-def _folded(name: str) -> str:
-    # As the server does in a multi-byte encoding: ASCII letters only.
-    return "".join(character.lower() if character.isascii() else character for character in name)
-
-
-def _spelling(schema: str, name: str, *, visible: bool) -> str:
-    parts = [name] if visible else [schema, name]
-    return ".".join(part if _PLAIN.fullmatch(part) else quoted(part) for part in parts)
-
-
-def _suggestion(missing: list[str], known: list[str]) -> str | None:
-    by_lower = {name.lower(): name for name in reversed(known)}
-    near: list[str] = []
-    for name in missing:
-        found = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.6)
-        near += [by_lower[match] for match in found]
-    if not near:
-        return None
-    return f"Did you mean {' or '.join(repr(name) for name in dict.fromkeys(near))}?"
