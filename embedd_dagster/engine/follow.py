@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from datetime import datetime
 from typing import Final
 
@@ -25,6 +25,7 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
     CatalogUnavailable,
     ChangeFeedLost,
+    EmbeddError,
     PermanentError,
     RunCancelled,
     RunSuperseded,
@@ -104,8 +105,10 @@ class Follower:
         self._confirmed_at = self._caught_up_at = time.monotonic()
 
     def close(self) -> None:
-        """Gives back what was opened; the source goes on keeping the position."""
+        """Tells what is left to tell, and gives back what was opened; the source goes on keeping the position."""
         self._tables.close()
+        with suppress(EmbeddError):  # numbers for people: not worth an end that looks like a failure
+            self._reports.send_due(self._tables.by_id, self._lease, everything=True)
         self._feed.close()
         self._opened.close()
 

@@ -124,7 +124,8 @@ def test_pause_and_resume(tenant: Tenant) -> None:
     assert tenant.post(f"{path}/sync/resume").json()["sync_status"] == "pending"
     status = tenant.get(f"{path}/sync/status").json()
     assert set(status) == {
-        "vector_table_id", "sync_status", "last_sync_at", "rows_pending", "staleness_secs", "log_lag_bytes", "last_error", "last_error_at",
+        "vector_table_id", "sync_status", "last_sync_at", "rows_pending", "staleness_secs", "log_lag_bytes",
+        "last_error", "last_error_at",
     }  # fmt: skip
 
 

@@ -171,6 +171,8 @@ def _is_at_rest(product: Product, follower: Follower) -> bool:  # noqa: F811
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_everything_ends_in_the_truth(product: Product, steps: list[tuple[Any, ...]]) -> None:  # noqa: F811
     product.runtime.settings.__dict__.update(stale_after_seconds=0.3, follow_patience_seconds=0.3)
+    product.provider.reset()
+    product.provider.behave(counts_texts=True)
     product.sql("TRUNCATE products")
     product.sql(f"INSERT INTO products SELECT n, 'product ' || n, 'b', 'red', n FROM generate_series(1, {ROWS}) n")
     product.renew()
@@ -185,5 +187,18 @@ def test_everything_ends_in_the_truth(product: Product, steps: list[tuple[Any, .
         eventually(lambda: product.table().changes_pending == 0)
         done = product.run(TaskType.SYNC, full=True)
         assert (done.rows_embedded, done.rows_rewritten, done.rows_deleted) == (0, 0, 0)
+        _assert_paid_once(product.provider.stats()["text_counts"], steps)
     finally:
         follower.stop()
+
+
+def _assert_paid_once(text_counts: dict[str, int], steps: list[tuple[Any, ...]]) -> None:
+    """The text of a row that nobody touched is embedded once, and once more for each other prefix, and for what died."""
+    kinds = {step[0] for step in steps}
+    touched = {key for step in steps if step[0] in STATEMENTS for key in step[1:]}
+    allowed = 1 + sum(step[0] in ("configure", "die", "outage") for step in steps)
+    for key in range(1, ROWS + 1):
+        if key in touched or ("task" in kinds and key % 7 == 0) or ("outage" in kinds and key % 5 == 0):
+            continue
+        for prefix in ("title", "item"):
+            assert text_counts.get(f"{prefix}: product {key}\nb", 0) <= allowed

@@ -126,6 +126,8 @@ def _take(product: Product, step: tuple[Any, ...]) -> None:
 @given(steps=st.lists(STEPS, min_size=2, max_size=10))
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 def test_everything_ends_in_the_truth(product: Product, steps: list[tuple[Any, ...]]) -> None:
+    product.provider.reset()
+    product.provider.behave(counts_texts=True)
     product.sql("TRUNCATE products")
     product.sql(f"INSERT INTO products SELECT n, 'product ' || n, 'b', 'red', n FROM generate_series(1, {ROWS}) n")
     product.renew()
@@ -140,6 +142,16 @@ def test_everything_ends_in_the_truth(product: Product, steps: list[tuple[Any, .
     assert table.sync_status == SyncStatus.SYNCED
     assert product.live_set().dimensions == table.embedding_dimensions
     assert table.synced_rows == table.total_rows - len(without_text)
-    requests = product.provider.stats()["requests"]
+    stats = product.provider.stats()
     assert product.run(TaskType.SYNC).rows_read == 0
-    assert product.provider.stats()["requests"] == requests
+    assert product.provider.stats()["requests"] == stats["requests"]
+    _assert_paid_once(stats["text_counts"], steps)
+
+
+def _assert_paid_once(text_counts: dict[str, int], steps: list[tuple[Any, ...]]) -> None:
+    """The text of a row that nobody touched is embedded once, and once more for each other model, and for what died."""
+    touched = {step[1] for step in steps if step[0] in ("write", "delete")}
+    allowed = 1 + sum(step[0] in ("configure", "die", "outage") for step in steps)
+    for key in set(range(1, ROWS + 1)) - touched:
+        for prefix in ("title", "item"):
+            assert text_counts.get(f"{prefix}: product {key}\nb", 0) <= allowed

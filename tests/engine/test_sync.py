@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedd_dagster.catalog import vector_sets
+from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.errors import MassDeleteRefused
 from tests.engine.conftest import Product
@@ -58,17 +58,29 @@ def test_a_key_that_changes_is_a_delete_and_an_insert_that_is_not_paid_for(built
     built.assert_true_to_source()
 
 
-def test_a_full_sync_heals_a_store_that_was_tampered_with(built: Product) -> None:
-    from embedd_dagster.catalog import vector_tables
-
+def _tamper(built: Product) -> None:
+    """Three points are gone, and nothing of ours has done it."""
     with built.runtime.catalog.transaction() as session:
         endpoints = vector_tables.load_endpoints(session, built.vector_table_id)
     assert endpoints is not None
     with built.runtime.open_store(built.mode, endpoints.connection) as store:
         store.delete(built.live_set(), [1, 2, 3])
+
+
+def test_a_full_sync_heals_a_store_that_was_tampered_with(built: Product) -> None:
+    _tamper(built)
     assert built.run(TaskType.SYNC).rows_read == 0, "the source did not change"
     assert built.run(TaskType.SYNC, full=True).rows_read == 3
     built.assert_true_to_source()
+
+
+def test_every_so_manieth_sync_heals_by_itself(built: Product) -> None:
+    built.runtime.settings.__dict__["full_sync_every"] = 3
+    _tamper(built)
+    assert [built.run(TaskType.SYNC).rows_read for _ in range(2)] == [0, 0]
+    assert built.run(TaskType.SYNC).rows_read > 0
+    built.assert_true_to_source()
+    assert built.run(TaskType.SYNC).rows_read == 0
 
 
 def test_an_emptied_source_is_not_mirrored_without_a_word(built: Product) -> None:

@@ -1,0 +1,72 @@
+"""What is told of following: sums, at most one a minute and vector table."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from embedd_dagster.engine import follow_reports
+from embedd_dagster.engine.follow_reports import FollowReport, Reports
+from embedd_dagster.engine.pipeline import RowCounts
+
+
+class _Table:
+    version = 3
+
+    def count_points(self) -> int:
+        return 40
+
+
+class _Lease:
+    lag_bytes = 77
+
+    @contextmanager
+    def fenced(self) -> Any:
+        yield None
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    instant = [1000.0]
+    monkeypatch.setattr(follow_reports.time, "monotonic", lambda: instant[0])
+    monkeypatch.setattr(follow_reports.vector_sets, "count_failures", lambda *_args: 0)
+    monkeypatch.setattr(follow_reports.vector_tables, "note_counts", lambda *_args: None)
+    return instant
+
+
+def test_changes_are_summed_and_told_once_a_minute(clock: list[float]) -> None:
+    sent: list[FollowReport] = []
+    reports = Reports(sent.append)
+    tables: Any = {"vt_a": _Table()}
+    lease: Any = _Lease()
+    reports.add("vt_a", RowCounts(read=1, embedded=1), 1, 0.1)
+    reports.send_due(tables, lease)
+    assert [report.changes for report in sent] == [1]
+    for lag in (0.2, 0.9, 0.3):
+        reports.add("vt_a", RowCounts(read=2, reused=2), 2, lag)
+        clock[0] += 10
+        reports.send_due(tables, lease)
+    assert len(sent) == 1
+    clock[0] += 31
+    reports.send_due(tables, lease)
+    assert (sent[1].changes, sent[1].counts.reused, sent[1].lag_seconds) == (6, 6, 0.9)
+    assert (sent[1].version, sent[1].point_count, sent[1].lag_bytes) == (3, 40, 77)
+    clock[0] += 61
+    reports.send_due(tables, lease)
+    assert len(sent) == 2, "nothing happened, so there is nothing to tell"
+
+
+def test_what_is_left_is_told_at_the_end(clock: list[float]) -> None:
+    sent: list[FollowReport] = []
+    reports = Reports(sent.append)
+    tables: Any = {"vt_a": _Table()}
+    lease: Any = _Lease()
+    for _ in range(2):
+        reports.add("vt_a", RowCounts(read=1), 1, None)
+        reports.send_due(tables, lease, everything=True)
+    assert len(sent) == 2
+    reports.add("vt_gone", RowCounts(read=1), 1, None)
+    reports.send_due(tables, lease, everything=True)
+    assert len(sent) == 2
