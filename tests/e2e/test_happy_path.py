@@ -186,10 +186,10 @@ def test_a_deleted_vector_table_leaves_nothing(embedd: Embedd, mode: str, eventu
     assert embedd.api.get(f"/v1/vector-tables/{vector_table_id}").status_code == 404
     # two sensors see to it, in either order: one removes the partition, the other what is in the store
     eventually(lambda: vector_table_id not in _partitions(embedd), within=40)
-    eventually(lambda: _stored(embedd, mode, vector_table_id) == [], within=40)
+    eventually(lambda: _left_over(embedd, mode, vector_table_id) == [], within=40)
 
 
-def _stored(embedd: Embedd, mode: str, vector_table_id: str) -> list[str]:
+def _left_over(embedd: Embedd, mode: str, vector_table_id: str) -> list[str]:
     """What is left of this vector table in its store, by name."""
     if mode == "managed":
         names = [entry["name"] for entry in embedd.qdrant("GET", "/collections")["collections"]]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -111,9 +112,21 @@ class _Closing(BaseHTTPRequestHandler):
         pass
 
 
+class _ClosingServer(ThreadingHTTPServer):
+    """Says when a connection is closed."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Closing)
+        self.closed = threading.Semaphore(0)
+
+    def process_request_thread(self, *arguments: Any) -> None:
+        super().process_request_thread(*arguments)
+        self.closed.release()
+
+
 @pytest.fixture
-def closing_server() -> Iterator[ThreadingHTTPServer]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Closing) as running:
+def closing_server() -> Iterator[_ClosingServer]:
+    with _ClosingServer() as running:
         thread = threading.Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield running
@@ -121,14 +134,12 @@ def closing_server() -> Iterator[ThreadingHTTPServer]:
         thread.join()
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(closing_server: ThreadingHTTPServer) -> None:
+def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(closing_server: _ClosingServer) -> None:
     names = Names(["127.0.0.1"])
     with client(names) as http:
         for _ in range(3):
             assert http.get(f"http://provider.example:{closing_server.server_port}/").text == "ok"
-            for thread in threading.enumerate():
-                if "process_request_thread" in thread.name:
-                    thread.join()  # until then it is not closed
+            assert closing_server.closed.acquire(timeout=10)
     assert len(names.asked) == 3
 
 
