@@ -115,6 +115,7 @@ def _runs(instance: dg.DagsterInstance, runs_filter: dg.RunsFilter) -> list[RunF
                 status=run.status,
                 task_id=run.tags.get(TASK_TAG),
                 vector_table_id=run.tags.get(PARTITION_TAG),
+                created_at=record.create_timestamp.replace(tzinfo=UTC),
                 ended_at=None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC),
             )
         )

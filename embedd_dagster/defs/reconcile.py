@@ -57,6 +57,7 @@ class RunFact:
     task_id: str | None = None
     vector_table_id: str | None = None
     ended_at: datetime | None = None
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,9 @@ class Limits:
     stale_after: timedelta
     launch_grace: timedelta = timedelta(seconds=3)
     """The API launches a task's run itself, a moment after it has committed the task."""
+    submission: timedelta = timedelta(seconds=15)
+    """A run is made a moment before it is queued. One that stays so lost whoever was queueing it, such as a webserver whose
+    connection to Dagster's database broke in between."""
     idle_run: timedelta = timedelta(seconds=300)
     """A run owns nothing while it starts, and while it checks the asset; after so long, its process is gone."""
     retry_delay: timedelta = timedelta(seconds=30)
@@ -272,12 +276,20 @@ def judge_runs(seen: Observation, decisions: Sequence[TaskDecision], limits: Lim
         if run.status is dg.DagsterRunStatus.QUEUED:
             if run.task_id is not None and (run.task_id not in live or run.task_id in cancelled):
                 ends.append(RunDecision(run.run_id, cancelled=True, reason="Its task has ended."))
+        elif _was_never_queued(run, seen, limits):
+            ends.append(RunDecision(run.run_id, cancelled=False, reason="It was made, and never put into the queue."))
         elif seen.idle_seconds.get(run.run_id, 0.0) > limits.idle_run.total_seconds():
             canceling = run.status is dg.DagsterRunStatus.CANCELING
             ends.append(
                 RunDecision(run.run_id, canceling, "It works on no task, and does not end: its process is gone.")
             )
     return ends
+
+
+def _was_never_queued(run: RunFact, seen: Observation, limits: Limits) -> bool:
+    if run.status is not dg.DagsterRunStatus.NOT_STARTED or run.created_at is None:
+        return False
+    return seen.now - run.created_at > limits.submission
 
 
 def idle_runs(seen: Observation) -> frozenset[str]:

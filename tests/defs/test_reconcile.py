@@ -150,6 +150,17 @@ def test_a_run_that_serves_nobody(
     assert [end.cancelled for end in ends] == ([] if expected is None else [expected])
 
 
+@pytest.mark.parametrize(("age", "ends"), [(14, 0), (16, 1)])
+def test_a_run_that_was_made_and_never_queued_is_ended(age: float, ends: int) -> None:
+    lost = replace(run(Status.NOT_STARTED), created_at=ago(age))
+    planned = plan(seen(PENDING, flying=(lost,)), LIMITS)
+    assert len(planned.runs) == ends
+    assert not any(decision.cancelled for decision in planned.runs), "its task is launched again"
+    assert planned.tasks == ()
+    queued = replace(run(Status.QUEUED), created_at=ago(age))
+    assert plan(seen(PENDING, flying=(queued,)), LIMITS).runs == ()
+
+
 def test_runs_that_own_nothing() -> None:
     runs = (run(Status.STARTED), run(Status.STARTED, "r2"), run(Status.QUEUED, "r3"), run(Status.STARTING, "r4"))
     assert idle_runs(seen(RUNNING, flying=runs)) == {"r2", "r4"}
