@@ -5,18 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
 from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.core.status import SyncStatus, TaskType
-from embedd_dagster.core.vector_table import SyncMode
+from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
 
+ONE_STORE = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
+"""Of what has nothing to do with stores."""
 INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
 
 
@@ -127,6 +130,7 @@ def _true_but(product: Product, without: set[int]) -> bool:
     return True
 
 
+@ONE_STORE
 def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product, RunningFollower]) -> None:
     product, _follower = followed
 
@@ -190,6 +194,7 @@ def test_nothing_is_written_under_a_sync_and_nothing_lost(followed: tuple[Produc
     eventually(_is_true(product))
 
 
+@ONE_STORE
 def test_a_paused_table_is_left_alone_and_compared_when_it_goes_on(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
     _pause(product)
@@ -226,6 +231,7 @@ def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Pro
     assert list(product.points()) == [1]
 
 
+@ONE_STORE
 def test_rows_deleted_one_by_one_need_no_confirmation_later(followed: tuple[Product, RunningFollower]) -> None:
     product, _follower = followed
     product.sql("DELETE FROM products WHERE id > 10")
@@ -251,6 +257,7 @@ def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tu
     assert follower.error is None
 
 
+@ONE_STORE
 def test_a_configured_column_that_is_dropped_is_named(followed: tuple[Product, RunningFollower]) -> None:
     product, _follower = followed
     product.sql("ALTER TABLE products ADD COLUMN note text DEFAULT 'x'; ALTER TABLE products DROP COLUMN note")
@@ -267,6 +274,7 @@ def test_a_configured_column_that_is_dropped_is_named(followed: tuple[Product, R
     eventually(_is_true(product))
 
 
+@ONE_STORE
 @pytest.mark.parametrize("statement", ["ALTER TABLE products RENAME TO goods", "DROP TABLE products"])
 def test_a_table_that_is_renamed_or_dropped_is_an_error_that_says_so(
     followed: tuple[Product, RunningFollower], statement: str
@@ -281,6 +289,7 @@ def test_a_table_that_is_renamed_or_dropped_is_an_error_that_says_so(
     assert follower.error is None
 
 
+@ONE_STORE
 def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, RunningFollower]) -> None:
     product, _follower = followed
     product.sql("ALTER TABLE products RENAME TO goods")
@@ -293,6 +302,7 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
     eventually(_is_true(product))
 
 
+@ONE_STORE
 def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
 
@@ -324,6 +334,7 @@ def _retried(action: Callable[[], bool]) -> Callable[[], bool]:
     return attempt
 
 
+@ONE_STORE
 def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
     with product.runtime.catalog.transaction() as session:
@@ -340,6 +351,7 @@ def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Produ
         connections.delete(session, product.environment_id, connection_id)
 
 
+@ONE_STORE
 def test_what_a_dead_follower_left_is_dropped_without_one(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
     follower.stop()
@@ -353,6 +365,7 @@ def test_what_a_dead_follower_left_is_dropped_without_one(followed: tuple[Produc
     assert _slots(product) == []
 
 
+@ONE_STORE
 def test_a_second_follower_ends_at_once_and_a_successor_takes_over(followed: tuple[Product, RunningFollower]) -> None:
     product, first = followed
     with _follower(product) as second:
@@ -367,6 +380,7 @@ def test_a_second_follower_ends_at_once_and_a_successor_takes_over(followed: tup
         assert successor.reason is None
 
 
+@ONE_STORE
 def test_a_stopped_follower_goes_on_where_it_was(followed: tuple[Product, RunningFollower]) -> None:
     product, first = followed
     first.stop()
@@ -377,6 +391,7 @@ def test_a_stopped_follower_goes_on_where_it_was(followed: tuple[Product, Runnin
     assert second.error is None
 
 
+@ONE_STORE
 def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
     follower.stop()
@@ -395,16 +410,18 @@ def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Produc
         eventually(_is_true(product))
 
 
+@ONE_STORE
 def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
     followed: tuple[Product, RunningFollower],
 ) -> None:
     product, follower = followed
     follower.stop()
+    role = f"reader_{uuid4().hex[:8]}"  # of the whole server
     product.sql(
-        """CREATE ROLE reader LOGIN PASSWORD 'x'; GRANT SELECT ON products TO reader;
-        GRANT ALL ON SCHEMA public TO reader"""
+        f"""CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT SELECT ON products TO {role};
+        GRANT ALL ON SCHEMA public TO {role}"""
     )
-    good = _use(product, user="reader", password="x")
+    good = _use(product, user=role, password="x")
     with _follower(product) as refused:
         refused.join()
         error, refused.error = refused.error, None
@@ -418,7 +435,7 @@ def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
         eventually(lambda: _is_followed(product) and _settled(product))
         assert product.table().sync_status == SyncStatus.SYNCED
         eventually(_is_true(product))
-    product.sql("DROP OWNED BY reader; DROP ROLE reader")
+    product.sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
 
 
 def _use(product: Product, **changes: Any) -> dict[str, Any]:
@@ -432,9 +449,8 @@ def _use(product: Product, **changes: Any) -> dict[str, Any]:
         return before
 
 
+@ONE_STORE
 def test_a_huge_transaction_is_followed_in_bounded_memory(product: Product) -> None:
-    if product.mode.value == "managed":
-        pytest.skip("the path is the same; once is enough for 60 seconds")
     product.run()
     with _follower(product) as follower:
         eventually(lambda: _is_followed(product) and _settled(product))

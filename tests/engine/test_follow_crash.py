@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from embedd_dagster.catalog import change_feeds
+from embedd_dagster.core.vector_table import Mode
 from tests.engine.conftest import Product
 from tests.engine.test_follow import _is_followed, _is_owed, _is_true, _settled, product  # noqa: F401
 from tests.support.following import RunningFollower, eventually
@@ -16,22 +17,23 @@ VICTIM = Path(__file__).parents[1] / "support" / "follow_and_die.py"
 
 
 @pytest.mark.parametrize(
-    ("point", "nth"),
-    [
-        ("before:attach", 1),
-        ("after:attach", 1),
-        ("after:record", 1),
-        ("before:read", 1),
-        ("before:write", 1),
-        ("after:embed", 1),
-        ("before:upsert", 1),
-        ("after:upsert", 1),
-        ("after:write", 1),
-        ("before:advance", 2),
-        ("after:advance", 2),
-        ("before:confirm", 1),
-        ("after:confirm", 1),
+    ("product", "point", "nth"),
+    [  # each point on one of the stores: what dies is the follower, and none of these points is the store's own
+        (Mode.MANAGED, "before:attach", 1),
+        (Mode.PLATFORM, "after:attach", 1),
+        (Mode.MANAGED, "after:record", 1),
+        (Mode.PLATFORM, "before:read", 1),
+        (Mode.MANAGED, "before:write", 1),
+        (Mode.PLATFORM, "after:embed", 1),
+        (Mode.MANAGED, "before:upsert", 1),
+        (Mode.PLATFORM, "after:upsert", 1),
+        (Mode.MANAGED, "after:write", 1),
+        (Mode.PLATFORM, "before:advance", 2),
+        (Mode.MANAGED, "after:advance", 2),
+        (Mode.PLATFORM, "before:confirm", 1),
+        (Mode.MANAGED, "after:confirm", 1),
     ],
+    indirect=["product"],
 )
 def test_a_killed_follower_loses_nothing(product: Product, point: str, nth: int) -> None:  # noqa: F811
     product.runtime.settings.__dict__.update(stale_after_seconds=0.5)
