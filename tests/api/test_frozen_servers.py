@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 
-from embedd_dagster.postgresql import BoundedConnection, ConnectionPool, patience
+from embedd_dagster.postgresql import BoundedConnection, patience
 from embedd_dagster.stores import pgvector_database
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
@@ -189,12 +189,9 @@ class TestPatience:
     @pytest.fixture
     def opened(self, source: URL, proxy: FreezingProxy) -> Iterator[BoundedConnection]:
         url = source.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
-        pool = ConnectionPool(lambda: psycopg.connect(url, autocommit=True), kept=1, closed_error=RuntimeError)
-        connection = pool.take()
-        assert isinstance(connection, BoundedConnection)
+        connection = BoundedConnection.connect(url, autocommit=True)
         yield connection
         connection.close()
-        pool.close()
 
     def test_one_operation_and_the_connection_is_closed(self, opened: BoundedConnection, proxy: FreezingProxy) -> None:
         with patience(0.5):
