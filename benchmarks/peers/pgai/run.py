@@ -1,5 +1,6 @@
 """pgai's vectorizer worker, without the extension: batches of 500, concurrency 4, one chunk a row."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -12,6 +13,9 @@ import psycopg
 URL, TABLE = os.environ["DATABASE_URL"], os.environ["SOURCE_TABLE"]
 PGAI = str(Path(sys.executable).with_name("pgai"))
 NAME = f"bench_pgai_{int(time.time())}"
+# the worker would download its tokenizer; litellm, which comes with it, has the same file under the name tiktoken looks for
+LITELLM = Path(importlib.util.find_spec("litellm").submodule_search_locations[0])
+os.environ["TIKTOKEN_CACHE_DIR"] = str(LITELLM / "litellm_core_utils" / "tokenizers")
 
 subprocess.run([PGAI, "install", "-d", URL], check=True, stdout=sys.stderr)
 with psycopg.connect(URL, autocommit=True) as connection:
