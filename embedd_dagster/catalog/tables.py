@@ -361,6 +361,7 @@ class FailedRow(Base):
     version: Mapped[int] = mapped_column(primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)
     row_hash: Mapped[int] = mapped_column()
+    bucket: Mapped[int] = mapped_column(server_default="0")
     step: Mapped[str]
     code: Mapped[str]
     message: Mapped[str]

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
-from sqlalchemy import delete, func, select, tuple_
+from sqlalchemy import ARRAY, String, any_, bindparam, delete, func, select, tuple_
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -19,7 +19,7 @@ from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.pages import Page, Position
 from embedd_dagster.catalog.tables import FailedRow, Shard, VectorSetRow, VectorTable
 from embedd_dagster.core.keys import Key, decode_key, encode_key
-from embedd_dagster.core.rows import TableDigest, VectorSet
+from embedd_dagster.core.rows import Fingerprint, TableDigest, VectorSet
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import VectorSetState
 from embedd_dagster.core.vector_table import VectorConfiguration
@@ -48,15 +48,14 @@ def as_vector_set(row: VectorSetRow, public_name: str) -> VectorSet:
     )
 
 
-def find_resumable(session: Session, table: VectorTable) -> VectorSetRow | None:
-    """The unfinished build of exactly the present configuration, or None."""
-    row = session.scalar(
+def find_unfinished(session: Session, vector_table_id: str) -> VectorSetRow | None:
+    """The build that was left unfinished, of whatever configuration, or None."""
+    return session.scalar(
         select(VectorSetRow)
-        .where(VectorSetRow.vector_table_id == table.id, VectorSetRow.state == VectorSetState.BUILDING.value)
+        .where(VectorSetRow.vector_table_id == vector_table_id, VectorSetRow.state == VectorSetState.BUILDING.value)
         .order_by(VectorSetRow.version.desc())
         .limit(1)
     )
-    return row if row is not None and row.config_version == table.config_version else None
 
 
 def begin_build(
@@ -200,6 +199,7 @@ class RowFailure:
 
     key: Key
     row_hash: int
+    bucket: int
     step: str
     code: str
     message: str
@@ -217,6 +217,7 @@ def record_failures(session: Session, vector_set: VectorSet, failures: Sequence[
                 "version": vector_set.version,
                 "key": encode_key(failure.key),
                 "row_hash": failure.row_hash,
+                "bucket": failure.bucket,
                 "step": failure.step,
                 "code": failure.code,
                 "message": failure.message,
@@ -228,7 +229,7 @@ def record_failures(session: Session, vector_set: VectorSet, failures: Sequence[
         ]
     )
     changed: dict[str, Any] = {
-        name: statement.excluded[name] for name in ("row_hash", "step", "code", "message", "last_failed_at")
+        name: statement.excluded[name] for name in ("row_hash", "bucket", "step", "code", "message", "last_failed_at")
     }
     session.execute(
         statement.on_conflict_do_update(
@@ -238,12 +239,13 @@ def record_failures(session: Session, vector_set: VectorSet, failures: Sequence[
     )
 
 
-def failed_hashes(session: Session, vector_set: VectorSet) -> dict[str, int]:
-    """The row hash of every failed row, by encoded key: while the row is the same, a sync does not try it again."""
-    statement = select(FailedRow.key, FailedRow.row_hash).where(
+def failures(session: Session, vector_set: VectorSet) -> list[Fingerprint]:
+    """The failed rows as they were when they failed, by key."""
+    statement = select(FailedRow.key, FailedRow.row_hash, FailedRow.bucket).where(
         FailedRow.vector_table_id == vector_set.vector_table_id, FailedRow.version == vector_set.version
     )
-    return dict(session.execute(statement).all())
+    rows = session.execute(statement.order_by(FailedRow.key))
+    return [Fingerprint(decode_key(key), row_hash, bucket) for key, row_hash, bucket in rows]
 
 
 def count_failures(session: Session, vector_table_id: str, version: int) -> int:
@@ -266,11 +268,13 @@ def failed_page(session: Session, vector_table_id: str, limit: int, after: Posit
 
 
 def clear_failures(session: Session, vector_set: VectorSet, keys: Sequence[Key]) -> None:
-    """Forgets failures of rows that are written, or gone, by now."""
+    """Forgets failures of rows that are written, without text, or gone by now."""
+    # one parameter, however many keys: PostgreSQL takes at most 65,535
+    array = bindparam("keys", [encode_key(key) for key in keys], type_=ARRAY(String))
     session.execute(
         delete(FailedRow).where(
             FailedRow.vector_table_id == vector_set.vector_table_id,
             FailedRow.version == vector_set.version,
-            FailedRow.key.in_([encode_key(key) for key in keys]),
+            FailedRow.key == any_(array),
         )
     )

@@ -11,21 +11,24 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+from contextlib import suppress
+
+from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import VectorSetRow
-from embedd_dagster.catalog.vector_sets import ShardState
+from embedd_dagster.catalog.vector_sets import RowFailure, ShardState
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
-from embedd_dagster.core.shards import KeyRange
+from embedd_dagster.core.shards import KeyRange, in_chunks
 from embedd_dagster.core.vector_table import VectorConfiguration
 from embedd_dagster.engine.memory import bulk_load
 from embedd_dagster.engine.patience import with_patience
 from embedd_dagster.engine.pipeline import RowCounts, RowPipeline, process_in_order
-from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete
+from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete, write_keys
 from embedd_dagster.engine.work import Work
-from embedd_dagster.errors import SourceUnavailable, TooManyFailedRows, VectorStoreRejected
+from embedd_dagster.errors import EmbeddError, RunCancelled, SourceUnavailable, TooManyFailedRows, VectorStoreRejected
 from embedd_dagster.sources.base import TableReader
 
 _PAGE_ROWS = 2_000
@@ -34,45 +37,56 @@ _MAX_BYTES_IN_FLIGHT = 64 * 2**20
 _CHECKPOINT_SECONDS = 1.0
 _CATCH_UP_ROUNDS = 5
 _VERIFY_ROUNDS = 3
+_FAILED_ROWS_A_TRY = 1_000
 
 
 def backfill(work: Work) -> RowCounts:
     """Builds a new set of the present configuration, or goes on with an unfinished one, and makes it live."""
-    configuration = work.table.configuration
-    reader = work.reader(configuration)
+    live = work.live_set()
+    if live is not None and _went_live_before(work, live):
+        work.log(f"Version {live.version} was made live by an earlier attempt, which died before it could say so.")
+        return work.progress.counts
+    reader = work.reader(work.table.configuration)
     with work.stage("prepare"):
-        row, resumed = _begin(work, reader)
+        row, resumed = _begin(work, reader, live)
         vector_set = work.vector_set(row)
         work.patiently(lambda: work.store.create(vector_set))
-    pipeline = work.pipeline(row, _reusable_sets(work, row, resumed=resumed))
+    pipeline = work.pipeline(row, _reusable_sets(work, row, live, resumed=resumed))
+    if resumed:
+        _retry_many_failures(work, reader, pipeline, vector_set)
     with work.stage("load"), bulk_load():
         _load(work, reader, pipeline, vector_set)
     with work.stage("catch_up"):
-        digest = _catch_up(work, reader, pipeline, row)
+        digest = _catch_up(work, reader, pipeline, row, live)
     _refuse_many_failures(work, vector_set, digest.row_count)
     with work.stage("index"):
         work.patiently(lambda: work.store.finish_load(vector_set))
     with work.stage("verify"):
-        digest, point_count = _verify(work, reader, pipeline, vector_set, digest)
+        digest, point_count = _verify(work, reader, pipeline, vector_set, live, digest)
     with work.stage("swap"):
-        _swap(work, vector_set, digest, point_count)
+        _swap(work, vector_set, live, digest, point_count)
     return work.progress.counts
 
 
-def _begin(work: Work, reader: TableReader) -> tuple[VectorSetRow, bool]:
-    with work.fenced() as session:
-        row = vector_sets.find_resumable(session, work.table)
-    if row is not None:
-        work.log(f"Going on with version {row.version}, which an earlier run began.")
-        work.progress.total_rows = row.row_count or 0
-        return row, True
+def _went_live_before(work: Work, live: VectorSetRow) -> bool:
+    if work.task.attempts < 2 or live.config_version != work.table.config_version:
+        return False
+    return live.live_at is not None and work.task.started_at is not None and live.live_at > work.task.started_at
+
+
+def _begin(work: Work, reader: TableReader, live: VectorSetRow | None) -> tuple[VectorSetRow, bool]:
+    unfinished = work.record(lambda session: vector_sets.find_unfinished(session, work.table.id))
+    if unfinished is not None and unfinished.config_version == work.table.config_version:
+        work.log(f"Going on with version {unfinished.version}, which an earlier run began.")
+        work.progress.total_rows = unfinished.row_count or 0
+        return unfinished, True
     # taken before any row is read: what changes from here on is caught up before the swap
     row_count = work.patiently(reader.count)
     digest = work.patiently(lambda: reader.digest(digest_bits(row_count)))
-    if work.table.live_version is not None:
-        with work.runtime.catalog.transaction() as session:
-            live = vector_sets.get(session, work.table.id, work.table.live_version)
-        refuse_mass_delete(work, live.row_count or 0, digest.row_count)
+    refuse_mass_delete(work, live, digest.row_count)
+    if live is not None and unfinished is not None:
+        # what is given up now may have been published before its run died; dropped, it would take the name along
+        work.patiently(lambda: work.store.publish(work.vector_set(live)))
     ranges = work.patiently(lambda: reader.split(work.settings.shard_count))
     work.progress.total_rows = digest.row_count
     with work.fenced() as session:
@@ -81,16 +95,31 @@ def _begin(work: Work, reader: TableReader) -> tuple[VectorSetRow, bool]:
     return row, False
 
 
-def _reusable_sets(work: Work, row: VectorSetRow, *, resumed: bool) -> list[VectorSet]:
+def _reusable_sets(work: Work, row: VectorSetRow, live: VectorSetRow | None, *, resumed: bool) -> list[VectorSet]:
     """Sets in which a row's vector may be found: the live one if its model is the same, and after a death this one."""
     sets = [work.vector_set(row)] if resumed else []
-    if work.table.live_version is not None:
-        with work.runtime.catalog.transaction() as session:
-            live = vector_sets.get(session, work.table.id, work.table.live_version)
+    if live is not None:
         old, new = VectorConfiguration.from_json(live.configuration), VectorConfiguration.from_json(row.configuration)
         if (old.embedding_model, old.embedding_dimensions) == (new.embedding_model, new.embedding_dimensions):
             sets.append(work.vector_set(live))
     return sets
+
+
+def _retry_many_failures(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet) -> None:
+    """Tries failed rows again if there are so many that the build was stopped; as long as some of them succeed.
+
+    Whoever starts such a build again has mended the provider, or the rows.
+    """
+    if not _are_many(work, _count_failures(work, vector_set), work.progress.total_rows):
+        return
+    with work.runtime.catalog.transaction() as session:
+        failed = vector_sets.failures(session, vector_set)
+    work.log(f"Trying {len(failed)} failed rows again.")
+    for chunk in in_chunks([row.key for row in failed], _FAILED_ROWS_A_TRY):
+        counts = write_keys(work, reader, pipeline, vector_set, chunk)
+        work.caught_up.add(counts)
+        if counts.failed == len(chunk):
+            return
 
 
 def _load(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet) -> None:
@@ -130,6 +159,16 @@ def _load_shard(
     counts = RowCounts(**shard.counts)
     last_key: Key | None = None
     checkpointed_at = time.monotonic()
+
+    def checkpoint(failures: list[RowFailure], *, done: bool) -> None:
+        def save(session: Session) -> None:
+            work.record_failures(session, vector_set, failures)
+            vector_sets.checkpoint_shard(
+                session, vector_set, shard.ordinal, last_key=last_key, done=done, counts=counts.to_json()
+            )
+
+        work.record(save)
+
     outcomes = process_in_order(
         workers,
         pipeline,
@@ -144,18 +183,11 @@ def _load_shard(
         work.progress.add(outcome.counts, last_key)
         instant = time.monotonic()
         if outcome.failures or instant - checkpointed_at >= _CHECKPOINT_SECONDS:
-            with work.fenced() as session:
-                work.record_failures(session, vector_set, outcome.failures)
-                vector_sets.checkpoint_shard(
-                    session, vector_set, shard.ordinal, last_key=last_key, done=False, counts=counts.to_json()
-                )
+            checkpoint(outcome.failures, done=False)
             checkpointed_at = instant
         if outcome.failures:
             _refuse_many_failures(work, vector_set, work.progress.total_rows)
-    with work.fenced() as session:
-        vector_sets.checkpoint_shard(
-            session, vector_set, shard.ordinal, last_key=last_key, done=True, counts=counts.to_json()
-        )
+    checkpoint([], done=True)
 
 
 def _pages(work: Work, reader: TableReader, remaining: KeyRange) -> Iterator[list[SourceRow]]:
@@ -172,7 +204,9 @@ def _pages(work: Work, reader: TableReader, remaining: KeyRange) -> Iterator[lis
             return
 
 
-def _catch_up(work: Work, reader: TableReader, pipeline: RowPipeline, row: VectorSetRow) -> TableDigest:
+def _catch_up(
+    work: Work, reader: TableReader, pipeline: RowPipeline, row: VectorSetRow, live: VectorSetRow | None
+) -> TableDigest:
     """Brings what changed since the build began, until nothing does, or for some rounds; gives the digest reached."""
     vector_set = work.vector_set(row)
     digest = vector_sets.stored_digest(row)
@@ -182,19 +216,28 @@ def _catch_up(work: Work, reader: TableReader, pipeline: RowPipeline, row: Vecto
         changed = latest.changed_buckets(digest)
         if digest is not None and changed == []:
             return digest
+        refuse_mass_delete(work, live, latest.row_count)
         work.log(f"Catching up {len(changed or [])} of {1 << latest.bits} buckets that changed during the build.")
-        work.caught_up.add(apply_changes(work, reader, pipeline, vector_set, latest, changed))
+        work.patiently(lambda: work.store.index_buckets(vector_set))
+        work.caught_up.add(apply_changes(work, reader, pipeline, vector_set, latest, changed, live))
         digest = latest
-        with work.fenced() as session:
-            vector_sets.set_digest(vector_sets.get(session, row.vector_table_id, row.version), digest)
+        work.record(lambda session, digest=digest: _set_digest(session, vector_set, digest))  # type: ignore[misc]
     return latest
 
 
+def _set_digest(session: Session, vector_set: VectorSet, digest: TableDigest) -> None:
+    vector_sets.set_digest(vector_sets.get(session, vector_set.vector_table_id, vector_set.version), digest)
+
+
+def _are_many(work: Work, failed_count: int, total_rows: int) -> bool:
+    return failed_count * 100 > work.settings.max_failed_rows_percent * max(total_rows, 1)
+
+
 def _refuse_many_failures(work: Work, vector_set: VectorSet, total_rows: int) -> None:
-    percent = work.settings.max_failed_rows_percent
-    failed = _count_failures(work, vector_set)
-    if failed * 100 > percent * max(total_rows, 1):
-        raise TooManyFailedRows(f"{failed} of {total_rows} rows failed, more than {percent:g} percent.")
+    failed_count = _count_failures(work, vector_set)
+    if _are_many(work, failed_count, total_rows):
+        percent = work.settings.max_failed_rows_percent
+        raise TooManyFailedRows(f"{failed_count} of {total_rows} rows failed, more than {percent:g} percent.")
 
 
 def _count_failures(work: Work, vector_set: VectorSet) -> int:
@@ -203,7 +246,12 @@ def _count_failures(work: Work, vector_set: VectorSet) -> int:
 
 
 def _verify(
-    work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet, digest: TableDigest
+    work: Work,
+    reader: TableReader,
+    pipeline: RowPipeline,
+    vector_set: VectorSet,
+    live: VectorSetRow | None,
+    digest: TableDigest,
 ) -> tuple[TableDigest, int]:
     """The digest and the number of points of a set whose counts agree with the source.
 
@@ -221,7 +269,8 @@ def _verify(
             "comparing every row."
         )
         digest = work.patiently(lambda bits=digest.bits: reader.digest(bits))  # type: ignore[misc]
-        compared = apply_changes(work, reader, pipeline, vector_set, digest, None)
+        refuse_mass_delete(work, live, digest.row_count)
+        compared = apply_changes(work, reader, pipeline, vector_set, digest, None, live)
         skipped_count = compared.skipped
         work.caught_up.add(compared)
     if work.patiently(lambda: reader.digest(digest.bits)).changed_buckets(digest) == []:
@@ -232,10 +281,8 @@ def _verify(
     return digest, work.patiently(lambda: work.store.count(vector_set))
 
 
-def _swap(work: Work, vector_set: VectorSet, digest: TableDigest, point_count: int) -> None:
-    # the store first: killed between the two, both faces still point at complete sets, and the next run repeats this
-    work.patiently(lambda: work.store.publish(vector_set))
-    with work.fenced() as session:
+def _swap(work: Work, vector_set: VectorSet, live: VectorSetRow | None, digest: TableDigest, point_count: int) -> None:
+    def mark_live(session: Session) -> None:
         table = vector_tables.find(session, vector_set.vector_table_id, lock=True)
         if table is None or table.deleted_at is not None:
             return
@@ -249,4 +296,14 @@ def _swap(work: Work, vector_set: VectorSet, digest: TableDigest, point_count: i
         vector_sets.mark_live(session, table, row)
         table.last_sync_at = now()
         table.total_rows, table.synced_rows = digest.row_count, point_count
+
+    # the store first: killed between the two, both faces still point at complete sets, and the next run repeats this
+    work.patiently(lambda: work.store.publish(vector_set))
+    try:
+        work.record(mark_live)
+    except RunCancelled:
+        with suppress(EmbeddError):  # the next build does it, too
+            if live is not None:
+                work.store.publish(work.vector_set(live))
+        raise
     work.log(f"Version {vector_set.version} is live with {point_count} points.")

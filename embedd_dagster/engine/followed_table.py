@@ -76,9 +76,10 @@ class TableFollower:
         """The result of an idempotent action, waited for while the outside system is down."""
         return self._following.opened.patiently(action)
 
-    def fenced(self) -> AbstractContextManager[Session]:
-        """A catalog transaction that commits only while this run follows the connection."""
-        return self._following.fenced()
+    def record(self, action: Callable[[Session], T]) -> T:
+        """Does an action in a catalog transaction that commits only while this run follows the connection."""
+        with self._following.fenced() as session:
+            return action(session)
 
     def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
         """Keeps failed rows, and says so in the log."""

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from embedd_dagster.errors import TransientError
 
@@ -19,8 +19,8 @@ _SLICE_SECONDS = 0.25
 def with_patience(action: Callable[[], T], *, patience_seconds: float, check: Callable[[], None]) -> T:
     """The action's result; while it raises TransientError it is tried again, with backoff and full jitter.
 
-    Gives up with the last error after `patience_seconds`. `check` is called several times a second while it waits, and
-    ends the wait by raising. The action must be idempotent.
+    Gives up with the last error `patience_seconds` after the first one, however long the action was at work before that.
+    `check` is called several times a second while it waits, and ends the wait by raising. The action must be idempotent.
     """
 
     def pause(seconds: float) -> None:
@@ -35,10 +35,18 @@ def with_patience(action: Callable[[], T], *, patience_seconds: float, check: Ca
         backoff = wait_random_exponential(multiplier=0.2, max=_LONGEST_WAIT_SECONDS)(state)
         return backoff if wanted is None else min(max(wanted, backoff), patience_seconds)
 
+    first_failed_at: float | None = None
+
+    def has_run_out(state: RetryCallState) -> bool:
+        nonlocal first_failed_at
+        failed_at = state.outcome_timestamp or 0.0
+        first_failed_at = failed_at if first_failed_at is None else first_failed_at
+        return failed_at - first_failed_at >= patience_seconds
+
     retrying = Retrying(
         retry=retry_if_exception_type(TransientError),
         wait=wait,
-        stop=stop_after_delay(patience_seconds),
+        stop=has_run_out,
         sleep=pause,
         reraise=True,
     )

@@ -264,7 +264,7 @@ class RowPipeline:
 def _note_failure(outcome: BatchOutcome, row: ComposedRow, step: str, error: RowError) -> None:
     outcome.without_point.append(row.key)
     outcome.counts.failed += 1
-    outcome.failures.append(RowFailure(row.key, row.row_hash, step, error.code, error.message))
+    outcome.failures.append(RowFailure(row.key, row.row_hash, row.bucket, step, error.code, error.message))
 
 
 def process_in_order(

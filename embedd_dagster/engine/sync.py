@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from itertools import chain
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
@@ -18,12 +18,13 @@ from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.changes import plan_changes
 from embedd_dagster.core.keys import Key, encode_key
-from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
+from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded
 
 if TYPE_CHECKING:
+    from embedd_dagster.catalog.tables import VectorSetRow
     from embedd_dagster.engine.work import Work
     from embedd_dagster.sources.base import TableReader
     from embedd_dagster.stores.base import Store
@@ -51,8 +52,8 @@ class Writing(Protocol):
         """The result of an idempotent action on an outside system, waited for while that is down."""
         ...
 
-    def fenced(self) -> AbstractContextManager[Session]:
-        """A catalog transaction that commits only while the work is this one's."""
+    def record(self, action: Callable[[Session], T]) -> T:
+        """Does an idempotent action in a catalog transaction that commits only while the work is this one's."""
         ...
 
     def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
@@ -60,12 +61,26 @@ class Writing(Protocol):
         ...
 
 
-def refuse_mass_delete(work: Work, before: int, present: int) -> None:
-    """Raises MassDeleteRefused where a source lost more than half of its rows and nobody confirmed that."""
-    if present * 2 < before and not work.task.options.get("confirm_mass_delete"):
+def refuse_mass_delete(work: Work, live: VectorSetRow | None, present: int) -> None:
+    """Raises MassDeleteRefused where a source has lost more than half of the live set's rows and nobody confirmed that."""
+    before = _known_rows(live)
+    if live is None or present * 2 >= before or _is_confirmed(work):
+        return
+    # of a followed table, rows that went one by one are gone from the set as well
+    vector_set = work.vector_set(live)
+    before = min(before, work.patiently(lambda: work.store.count(vector_set)))
+    if present * 2 < before:
         raise MassDeleteRefused(
             f"The source has {present} rows, {before} at the last sync: that is not mirrored without a confirmation."
         )
+
+
+def _is_confirmed(work: Work) -> bool:
+    return bool(work.task.options.get("confirm_mass_delete"))
+
+
+def _known_rows(live: VectorSetRow | None) -> int:
+    return (live.row_count or 0) if live is not None else 0
 
 
 def apply_changes(
@@ -75,32 +90,53 @@ def apply_changes(
     vector_set: VectorSet,
     digest: TableDigest,
     buckets: Sequence[int] | None,
+    live: VectorSetRow | None,
 ) -> RowCounts:
     """Makes these buckets of the set (None: all) equal to the source, and says what that took.
 
-    Rows are compared in groups of buckets, so that memory does not grow with the table.
+    Rows are compared in groups of buckets, so that memory does not grow with the table. A failed row counts as one that the
+    store has: tried again when it has changed (or `retry_failed` asks for it), forgotten when it is gone. What `live` had
+    is guarded: a source that is emptied after its digest was taken is found by what would be deleted.
     """
     total = RowCounts()
-    with work.runtime.catalog.transaction() as session:
-        failed = vector_sets.failed_hashes(session, vector_set)
-    retry_failed = bool(work.task.options.get("retry_failed"))
-    for group in _bucket_groups(digest, buckets):
+    row_count = max(digest.row_count, _known_rows(live))
+    most_deleted = None if live is None or _is_confirmed(work) else row_count // 2
+    failed = _failed_rows(work, vector_set, digest.bits)
+    for group in _bucket_groups(row_count, digest.bits, buckets):
+        left_out = [row for bucket in (failed if group is None else group) for row in failed.get(bucket, ())]
         plan = work.patiently(
-            lambda group=group: plan_changes(  # type: ignore[misc]
-                reader.fingerprints(digest.bits, group), work.store.fingerprints(vector_set, digest.bits, group)
+            lambda group=group, left_out=left_out: plan_changes(  # type: ignore[misc]
+                reader.fingerprints(digest.bits, group),
+                chain(left_out, work.store.fingerprints(vector_set, digest.bits, group)),
             )
         )
-        changed = [row.key for row in plan.changed if retry_failed or failed.get(encode_key(row.key)) != row.row_hash]
-        total.add(write_keys(work, reader, pipeline, vector_set, changed))
+        if most_deleted is not None and total.deleted + len(plan.deleted) > most_deleted:
+            raise MassDeleteRefused(
+                f"More than half of {row_count} rows went from the source while it was being read: that is not mirrored"
+                " without a confirmation."
+            )
+        total.add(write_keys(work, reader, pipeline, vector_set, [row.key for row in plan.changed]))
         if plan.deleted:
             _delete(work, vector_set, plan.deleted)
             total.deleted += len(plan.deleted)
     return total
 
 
-def _bucket_groups(digest: TableDigest, buckets: Sequence[int] | None) -> Iterator[list[int] | None]:
-    bucket_count = 1 << digest.bits
-    per_group = max(1, bucket_count * _ROWS_A_GROUP // max(digest.row_count, 1))
+def _failed_rows(work: Work, vector_set: VectorSet, bits: int) -> dict[int, list[Fingerprint]]:
+    """The failed rows as they were when they failed, by bucket; those to be tried again with a hash no row has."""
+    with work.runtime.catalog.transaction() as session:
+        rows = vector_sets.failures(session, vector_set)
+    if work.task.options.get("retry_failed"):
+        rows = [row._replace(row_hash=~row.row_hash) for row in rows]
+    by_bucket: dict[int, list[Fingerprint]] = {}
+    for row in rows:
+        by_bucket.setdefault(row.bucket >> (BUCKET_BITS - bits), []).append(row)
+    return by_bucket
+
+
+def _bucket_groups(row_count: int, bits: int, buckets: Sequence[int] | None) -> Iterator[list[int] | None]:
+    bucket_count = 1 << bits
+    per_group = max(1, bucket_count * _ROWS_A_GROUP // max(row_count, 1))
     if buckets is None and per_group >= bucket_count:
         yield None
         return
@@ -146,16 +182,20 @@ def write_keys(
 def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None:
     if outcome.without_point:
         work.patiently(lambda: work.store.delete(vector_set, outcome.without_point))
-    with work.fenced() as session:
+    failed = {failure.key for failure in outcome.failures}
+    settled = [*outcome.written, *(key for key in outcome.without_point if key not in failed)]
+
+    def save(session: Session) -> None:
         work.record_failures(session, vector_set, outcome.failures)
-        vector_sets.clear_failures(session, vector_set, outcome.written)
+        vector_sets.clear_failures(session, vector_set, settled)
+
+    work.record(save)
 
 
 def _delete(work: Writing, vector_set: VectorSet, keys: list[Key]) -> None:
     work.check()
     work.patiently(lambda: work.store.delete(vector_set, keys))
-    with work.fenced() as session:
-        vector_sets.clear_failures(session, vector_set, keys)
+    work.record(lambda session: vector_sets.clear_failures(session, vector_set, keys))
 
 
 def sync(work: Work) -> RowCounts:
@@ -164,43 +204,31 @@ def sync(work: Work) -> RowCounts:
     Every so-manieth sync (`full_sync_every`) compares all rows whatever the digests say: so a store that was tampered
     with, or restored from a backup, comes back to the truth.
     """
-    with work.runtime.catalog.transaction() as session:
-        live = vector_sets.get(session, work.table.id, work.table.live_version or 0)
+    live = work.live_set()
+    assert live is not None  # noqa: S101 - a table that was never built is not synced
     vector_set = work.vector_set(live)
     pipeline = work.pipeline(live, [vector_set])
     reader = work.reader(pipeline.configuration)
-    earlier = vector_sets.stored_digest(live)
     with work.stage("digest"):
-        digest = work.patiently(lambda: reader.digest(earlier.bits if earlier else 0))
-    if digest.row_count * 2 < (live.row_count or 0):
-        # of a followed table, rows that went one by one are gone from the set as well
-        stored = work.patiently(lambda: work.store.count(vector_set))
-        refuse_mass_delete(work, min(live.row_count or 0, stored), digest.row_count)
-    every = work.settings.full_sync_every
-    is_full = bool(work.task.options.get("full")) or (every > 0 and work.table.syncs_since_full + 1 >= every)
-    buckets = None if is_full or work.task.options.get("retry_failed") else digest.changed_buckets(earlier)
-    wanted_bits = digest_bits(digest.row_count)
-    if abs(wanted_bits - digest.bits) > 1:
-        # the table has grown or shrunk much: from now on its digest has another size, which has to be taken before reading
-        with work.stage("digest"):
-            resized = work.patiently(lambda: reader.digest(wanted_bits))
-    else:
-        resized = digest
+        digest, following = _take_digests(work, reader, vector_sets.stored_digest(live))
+    refuse_mass_delete(work, live, digest.row_count)
+    buckets = _buckets_to_compare(work, vector_set, digest, vector_sets.stored_digest(live))
     counts = RowCounts()
     if buckets is None or buckets:
         work.log(
-            "Comparing every row." if buckets is None else f"{len(buckets)} of {1 << digest.bits} buckets changed."
+            "Comparing every row." if buckets is None else f"Comparing {len(buckets)} of {1 << digest.bits} buckets."
         )
         with work.stage("sync"):
-            counts = apply_changes(work, reader, pipeline, vector_set, digest, buckets)
+            counts = apply_changes(work, reader, pipeline, vector_set, digest, buckets, live)
         work.progress.add(counts)
     point_count = work.patiently(lambda: work.store.count(vector_set)) if counts.read or counts.deleted else None
-    with work.fenced() as session:
+
+    def save(session: Session) -> None:
         row = vector_sets.get(session, live.vector_table_id, live.version)
         table = vector_tables.find(session, live.vector_table_id, lock=True)
         if table is None:
             raise RunSuperseded("The vector table is gone.")
-        vector_sets.set_digest(row, resized)
+        vector_sets.set_digest(row, following)
         if point_count is not None:
             failed = vector_sets.count_failures(session, live.vector_table_id, live.version)
             row.skipped_count = digest.row_count - point_count - failed
@@ -208,4 +236,34 @@ def sync(work: Work) -> RowCounts:
         table.total_rows = digest.row_count
         table.last_sync_at = now()
         table.syncs_since_full = 0 if buckets is None else table.syncs_since_full + 1
+
+    work.record(save)
     return counts
+
+
+def _take_digests(work: Work, reader: TableReader, earlier: TableDigest | None) -> tuple[TableDigest, TableDigest]:
+    """The digest to compare by now, of the earlier one's size, and the one to keep for the next sync.
+
+    They differ where the table has grown or shrunk much, so that another size suits it. The one to keep is taken first:
+    what is committed between the two is compared now, and once more the next time.
+    """
+    bits = earlier.bits if earlier else 0
+    digest = work.patiently(lambda: reader.digest(bits))
+    wanted_bits = digest_bits(digest.row_count)
+    if abs(wanted_bits - bits) <= 1:
+        return digest, digest
+    following = work.patiently(lambda: reader.digest(wanted_bits))
+    return work.patiently(lambda: reader.digest(bits)), following
+
+
+def _buckets_to_compare(
+    work: Work, vector_set: VectorSet, digest: TableDigest, earlier: TableDigest | None
+) -> list[int] | None:
+    """Those that changed, and where failed rows are to be tried again theirs; None: all."""
+    every = work.settings.full_sync_every
+    if work.task.options.get("full") or (every > 0 and work.table.syncs_since_full + 1 >= every):
+        return None
+    changed = digest.changed_buckets(earlier)
+    if changed is None or not work.task.options.get("retry_failed"):
+        return changed
+    return sorted({*changed, *_failed_rows(work, vector_set, digest.bits)})

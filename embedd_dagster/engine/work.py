@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from sqlalchemy.orm import Session
 
@@ -23,6 +23,8 @@ from embedd_dagster.engine.pipeline import RowCounts, RowPipeline
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import RunCancelled, RunSuperseded, TransientError
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -143,6 +145,22 @@ class Work:
         with self.runtime.catalog.transaction() as session:
             tasks.assert_owner(session, self.task.id, self.run_id)
             yield session
+
+    def record(self, action: Callable[[Session], T]) -> T:
+        """Does an idempotent action in a fenced transaction; a catalog that is down is waited for."""
+
+        def transact() -> T:
+            with self.fenced() as session:
+                return action(session)
+
+        return self.patiently(transact)
+
+    def live_set(self) -> VectorSetRow | None:
+        """The live version's record as it is now, or None."""
+        if self.table.live_version is None:
+            return None
+        with self.runtime.catalog.transaction() as session:
+            return vector_sets.get(session, self.table.id, self.table.live_version)
 
     def vector_set(self, row: VectorSetRow) -> VectorSet:
         """What the store must know of a version of this vector table."""

@@ -102,7 +102,8 @@ def _daemon(services: Services) -> ChildSpec:
 def _api(services: Services) -> ChildSpec:
     port = services.ports["api"]
     command = ["uvicorn", "api.app:create_app", "--factory", "--host", LOOPBACK, "--port", str(port)]
-    command += ["--timeout-graceful-shutdown", "5"]
+    # clients let go of idle connections first (httpx after 5 s): else a request meets one that is being closed
+    command += ["--timeout-graceful-shutdown", "5", "--timeout-keep-alive", "75"]
     # Any answer: it listens when the application has started, and it may well say that another part is down.
     return _python(services, "api", command, is_ready=lambda: answers(port, "/health") is not None)
 

@@ -46,6 +46,10 @@ class Store(Protocol):
         """For each of these keys that has a point: its text hash and its vector, shape (dimensions,)."""
         ...
 
+    def index_buckets(self, vector_set: VectorSet) -> None:
+        """Returns when fingerprints of a few buckets can be had without reading the whole set."""
+        ...
+
     def finish_load(self, vector_set: VectorSet) -> None:
         """Builds what searching needs and returns when the set is ready to be searched fast."""
         ...

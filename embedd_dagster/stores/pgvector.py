@@ -22,7 +22,7 @@ from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, 
 from embedd_dagster.errors import VectorStoreUnavailable
 from embedd_dagster.postgresql import Connection
 from embedd_dagster.stores.pgvector_database import Database, TableMissing
-from embedd_dagster.stores.pgvector_index import build_indexes, index_kind
+from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
 from embedd_dagster.stores.pgvector_objects import (
     Place,
     create_table,
@@ -175,6 +175,10 @@ class PgvectorStore:
                 for key, text_hash, raw in cursor:
                     found[load_key(key)] = (text_hash, load_vector(raw))
         return found
+
+    def index_buckets(self, vector_set: VectorSet) -> None:
+        """Builds the index over buckets if it is not there yet."""
+        build_bucket_index(self._database, self._table(vector_set))
 
     def finish_load(self, vector_set: VectorSet) -> None:
         """Builds the indexes that are not there yet and gathers statistics; returns when the table is fast to search."""

@@ -43,10 +43,8 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
 def build_indexes(database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str) -> None:
     """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one."""
     table, vectors = place.identifier, sql.Identifier(vector_schema)
-    # rows of unchanged buckets are told from the index alone, without the wide table
-    wanted: list[tuple[str, sql.Composable]] = [
-        ("bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)")),
-    ]
+    build_bucket_index(database, place)
+    wanted: list[tuple[str, sql.Composable]] = []
     for position, expression in enumerate(index_expressions(vector_set.filter_types)):
         wanted.append((f"filter{position}", sql.SQL("({})").format(expression)))
     if vector_set.dimensions <= _MAX_HALFVEC:
@@ -58,24 +56,31 @@ def build_indexes(database: Database, vector_set: VectorSet, place: Place, *, ve
     with database.transaction(timeout_seconds=0) as connection:
         connection.execute(sql.SQL("ANALYZE {}").format(table))
     for suffix, method in wanted:
-        index = sql.Identifier(place.schema, f"{place.name}_{suffix}")
-        statement = sql.SQL("CREATE INDEX {} ON {} {}").format(sql.Identifier(f"{place.name}_{suffix}"), table, method)
         try:
             with database.transaction(timeout_seconds=0) as connection:
-                _build(connection, index, statement, _memory(connection, table, vector_set.dimensions))
+                _build(connection, place, suffix, method, _memory(connection, table, vector_set.dimensions))
         except _MemoryShort:
             with database.transaction(timeout_seconds=0) as connection:
-                _build(connection, index, statement, {"max_parallel_maintenance_workers": "0"})
+                _build(connection, place, suffix, method, {"max_parallel_maintenance_workers": "0"})
     # Without it the table has no visibility map, and no index alone answers; and statistics of the new expressions.
     with database.connection() as connection, without_timeouts(connection):
         connection.execute(sql.SQL("VACUUM (ANALYZE) {}").format(table))
+
+
+def build_bucket_index(database: Database, place: Place) -> None:
+    """The index that tells the rows of some buckets by itself, without the wide table."""
+    with database.transaction(timeout_seconds=0) as connection:
+        _build(connection, place, "bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)"), {})
 
 
 class _MemoryShort(Exception):
     """The server could not get the memory for a parallel build, such as /dev/shm of a container."""
 
 
-def _build(connection: Connection, index: sql.Identifier, statement: sql.Composed, settings: Mapping[str, str]) -> None:
+def _build(
+    connection: Connection, place: Place, suffix: str, method: sql.Composable, settings: Mapping[str, str]
+) -> None:
+    index = sql.Identifier(place.schema, f"{place.name}_{suffix}")
     name = index.as_string(connection)
     set_local(connection, {"lock_timeout": "0", **settings})
     # a build that a killed run left behind may still be at work on the server: wait for it instead of doing it twice
@@ -85,6 +90,9 @@ def _build(connection: Connection, index: sql.Identifier, statement: sql.Compose
         return
     if state is not None:
         connection.execute(sql.SQL("DROP INDEX {}").format(index))
+    statement = sql.SQL("CREATE INDEX {} ON {} {}").format(
+        sql.Identifier(f"{place.name}_{suffix}"), place.identifier, method
+    )
     try:
         connection.execute(statement)
     except (psycopg.errors.DiskFull, psycopg.errors.OutOfMemory):

@@ -72,8 +72,6 @@ class QdrantStore:
             except VectorStoreRejected:
                 if not self._exists(name):
                     raise
-        # catching up after the load asks by bucket; the others cost the load a tenth, and wait for its end
-        self._index(vector_set, ["bucket"])
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
@@ -108,6 +106,10 @@ class QdrantStore:
                 vector = np.asarray(point["vector"], dtype=np.float32)
                 found[by_id[point["id"]]] = (point["payload"]["text_hash"], vector)
         return found
+
+    def index_buckets(self, vector_set: VectorSet) -> None:
+        """Has Qdrant index the bucket; what is indexed costs the load a tenth, so none of it is before its end."""
+        self._index(vector_set, ["bucket"])
 
     def finish_load(self, vector_set: VectorSet) -> None:
         """Turns indexing on and returns when the collection stays green; as long as there is progress, it waits."""

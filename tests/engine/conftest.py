@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
+import httpx
 import psycopg
 import pytest
 from pydantic import SecretStr
@@ -16,8 +17,9 @@ from embedd_dagster.catalog import connections, embedding_providers, environment
 from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
-from embedd_dagster.catalog.tables import Task, VectorTable
+from embedd_dagster.catalog.tables import Connection, Task, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
@@ -26,6 +28,9 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Question, Searcher
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings
+from embedd_dagster.sources.base import Selection
+from embedd_dagster.stores.base import Store
+from embedd_dagster.stores.pgvector import view_name
 from tests.support.openai_server import RunningServer, running_openai_server
 
 DIMENSIONS = 16
@@ -113,12 +118,22 @@ class Product:
                 0
             ]
 
-    def live_set(self) -> VectorSet:
-        table = self.table()
+    def live_row(self) -> VectorSetRow:
+        """The catalog's record of the live set."""
         with self.runtime.catalog.transaction() as session:
-            return vector_sets.as_vector_set(
-                vector_sets.get(session, table.id, table.live_version or 0), table.storage_name
-            )
+            return vector_sets.get(session, self.vector_table_id, self.table().live_version or 0)
+
+    def live_set(self) -> VectorSet:
+        return vector_sets.as_vector_set(self.live_row(), self.table().storage_name)
+
+    def connection(self) -> Connection:
+        with self.runtime.catalog.transaction() as session:
+            endpoints = vector_tables.load_endpoints(session, self.vector_table_id)
+        assert endpoints is not None
+        return endpoints.connection
+
+    def open_store(self) -> Store:
+        return self.runtime.open_store(self.mode, self.connection())
 
     def reconfigure(
         self, *, columns: tuple[Column, ...] = COLUMNS, model: str = MODEL, dimensions: int = DIMENSIONS
@@ -129,26 +144,33 @@ class Product:
 
     def points(self) -> dict[Any, tuple[int, int]]:
         """Every live point: (row hash, text hash) by key."""
-        with self.runtime.catalog.transaction() as session:
-            endpoints = vector_tables.load_endpoints(session, self.vector_table_id)
-        assert endpoints is not None
         live = self.live_set()
-        with self.runtime.open_store(self.mode, endpoints.connection) as store:
+        with self.open_store() as store:
             prints = list(store.fingerprints(live, 0, None))
             hashes = store.vectors(live, [one.key for one in prints])
             # a writer may have been in between
             return {one.key: (one.row_hash, hashes[one.key][0]) for one in prints if one.key in hashes}
 
+    def published_dimensions(self) -> int:
+        """The dimensions of what the public name shows, as its users would find them."""
+        name = self.table().storage_name
+        if self.mode is Mode.PLATFORM:
+            return int(self.sql(f'SELECT vector_dims(embedding) FROM "{view_name(name)}" LIMIT 1')[0][0])
+        found = httpx.get(f"{self.runtime.settings.qdrant_url}/collections/{name}").raise_for_status().json()
+        return int(found["result"]["config"]["params"]["vectors"]["size"])
+
+    def failed_keys(self) -> list[Any]:
+        """Keys of the rows that have failed, of the newest version."""
+        with self.runtime.catalog.transaction() as session:
+            return [
+                decode_key(row.key) for row in vector_sets.failed_page(session, self.vector_table_id, 500, None).items
+            ]
+
     def expected_points(self) -> dict[Any, int]:
         """The row hash of every row, computed by the source now."""
-        with self.runtime.catalog.transaction() as session:
-            endpoints = vector_tables.load_endpoints(session, self.vector_table_id)
-        assert endpoints is not None
         configuration = self.table().configuration
-        from embedd_dagster.sources.base import Selection
-
         selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
-        with self.runtime.open_source(endpoints.connection) as source:
+        with self.runtime.open_source(self.connection()) as source:
             return {one.key: one.row_hash for one in source.reader(selection).fingerprints(0, None)}
 
     def assert_true_to_source(self, without: Collection[Any] = ()) -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_sets
+from embedd_dagster.catalog import tasks, vector_sets, vector_tables
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
+from embedd_dagster.engine import backfill
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.teardown import drop_retired_sets, teardown
+from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import (
+    CatalogUnavailable,
     EmbeddingRejected,
     MassDeleteRefused,
     NotReady,
@@ -124,9 +129,7 @@ def test_a_poisoned_row_is_set_aside_and_the_rest_goes_on(product: Product) -> N
     report = product.run()
     assert (report.rows_failed, report.rows_embedded) == (1, 499)
     assert 250 not in product.points()
-    with product.runtime.catalog.transaction() as session:
-        failed = vector_sets.failed_hashes(session, product.live_set())
-    assert failed.keys() == {"i:250"}
+    assert product.failed_keys() == [250]
 
 
 def test_too_many_failures_stop_before_the_swap(product: Product) -> None:
@@ -139,6 +142,126 @@ def test_too_many_failures_stop_before_the_swap(product: Product) -> None:
     assert (table.sync_status, table.live_version) == (SyncStatus.ERROR, 1)
     assert "failed" in (table.last_error or "")
     assert product.search("title: product 42\nthe body of 42")[0].key == 42
+
+
+def _stopped_by_long_rows(product: Product) -> None:
+    """A first build that was stopped: the provider takes no text as long as those of fifty rows."""
+    product.provider.behave(max_tokens_per_text=100)
+    product.sql("UPDATE products SET body = repeat('word ', 200) || id WHERE id <= 50")
+    with pytest.raises(TooManyFailedRows):
+        product.run()
+
+
+def test_a_build_that_failed_rows_stopped_goes_on_once_the_provider_is_mended(product: Product) -> None:
+    _stopped_by_long_rows(product)
+    product.provider.behave(max_tokens_per_text=8192)
+    product.run()
+    assert (product.failed_keys(), product.table().live_version) == ([], 1)
+    product.assert_true_to_source()
+    assert product.provider.stats()["texts"] < 500 + 256, (
+        "but for the batch at which it was stopped, nothing is paid for again"
+    )
+
+
+def test_a_build_that_failed_rows_stopped_goes_on_once_the_rows_are_mended_or_gone(product: Product) -> None:
+    _stopped_by_long_rows(product)
+    with pytest.raises(TooManyFailedRows):
+        product.run()
+    product.sql(
+        """UPDATE products SET body = 'short' WHERE id <= 20;
+        UPDATE products SET body = NULL, title = NULL WHERE id BETWEEN 21 AND 30;
+        DELETE FROM products WHERE id BETWEEN 31 AND 50"""
+    )
+    product.run()
+    assert product.failed_keys() == []
+    assert (product.table().total_rows, product.table().synced_rows) == (480, 470)
+    product.assert_true_to_source(without=range(21, 31))
+
+
+def test_failed_rows_that_go_during_the_build_are_forgotten(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    product.sql("UPDATE products SET body = body || %s WHERE id BETWEEN 250 AND 252", POISON)
+    _before(
+        monkeypatch,
+        "_catch_up",
+        lambda: product.sql(
+            "DELETE FROM products WHERE id = 250; UPDATE products SET title = '', body = '' WHERE id = 251"
+        ),
+    )
+    product.run()
+    assert product.failed_keys() == [252]
+    assert (product.table().total_rows, product.table().synced_rows) == (499, 497)
+
+
+def _before(monkeypatch: pytest.MonkeyPatch, stage: str, action: Callable[[], object]) -> None:
+    """Has something happen when this part of a build begins."""
+    original = getattr(backfill, stage)
+
+    def staged(*arguments: Any) -> Any:
+        action()
+        return original(*arguments)
+
+    monkeypatch.setattr(backfill, stage, staged)
+
+
+@pytest.mark.parametrize("stage", ["_catch_up", "_verify"])
+def test_a_source_emptied_during_a_rebackfill_is_not_mirrored(
+    product: Product, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    product.run()
+    product.reconfigure(dimensions=24)
+    if stage == "_verify":  # where counts differ, all is compared
+        _before(monkeypatch, stage, lambda: product.sql("TRUNCATE products"))
+        _before(monkeypatch, stage, lambda: _lose_a_point(product))
+    else:
+        _before(monkeypatch, stage, lambda: product.sql("TRUNCATE products"))
+    with pytest.raises(MassDeleteRefused):
+        product.run(TaskType.REBACKFILL)
+    assert product.table().live_version == 1
+    assert product.search("title: product 42\nthe body of 42")[0].key == 42
+
+
+def _lose_a_point(product: Product) -> None:
+    building = replace(product.live_set(), version=2, dimensions=24)
+    with product.open_store() as store:
+        store.delete(building, [1])
+
+
+def test_a_catalog_that_is_away_for_a_moment_costs_no_attempt(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = iter([True, False, True])
+    original = vector_sets.checkpoint_shard
+
+    def checkpoint(*arguments: Any, **options: Any) -> None:
+        if next(away, False):
+            raise CatalogUnavailable("The catalog database does not answer.")
+        original(*arguments, **options)
+
+    monkeypatch.setattr(vector_sets, "checkpoint_shard", checkpoint)
+    product.run()
+    assert product.latest_task().attempts == 1
+    product.assert_true_to_source()
+
+
+def test_a_swap_that_is_cancelled_between_its_halves_is_taken_back(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product.run()
+    product.reconfigure(dimensions=24)
+    original = Work.record
+
+    def record(work: Work, action: Callable[[Session], Any]) -> Any:
+        if action.__name__ == "mark_live":
+            with product.runtime.catalog.transaction() as session:
+                task = tasks.find(session, work.task.id, lock=True)
+                assert task is not None
+                tasks.request_cancel(session, task)
+        return original(work, action)
+
+    monkeypatch.setattr(Work, "record", record)
+    with pytest.raises(RunCancelled):
+        product.run(TaskType.REBACKFILL)
+    assert (product.table().live_version, product.published_dimensions()) == (1, 16)
 
 
 def test_a_refused_key_is_permanent(product: Product) -> None:
@@ -316,8 +439,6 @@ def test_json_that_utf_8_cannot_hold_is_embedded_all_the_same(product: Product) 
 
 
 def test_teardown_leaves_nothing(product: Product) -> None:
-    from embedd_dagster.catalog import vector_tables
-
     product.run()
     product.reconfigure(dimensions=24)
     product.run(TaskType.REBACKFILL)

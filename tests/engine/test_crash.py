@@ -9,6 +9,7 @@ import pytest
 from embedd_dagster.catalog import tasks
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.teardown import drop_retired_sets
+from embedd_dagster.errors import RunCancelled
 from tests.engine.conftest import Product
 from tests.support.killing import kill_at
 
@@ -48,6 +49,7 @@ def large(product: Product) -> Product:
         ("before:publish", 1),
         ("after:publish", 1),
         ("after:mark_live", 1),
+        ("before:complete", 1),
     ],
 )
 def test_a_killed_build_is_finished_by_the_next_run(large: Product, point: str, nth: int) -> None:
@@ -60,6 +62,21 @@ def test_a_killed_build_is_finished_by_the_next_run(large: Product, point: str, 
     assert large.task(task_id).attempts == 2
     assert large.provider.stats()["texts"] <= ROWS + TEXTS_IN_FLIGHT
     assert large.search("title: product 42\nthe body of 42")[0].key == 42
+
+
+def test_a_published_set_that_never_went_live_takes_no_name_along(product: Product) -> None:
+    """Killed between the halves of the swap, then configured anew: until that is live the name shows what is."""
+    product.run()
+    product.reconfigure(dimensions=24)
+    task_id = product.add_task(TaskType.REBACKFILL)
+    _run_until_killed(product, task_id, "after:publish")
+    assert product.published_dimensions() == 24
+    product.reconfigure(dimensions=32)
+    begun = product.provider.stats()["requests"]
+    with pytest.raises(RunCancelled):
+        product.run_task(task_id, should_stop=lambda: product.provider.stats()["requests"] > begun)
+    assert drop_retired_sets(product.runtime) == 1
+    assert product.published_dimensions() == 16
 
 
 @pytest.mark.parametrize("point", ["before:publish", "after:publish", "after:mark_live"])

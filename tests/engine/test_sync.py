@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import count
+
 import pytest
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import vector_sets
+from embedd_dagster.core.rows import TableDigest
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.errors import MassDeleteRefused
+from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 from tests.engine.conftest import Product
 from tests.support.openai_server import POISON
 
@@ -60,10 +65,7 @@ def test_a_key_that_changes_is_a_delete_and_an_insert_that_is_not_paid_for(built
 
 def _tamper(built: Product) -> None:
     """Three points are gone, and nothing of ours has done it."""
-    with built.runtime.catalog.transaction() as session:
-        endpoints = vector_tables.load_endpoints(session, built.vector_table_id)
-    assert endpoints is not None
-    with built.runtime.open_store(built.mode, endpoints.connection) as store:
+    with built.open_store() as store:
         store.delete(built.live_set(), [1, 2, 3])
 
 
@@ -106,16 +108,70 @@ def test_a_failed_row_is_tried_again_when_it_changed_or_on_demand(built: Product
     built.sql("UPDATE products SET body = 'good' WHERE id = 9")
     assert built.run(TaskType.SYNC).rows_failed == 0
     built.assert_true_to_source()
+    assert built.failed_keys() == []
+
+
+def test_failed_rows_that_are_gone_or_have_no_text_any_more_are_forgotten(built: Product) -> None:
+    built.sql("UPDATE products SET body = body || %s WHERE id IN (9, 10, 11)", POISON)
+    assert built.run(TaskType.SYNC).rows_failed == 3
+    built.sql("DELETE FROM products WHERE id = 9; UPDATE products SET title = '', body = '' WHERE id = 10")
+    built.run(TaskType.SYNC)
+    assert built.failed_keys() == [11]
+    assert (built.table().total_rows, built.table().synced_rows) == (499, 497)
+
+
+def test_failures_of_more_rows_than_a_statement_has_parameters_are_cleared(built: Product) -> None:
+    built.sql("UPDATE products SET body = body || %s WHERE id = 9", POISON)
+    built.run(TaskType.SYNC)
     with built.runtime.catalog.transaction() as session:
-        assert vector_sets.count_failures(session, built.vector_table_id, 1) == 0
+        vector_sets.clear_failures(session, built.live_set(), range(70_000))
+    assert built.failed_keys() == []
+
+
+def _after_digest(monkeypatch: pytest.MonkeyPatch, nth: int, action: Callable[[], object]) -> None:
+    """Has something happen right after the nth digest of the source was taken."""
+    original, calls = PostgresTableReader.digest, count(1)
+
+    def digest(reader: PostgresTableReader, bits: int) -> TableDigest:
+        taken = original(reader, bits)
+        if next(calls) == nth:
+            action()
+        return taken
+
+    monkeypatch.setattr(PostgresTableReader, "digest", digest)
+
+
+def test_a_source_that_is_emptied_while_it_is_read_is_not_mirrored(
+    built: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _after_digest(monkeypatch, 1, lambda: built.sql("TRUNCATE products"))
+    with pytest.raises(MassDeleteRefused):
+        built.run(TaskType.SYNC, full=True)
+    assert len(built.points()) == 500
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3])
+def test_a_row_written_while_a_digest_gets_another_size_is_found(
+    product: Product, monkeypatch: pytest.MonkeyPatch, nth: int
+) -> None:
+    product.sql("INSERT INTO products SELECT n, 'more ' || n, 'x', 'red', 1 FROM generate_series(501, 4000) n")
+    product.run()
+    assert product.live_row().digest_bits == 3
+    with product.open_store() as store:
+        kept = [row.key for row in store.fingerprints(product.live_set(), 3, [7])]
+    product.sql("DELETE FROM products WHERE id <> ALL(%s)", kept)
+    _after_digest(monkeypatch, nth, lambda: product.sql("UPDATE products SET body = 'late' WHERE id = %s", kept[0]))
+    product.run(TaskType.SYNC, confirm_mass_delete=True)
+    assert product.live_row().digest_bits != 3
+    product.run(TaskType.SYNC)
+    product.assert_true_to_source()
 
 
 def test_a_table_that_grew_much_gets_a_larger_digest(built: Product) -> None:
     built.sql("INSERT INTO products SELECT n, 'more ' || n, 'x', 'red', 1 FROM generate_series(10000, 13000) n")
     built.run(TaskType.SYNC)
     built.assert_true_to_source()
-    with built.runtime.catalog.transaction() as session:
-        assert (vector_sets.get(session, built.vector_table_id, 1).digest_bits or 0) >= 2
+    assert (built.live_row().digest_bits or 0) >= 2
     assert built.run(TaskType.SYNC).rows_read == 0
     built.sql("UPDATE products SET title = 'changed' WHERE id = 10500")
     assert built.run(TaskType.SYNC).rows_embedded == 1

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from embedd_dagster.catalog import vector_sets
+from embedd_dagster.catalog import tasks, vector_sets
 from embedd_dagster.embedders.pacing import PacedEmbedder
 from embedd_dagster.engine import backfill
 from embedd_dagster.engine.run import run_task
@@ -33,6 +33,7 @@ POINTS: dict[str, list[tuple[Any, str]]] = {
     "index": [(QdrantStore, "finish_load"), (PgvectorStore, "finish_load")],
     "publish": [(QdrantStore, "publish"), (PgvectorStore, "publish")],
     "mark_live": [(vector_sets, "mark_live")],
+    "complete": [(tasks, "complete")],
 }
 
 
