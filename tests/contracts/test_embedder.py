@@ -11,7 +11,6 @@ import pytest
 
 from embedd_dagster.embedders import open_embedder
 from embedd_dagster.embedders.base import Embedder
-from embedd_dagster.embedders.local import LocalEmbedder
 from embedd_dagster.errors import TextRejected
 from tests.support.gemini_server import running_gemini_server
 from tests.support.memory_embedder import POISON, MemoryEmbedder
@@ -46,20 +45,21 @@ def voyage_server() -> Iterator[RunningServer]:
         yield running
 
 
-@pytest.fixture(
-    params=[
-        "memory",
-        "openai-small",
-        "openai-512",
-        "openai-unknown-model",
-        "openai-float-lists",
-        "gemini",
-        "gemini-768",
-        "voyage",
-        "voyage-2048",
-        "local",
-    ]
-)
+REFUSING = [
+    "memory",
+    "openai-small",
+    "openai-512",
+    "openai-unknown-model",
+    "openai-float-lists",
+    "gemini",
+    "gemini-768",
+    "voyage",
+    "voyage-2048",
+]
+"""Those that may refuse a text; the local one takes every text."""
+
+
+@pytest.fixture(params=[*REFUSING, "local"])
 def embedder(
     request: pytest.FixtureRequest, server: RunningServer, gemini_server: RunningServer, voyage_server: RunningServer
 ) -> Iterator[Embedder]:
@@ -165,9 +165,8 @@ def test_serves_several_threads(embedder: Embedder) -> None:
         np.testing.assert_allclose(vectors, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("embedder", REFUSING, indirect=True)
 def test_a_rejected_text_is_a_text_error_that_does_not_quote_it(embedder: Embedder) -> None:
-    if isinstance(embedder, LocalEmbedder):
-        pytest.skip("it refuses nothing")
     with pytest.raises(TextRejected) as raised:
         embedder.embed_documents(["fine", f"secret {POISON}"])
     assert "secret" not in repr((raised.value.message, raised.value.resolution, raised.value.details))
