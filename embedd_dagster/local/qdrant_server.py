@@ -143,6 +143,7 @@ def main(arguments: list[str] | None = None) -> None:
         port=options.port,
         access_log=False,
         log_level="warning",
+        timeout_keep_alive=75,  # clients let go first (httpx after 5 s): else a request meets a connection being closed
         timeout_graceful_shutdown=10,
     )
 
