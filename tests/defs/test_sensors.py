@@ -109,9 +109,31 @@ def test_the_api_is_left_a_moment_to_launch(tick: Any, tables: Any, make_run: An
 def test_a_task_whose_launched_run_died_gets_another(tick: Any, tables: Any, make_run: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
-    tables.change_task(task_id, dagster_run_id=make_run(Status.FAILURE, key, task_id), launched_at=long_ago())
+    run_id = make_run(Status.FAILURE, key, task_id)
+    tables.change_task(task_id, dagster_run_id=run_id, launched_at=long_ago())
     (request,) = requests(tick())
-    assert request.run_key == f"{task_id}:1"
+    assert request.run_key == f"{task_id}:{run_id}"
+
+
+@pytest.mark.parametrize("deleted", [[0], [1], [0, 1], [2], [1, 2], [0, 1, 2]])
+def test_a_task_gets_another_run_whichever_of_its_runs_are_deleted(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance, deleted: list[int]
+) -> None:
+    """Dagster launches no second run for a key that a run has."""
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.change_task(task_id, max_attempts=10)
+    runs = [make_run(Status.FAILURE, key, task_id)]  # by the API: without a key
+    keys = [""]
+    for _ in range(2):
+        (request,) = requests(tick())
+        assert request.run_key not in keys
+        keys.append(request.run_key)
+        runs.append(make_run(Status.FAILURE, key, task_id))
+    for number in deleted:
+        instance.delete_run(runs[number])
+    (request,) = requests(tick())
+    assert request.run_key not in [run_key for number, run_key in enumerate(keys) if number not in deleted]
 
 
 def test_a_task_whose_runs_never_begin_is_given_up(tick: Any, tables: Any, make_run: Any) -> None:
@@ -146,12 +168,13 @@ def test_a_running_task_whose_run_has_ended(
 ) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
-    tables.claim(task_id, make_run(ended, key, task_id))
+    run_id = make_run(ended, key, task_id)
+    tables.claim(task_id, run_id)
     tick()
     assert (tables.get_task(task_id).status, tables[key].sync_status) == (status, sync_status)
     if status == "pending":
         (request,) = requests(tick())
-        assert request.run_key == f"{task_id}:1"
+        assert request.run_key == f"{task_id}:{run_id}"
         assert tables[key].last_error
 
 
@@ -162,13 +185,14 @@ def test_a_task_whose_run_died_gets_another_in_the_same_tick(
     key, other = tables.create("a"), tables.create("b")
     task_id = tables.task(key)
     tables.task(other)
-    tables.claim(task_id, make_run(Status.STARTED if kind == "silent" else Status.FAILURE, key, task_id))
+    run_id = make_run(Status.STARTED if kind == "silent" else Status.FAILURE, key, task_id)
+    tables.claim(task_id, run_id)
     if kind == "silent":
         tables.change_task(task_id, heartbeat_at=long_ago())
     made = requests(tick())
     assert sorted(request.partition_key for request in made) == sorted([key, other]), "each once"
     (request,) = [request for request in made if request.partition_key == key]
-    assert request.run_key == f"{task_id}:1"
+    assert request.run_key == f"{task_id}:{run_id}"
     again = {request.run_key for request in requests(tick())}
     assert request.run_key in again, "the same until Dagster has the run"
 
