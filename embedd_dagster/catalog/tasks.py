@@ -248,7 +248,8 @@ def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
-        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+        if task.task_type in BUILDS:  # a sync has not changed it
+            vector_tables.come_to_rest(session, table)
 
 
 def _count_what_is_live(session: Session, table: VectorTable) -> None:

@@ -199,6 +199,13 @@ def resting_status(session: Session, row: VectorTable) -> SyncStatus:
     return SyncStatus.PENDING_REBACKFILL if live.config_version < row.config_version else SyncStatus.SYNCED
 
 
+def come_to_rest(session: Session, row: VectorTable) -> None:
+    """Nothing runs on the vector table any more: what had failed is an error still, until a run goes well."""
+    status = resting_status(session, row)
+    keeps = row.last_error is None or status in {SyncStatus.PAUSED, SyncStatus.PENDING_REBACKFILL}
+    set_status(row, status if keeps else SyncStatus.ERROR)
+
+
 def mark_deleted(row: VectorTable) -> None:
     """Gone for callers at once; the reconcile sensor tears the storage down."""
     row.deleted_at = now()
@@ -222,9 +229,7 @@ def resume(session: Session, row: VectorTable) -> None:
         raise Conflict(f"Sync of {row.name!r} is not paused.", code="sync_not_paused", resolution="Nothing to do.")
     row.paused = False
     if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
-        status = resting_status(session, row)
-        has_failed = row.last_error is not None and status is not SyncStatus.PENDING_REBACKFILL
-        set_status(row, SyncStatus.ERROR if has_failed else status)
+        come_to_rest(session, row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -289,6 +289,19 @@ def test_a_sync_cancelled_in_the_middle_loses_nothing(product: Product) -> None:
     assert product.provider.stats()["texts"] == 520, "what was embedded before the end was kept"
 
 
+@one_store
+@pytest.mark.parametrize("task_type", [TaskType.BACKFILL, TaskType.SYNC])
+def test_a_task_cancelled_on_a_table_in_error_leaves_it_so(product: Product, task_type: TaskType) -> None:
+    product.run()
+    product.provider.behave(api_key="another")
+    with pytest.raises(EmbeddError):
+        product.run_task(begin_sync(product))
+    told = product.table().last_error
+    assert told
+    cancel(product, product.add_task(task_type))
+    assert (status(product), product.table().last_error) == (SyncStatus.ERROR, told)
+
+
 # the vector table is deleted
 
 
