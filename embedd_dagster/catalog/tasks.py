@@ -72,6 +72,7 @@ def create(
             resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
         ) from None
     if task.task_type in BUILDS:
+        vector_tables.release(table)
         vector_tables.set_status(table, SyncStatus.BACKFILLING)
         table.total_rows, table.synced_rows = total_rows or table.total_rows, 0
     return task
@@ -151,8 +152,9 @@ def claim(session: Session, task_id: str, run_id: str) -> Task:
         raise RunCancelled("The task was cancelled before it began.")
     _move(task, TaskStatus.RUNNING)
     task.dagster_run_id = run_id
-    wanted = session.scalar(select(VectorTable.resync_wanted).where(VectorTable.id == task.target_id))
-    task.resync = wanted or 0  # each attempt compares with the source of its own time
+    # each attempt compares with the source of its own time, and builds what is configured then
+    wanted = select(VectorTable.resync_wanted, VectorTable.config_version).where(VectorTable.id == task.target_id)
+    task.resync, task.config_version = session.execute(wanted).one_or_none() or (0, None)
     task.attempts += 1
     task.started_at = task.started_at or now()
     task.heartbeat_at = now()
@@ -201,9 +203,9 @@ def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str,
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
-        table.last_error = table.last_error_at = None
+        vector_tables.note_success(table)
         resyncs.settle(table, task)
-        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+        vector_tables.come_to_rest(session, table)
 
 
 def _owned(session: Session, task_id: str, run_id: str) -> Task:
@@ -224,7 +226,7 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     if retry and task.attempts < task.max_attempts and not task.cancel_requested:
         if task.status == TaskStatus.RUNNING.value:
             _move(task, TaskStatus.PENDING)
-        task.dagster_run_id = task.launched_at = task.heartbeat_at = None
+        task.dagster_run_id = task.launched_at = task.heartbeat_at = task.config_version = None
         if table is not None:
             table.last_error, table.last_error_at = error, now()
         return
@@ -240,8 +242,11 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
         vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
 
 
-def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
-    """Ends a live task as cancelled; the vector table goes back to what it was."""
+def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_for: bool = True) -> None:
+    """Ends a live task as cancelled; the vector table goes back to what it was.
+
+    A build that somebody asked to end is not begun again by itself: that would go on spending their money.
+    """
     _move(task, TaskStatus.CANCELLED)
     task.last_error = reason
     task.ended_at = now()
@@ -249,6 +254,8 @@ def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
         if task.task_type in BUILDS:  # a sync has not changed it
+            if asked_for:
+                vector_tables.hold(session, table, task.config_version or table.config_version)
             vector_tables.come_to_rest(session, table)
 
 

@@ -11,7 +11,7 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.core.status import TaskType
@@ -312,14 +312,49 @@ def test_a_newer_configuration_is_built(tick: Any, tables: Any) -> None:
     assert again is None or again.run_key == request.run_key
 
 
+@pytest.mark.parametrize("how", ["task", "queued run", "run"])
+def test_a_rebackfill_that_somebody_cancelled_is_not_begun_again(
+    tick: Any, tables: Any, make_run: Any, runtime: Runtime, log: list[str], how: str
+) -> None:
+    key = tables.create("a", live=True)
+    tables.reconfigure(key)
+    tick()
+    task_id = tables.live_task(key).id
+    if how == "task":
+        with runtime.catalog.transaction() as session:
+            tasks.request_cancel(session, tasks.find(session, task_id, lock=True))
+    else:
+        run_id = make_run(Status.CANCELED, key, task_id)
+        if how == "run":
+            tables.claim(task_id, run_id)
+    assert not requests(tick())
+    assert tables.get_task(task_id).status == "cancelled"
+    assert not requests(tick())
+    assert tables[key].sync_status == "pending_rebackfill"
+    with runtime.catalog.transaction() as session:
+        assert not vector_tables.awaiting_rebackfill(session), "no tick looks at it"
+        resyncs.request(session, [key], "Changes may have been missed.")
+    (request,) = requests(tick())
+    assert request.run_config["ops"]["vector_table"]["config"] == {"mode": "sync"}, "what is live is kept true"
+    tables.claim(tables.live_task(key).id, "r")
+    with runtime.catalog.transaction() as session:
+        tasks.complete(session, tables.live_task(key).id, "r", tasks.EMPTY_PROGRESS)
+    tables.change(key, next_sync_at=NOON)
+    assert schedule_syncs(lambda: runtime, NOON, log.append).skip_message == f"1 syncs begin: {key}."
+    with runtime.catalog.transaction() as session:
+        tasks.request_cancel(session, tasks.find_live(session, key))
+    assert tables[key].sync_status == "pending_rebackfill"
+    tables.reconfigure(key, "a third")
+    (request,) = requests(tick())
+    assert tables.live_task(key).task_type == "rebackfill"
+
+
 @pytest.mark.parametrize("kind", ["paused", "busy"])
 def test_a_newer_configuration_waits(tick: Any, tables: Any, kind: str) -> None:
     key = tables.create("a", live=True)
     if kind == "busy":
         tables.task(key, TaskType.SYNC, created_at=now())
     else:
-        from embedd_dagster.catalog import vector_tables
-
         with tables.runtime.catalog.transaction() as session:
             vector_tables.pause(session, vector_tables.find(session, key))
     tables.reconfigure(key)
