@@ -291,6 +291,13 @@ def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
     return None if found is None else Endpoints(*found)
 
 
+def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, str]:
+    """Where each is stored: by the id of its connection what lies in the source's database, all else in one Qdrant."""
+    statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
+    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
+    return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
+
+
 def partition_keys(session: Session) -> set[str]:
     """The ids of all vector tables that are not being deleted: Dagster's partitions."""
     return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -14,13 +15,15 @@ from dagster import DagsterRunStatus as Status
 from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.core.status import TaskType
+from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.core.status import TaskType, VectorSetState
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs
 from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
+from embedd_dagster.engine import teardown
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, VectorStoreUnavailable
 from embedd_dagster.settings import get_settings
@@ -490,29 +493,77 @@ def test_definitions_are_loadable_without_settings() -> None:
 # cleaning up
 
 
-def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
-    runtime: Runtime, tables: Any, monkeypatch: pytest.MonkeyPatch, log: list[str]
-) -> None:
-    ids = [tables.create(name) for name in "ab"]
-    for key in ids:
-        tables.delete(key)
-    calls: list[str] = []
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> Dropping:
+    made = Dropping()
+    monkeypatch.setattr(teardown, "teardown", made.drop)
+    monkeypatch.setattr(teardown, "_drop_set", made.drop)
+    return made
 
-    def teardown(_runtime: Runtime, key: str) -> bool:
-        calls.append(key)
-        if key == ids[0]:
-            raise VectorStoreUnavailable("Qdrant does not answer.")
+
+class Dropping:
+    """Stands for the stores: drops at once, but for what is kept."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failing: set[str] = set()
+
+    def drop(self, _runtime: Runtime, key: str, *_version: int) -> bool:
+        self.calls.append(key)
+        if key in self.failing:
+            raise VectorStoreUnavailable("The store does not answer.")
         return True
 
-    monkeypatch.setattr(sensors, "teardown", teardown)
-    monkeypatch.setattr(sensors, "drop_retired_sets", lambda _runtime: 2)
+
+def in_one_place(tables: Any, *keys: str) -> None:
+    """Puts these into one customer's database."""
+    for key in keys:
+        tables.change(key, mode="platform", connection_id=tables[keys[0]].connection_id)
+
+
+def retire(runtime: Runtime, *keys: str) -> None:
+    """Gives each a set that was built and never went live."""
+    with runtime.catalog.transaction() as session:
+        for key in keys:
+            row = VectorSetRow(vector_table_id=key, version=9, config_version=1, configuration={}, created_at=now())
+            row.state = VectorSetState.RETIRED.value
+            session.add(row)
+
+
+@pytest.mark.parametrize("kind", ["deleted tables", "replaced sets"])
+def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
+    runtime: Runtime, tables: Any, dropping: Dropping, log: list[str], kind: str
+) -> None:
+    down, beside, other = keys = [tables.create(name) for name in "abc"]
+    in_one_place(tables, down, beside)
+    if kind == "deleted tables":
+        for key in keys:
+            tables.delete(key)
+    else:
+        retire(runtime, *keys)
+    dropping.failing = {down, beside}
     delays = Delays()
     skipped = clean_up(lambda: runtime, delays, log.append)
-    assert skipped.skip_message == f"Dropped {ids[1]}, 2 replaced sets."
-    assert "Qdrant does not answer." in log[0]
+    assert skipped.skip_message == f"Dropped {other if kind == 'deleted tables' else f'set 9 of {other}'}."
+    assert "The store does not answer." in log[0]
+    assert len({down, beside} & set(dropping.calls)) == 1, "the second was not waited for"
     clean_up(lambda: runtime, delays, log.append)
-    assert calls.count(ids[0]) == 1, "it is tried again after a while"
-    assert delays.is_due(ids[0], time.monotonic() + 3)
+    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "each has a delay of its own"
+    clean_up(lambda: runtime, delays, log.append)
+    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "they are tried again after a while"
+    assert all(delays.is_due(what, time.monotonic() + 3) for what in delays._failures)
+
+
+def test_cleaning_up_ends_in_time(
+    runtime: Runtime, tables: Any, dropping: Dropping, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [tables.create(name) for name in "abc"]
+    retire(runtime, *keys)
+    clock = iter(range(0, 1000, 15))  # every look at it comes 15 seconds after the one before
+    monkeypatch.setattr(sensors, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    skipped = clean_up(lambda: runtime, Delays(), log.append)
+    assert len(dropping.calls) == 1
+    assert skipped.skip_message == f"Dropped set 9 of {dropping.calls[0]}."
 
 
 def test_cleaning_up_needs_the_catalog(runtime: Runtime) -> None:
