@@ -3,6 +3,8 @@
 A task is live while `pending` or `running`; a partial unique index allows one live task a vector table. A run *claims*
 its task by compare-and-set; from then on every write it makes is fenced: it fails with RunSuperseded once the task is
 another run's, or nobody's.
+
+Who changes a live task and its vector table in one transaction takes the task first: the other order would be a deadlock.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ def create(
     options: Mapping[str, Any] | None = None,
 ) -> Task:
     """A pending task; a backfill moves its vector table to `backfilling`. Raises Conflict `backfill_in_progress`."""
+    if live := find_live(session, table.id):  # inserting would tell as well, but wait for whoever changes that one
+        raise _already_live(table, live)
     task = Task(
         id=new_id("task"),
         org_id=table.org_id,
@@ -64,18 +68,21 @@ def create(
             session.add(task)
             session.flush()
     except IntegrityError:
-        live = find_live(session, table.id)
-        doing = "sync" if live is not None and live.task_type == TaskType.SYNC.value else "backfill"
-        raise Conflict(
-            f"A {doing} of {table.name!r} is queued or running" + (f" (task {live.id})." if live else "."),
-            code="backfill_in_progress",
-            resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
-        ) from None
+        raise _already_live(table, find_live(session, table.id)) from None
     if task.task_type in BUILDS:
         vector_tables.release(table)
         vector_tables.set_status(table, SyncStatus.BACKFILLING)
         table.total_rows, table.synced_rows = total_rows or table.total_rows, 0
     return task
+
+
+def _already_live(table: VectorTable, live: Task | None) -> Conflict:
+    doing = "sync" if live is not None and live.task_type == TaskType.SYNC.value else "backfill"
+    return Conflict(
+        f"A {doing} of {table.name!r} is queued or running" + (f" (task {live.id})." if live else "."),
+        code="backfill_in_progress",
+        resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
+    )
 
 
 def get(session: Session, environment_id: str, task_id: str) -> Task:
@@ -91,9 +98,10 @@ def find(session: Session, task_id: str, *, lock: bool = False) -> Task | None:
     return session.get(Task, task_id, with_for_update=lock or None, populate_existing=lock)
 
 
-def find_live(session: Session, vector_table_id: str) -> Task | None:
+def find_live(session: Session, vector_table_id: str, *, lock: bool = False) -> Task | None:
     """The live task of a vector table, or None."""
-    return session.scalar(select(Task).where(Task.target_id == vector_table_id, Task.status.in_(_LIVE)))
+    statement = select(Task).where(Task.target_id == vector_table_id, Task.status.in_(_LIVE))
+    return session.scalar(statement.with_for_update() if lock else statement)
 
 
 def page(
