@@ -157,9 +157,10 @@ def _change(
 def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
     """Delete a vector table: gone at once; its vector storage is cleaned up in the background."""
     with caller.state.runtime.catalog.transaction() as session:
-        row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        vector_tables.mark_deleted(row)
-        live = tasks.find_live(session, vector_table_id)
+        vector_tables.get(session, caller.environment.id, vector_table_id)
+        # before the vector table, as its run does; a task that begins in between is ended by the reconcile sensor
+        live = tasks.find_live(session, vector_table_id, lock=True)
+        vector_tables.mark_deleted(vector_tables.get(session, caller.environment.id, vector_table_id, lock=True))
         run_id = live.dagster_run_id if live is not None else None
         if live is not None:
             tasks.request_cancel(session, live)

@@ -16,7 +16,8 @@ from sqlalchemy import and_, case, func, null, or_, select, update
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.tables import ChangeFeed, Task, VectorTable
-from embedd_dagster.core.status import LIVE_TASK_STATUSES, SyncStatus
+from embedd_dagster.catalog.vector_tables import may_sync
+from embedd_dagster.core.status import LIVE_TASK_STATUSES
 
 _SHORTEST_DELAY: Final = timedelta(minutes=1)
 _LONGEST_DELAY: Final = timedelta(hours=1)
@@ -130,7 +131,7 @@ def owed(session: Session, limit: int) -> list[OwedSync]:
             VectorTable.live_version.is_not(None),
             VectorTable.deleted_at.is_(None),
             ~VectorTable.paused,
-            VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
+            may_sync,
             or_(
                 VectorTable.resync_not_before.is_(None),
                 VectorTable.resync_not_before <= func.clock_timestamp(),

@@ -204,6 +204,8 @@ class VectorTable(Base):
     sync_interval_seconds: Mapped[int | None]
     config_version: Mapped[int] = mapped_column(default=1)
     """Grows with every change that the vectors must follow; compared with the live set's."""
+    held_config_version: Mapped[int | None]
+    """The configuration whose build somebody cancelled: while it is the present one, nothing begins it by itself."""
     storage_name: Mapped[str] = mapped_column(unique=True)
     """`vt_<8>_<name>`: the Qdrant alias, and behind `embedd_` the platform table."""
     platform_vector_ref: Mapped[str | None]
@@ -235,6 +237,11 @@ class VectorTable(Base):
     deleted_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the build of the present configuration was cancelled, and waits to be asked for."""
+        return self.held_config_version == self.config_version
 
     @property
     def configuration(self) -> VectorConfiguration:
@@ -339,6 +346,8 @@ class Task(Base):
     options: Mapped[dict[str, Any]]
     resync: Mapped[int] = mapped_column(default=0, server_default="0")
     """The vector table's `resync_wanted` when it was claimed: what it settles when it completes."""
+    config_version: Mapped[int | None]
+    """The vector table's when it was claimed: what it builds. None while it waits."""
     attempts: Mapped[int] = mapped_column(default=0)
     max_attempts: Mapped[int]
     last_error: Mapped[str | None]

@@ -3,6 +3,8 @@
 A task is live while `pending` or `running`; a partial unique index allows one live task a vector table. A run *claims*
 its task by compare-and-set; from then on every write it makes is fenced: it fails with RunSuperseded once the task is
 another run's, or nobody's.
+
+Who changes a live task and its vector table in one transaction takes the task first: the other order would be a deadlock.
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ def create(
     options: Mapping[str, Any] | None = None,
 ) -> Task:
     """A pending task; a backfill moves its vector table to `backfilling`. Raises Conflict `backfill_in_progress`."""
+    if live := find_live(session, table.id):  # inserting would tell as well, but wait for whoever changes that one
+        raise _already_live(table, live)
     task = Task(
         id=new_id("task"),
         org_id=table.org_id,
@@ -64,17 +68,21 @@ def create(
             session.add(task)
             session.flush()
     except IntegrityError:
-        live = find_live(session, table.id)
-        doing = "sync" if live is not None and live.task_type == TaskType.SYNC.value else "backfill"
-        raise Conflict(
-            f"A {doing} of {table.name!r} is queued or running" + (f" (task {live.id})." if live else "."),
-            code="backfill_in_progress",
-            resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
-        ) from None
+        raise _already_live(table, find_live(session, table.id)) from None
     if task.task_type in BUILDS:
+        vector_tables.release(table)
         vector_tables.set_status(table, SyncStatus.BACKFILLING)
         table.total_rows, table.synced_rows = total_rows or table.total_rows, 0
     return task
+
+
+def _already_live(table: VectorTable, live: Task | None) -> Conflict:
+    doing = "sync" if live is not None and live.task_type == TaskType.SYNC.value else "backfill"
+    return Conflict(
+        f"A {doing} of {table.name!r} is queued or running" + (f" (task {live.id})." if live else "."),
+        code="backfill_in_progress",
+        resolution="Wait for it, or cancel it with POST /v1/tasks/{id}/cancel.",
+    )
 
 
 def get(session: Session, environment_id: str, task_id: str) -> Task:
@@ -90,9 +98,10 @@ def find(session: Session, task_id: str, *, lock: bool = False) -> Task | None:
     return session.get(Task, task_id, with_for_update=lock or None, populate_existing=lock)
 
 
-def find_live(session: Session, vector_table_id: str) -> Task | None:
+def find_live(session: Session, vector_table_id: str, *, lock: bool = False) -> Task | None:
     """The live task of a vector table, or None."""
-    return session.scalar(select(Task).where(Task.target_id == vector_table_id, Task.status.in_(_LIVE)))
+    statement = select(Task).where(Task.target_id == vector_table_id, Task.status.in_(_LIVE))
+    return session.scalar(statement.with_for_update() if lock else statement)
 
 
 def page(
@@ -151,8 +160,9 @@ def claim(session: Session, task_id: str, run_id: str) -> Task:
         raise RunCancelled("The task was cancelled before it began.")
     _move(task, TaskStatus.RUNNING)
     task.dagster_run_id = run_id
-    wanted = session.scalar(select(VectorTable.resync_wanted).where(VectorTable.id == task.target_id))
-    task.resync = wanted or 0  # each attempt compares with the source of its own time
+    # each attempt compares with the source of its own time, and builds what is configured then
+    wanted = select(VectorTable.resync_wanted, VectorTable.config_version).where(VectorTable.id == task.target_id)
+    task.resync, task.config_version = session.execute(wanted).one_or_none() or (0, None)
     task.attempts += 1
     task.started_at = task.started_at or now()
     task.heartbeat_at = now()
@@ -201,9 +211,9 @@ def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str,
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
-        table.last_error = table.last_error_at = None
+        vector_tables.note_success(table)
         resyncs.settle(table, task)
-        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+        vector_tables.come_to_rest(session, table)
 
 
 def _owned(session: Session, task_id: str, run_id: str) -> Task:
@@ -224,7 +234,7 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     if retry and task.attempts < task.max_attempts and not task.cancel_requested:
         if task.status == TaskStatus.RUNNING.value:
             _move(task, TaskStatus.PENDING)
-        task.dagster_run_id = task.launched_at = task.heartbeat_at = None
+        task.dagster_run_id = task.launched_at = task.heartbeat_at = task.config_version = None
         if table is not None:
             table.last_error, table.last_error_at = error, now()
         return
@@ -240,15 +250,21 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
         vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
 
 
-def cancel(session: Session, task: Task, reason: str = "Cancelled.") -> None:
-    """Ends a live task as cancelled; the vector table goes back to what it was."""
+def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_for: bool = True) -> None:
+    """Ends a live task as cancelled; the vector table goes back to what it was.
+
+    A build that somebody asked to end is not begun again by itself: that would go on spending their money.
+    """
     _move(task, TaskStatus.CANCELLED)
     task.last_error = reason
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
-        vector_tables.set_status(table, vector_tables.resting_status(session, table))
+        if task.task_type in BUILDS:  # a sync has not changed it
+            if asked_for:
+                vector_tables.hold(session, table, task.config_version or table.config_version)
+            vector_tables.come_to_rest(session, table)
 
 
 def _count_what_is_live(session: Session, table: VectorTable) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, select, update
+from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -22,6 +22,17 @@ from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 _PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
 _ID_ATTEMPTS = 20
 _STORAGE_NAME_CONSTRAINT = "uq_vector_tables_storage_name"
+_HELD = (
+    "The re-backfill was cancelled, and does not begin again by itself. "
+    "POST /v1/vector-tables/{id}/backfill starts it, and so does a new configuration."
+)
+
+_is_held = VectorTable.held_config_version.is_not_distinct_from(VectorTable.config_version)
+may_sync = or_(
+    VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
+    and_(VectorTable.sync_status == SyncStatus.PENDING_REBACKFILL.value, _is_held),
+)
+"""Nothing is to be built first, so what is live is kept true."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +138,7 @@ def reconfigure(
     if wanted == (row.columns, row.embedding_model, row.embedding_dimensions):
         return False
     row.columns, row.embedding_model, row.embedding_dimensions = wanted
+    release(row)
     row.config_version += 1
     row.updated_at = now()
     status = SyncStatus(row.sync_status)
@@ -199,6 +211,40 @@ def resting_status(session: Session, row: VectorTable) -> SyncStatus:
     return SyncStatus.PENDING_REBACKFILL if live.config_version < row.config_version else SyncStatus.SYNCED
 
 
+def come_to_rest(session: Session, row: VectorTable) -> None:
+    """Nothing runs on the vector table any more: what had failed is an error still, until a run goes well."""
+    status = resting_status(session, row)
+    if status is SyncStatus.PENDING_REBACKFILL:
+        set_status(row, status, _HELD if row.is_held and row.last_error is None else None)
+    elif status is not SyncStatus.PAUSED and row.last_error is not None:
+        set_status(row, SyncStatus.ERROR)
+    else:
+        set_status(row, status)
+
+
+def hold(session: Session, row: VectorTable, config_version: int) -> None:
+    """Somebody cancelled the build of this configuration: where it is not live, nothing begins it by itself."""
+    if row.live_version is None:
+        return
+    if session.get_one(VectorSetRow, (row.id, row.live_version)).config_version < config_version:
+        row.held_config_version = config_version
+        if row.is_held:
+            row.last_error, row.last_error_at = _HELD, now()
+
+
+def release(row: VectorTable) -> None:
+    """What was held is asked for again, or not wanted any more. Does nothing where nothing was."""
+    row.held_config_version = None
+    if row.last_error == _HELD:
+        row.last_error = row.last_error_at = None
+
+
+def note_success(row: VectorTable) -> None:
+    """A run went well: what had failed is over; what is held is so still."""
+    if row.last_error != _HELD:
+        row.last_error = row.last_error_at = None
+
+
 def mark_deleted(row: VectorTable) -> None:
     """Gone for callers at once; the reconcile sensor tears the storage down."""
     row.deleted_at = now()
@@ -222,9 +268,7 @@ def resume(session: Session, row: VectorTable) -> None:
         raise Conflict(f"Sync of {row.name!r} is not paused.", code="sync_not_paused", resolution="Nothing to do.")
     row.paused = False
     if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
-        status = resting_status(session, row)
-        has_failed = row.last_error is not None and status is not SyncStatus.PENDING_REBACKFILL
-        set_status(row, SyncStatus.ERROR if has_failed else status)
+        come_to_rest(session, row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,15 +291,22 @@ def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
     return None if found is None else Endpoints(*found)
 
 
+def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, str]:
+    """Where each is stored: by the id of its connection what lies in the source's database, all else in one Qdrant."""
+    statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
+    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
+    return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
+
+
 def partition_keys(session: Session) -> set[str]:
     """The ids of all vector tables that are not being deleted: Dagster's partitions."""
     return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))
 
 
 def awaiting_rebackfill(session: Session) -> list[VectorTable]:
-    """Vector tables whose configuration is newer than what is live, and that are not paused."""
+    """Vector tables whose configuration is newer than what is live, and that are neither paused nor held."""
     wanted = SyncStatus.PENDING_REBACKFILL.value
-    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == wanted)))
+    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == wanted, ~_is_held)))
 
 
 def being_deleted(session: Session) -> list[VectorTable]:
@@ -272,7 +323,7 @@ def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list
         select(VectorTable)
         .where(
             VectorTable.next_sync_at <= instant,
-            VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
+            may_sync,
             VectorTable.live_version.is_not(None),
             ~_has_live_task(),
         )

@@ -91,7 +91,7 @@ class Enactor:
     def _begin_rebackfill(self, vector_table_id: str) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id, lock=True)
-            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value:
+            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_held:
                 return []
             try:
                 task = tasks.create(

@@ -206,6 +206,8 @@ def _judge_after_runs(
     task: TaskFact, ended: Sequence[RunFact], seen: Observation, limits: Limits
 ) -> TaskDecision | None:
     latest = ended[-1]
+    if latest.status in IN_FLIGHT:
+        return None  # launched since the runs in flight were read
     if latest.status is dg.DagsterRunStatus.CANCELED:
         return TaskDecision(task, Verdict.CANCEL, f"Run {latest.run_id} was cancelled in Dagster before it began.")
     failures = sum(run.status is dg.DagsterRunStatus.FAILURE for run in ended)
@@ -223,8 +225,10 @@ def _judge_after_runs(
 
 
 def _launch(task: TaskFact, ended: Sequence[RunFact], reason: str) -> TaskDecision:
-    # the number of runs before makes the key: the same on a tick that is repeated, another one for the next attempt
-    return TaskDecision(task, Verdict.LAUNCH, reason, run_key=f"{task.task_id}:{len(ended)}")
+    # Dagster launches nothing for a key that one of its runs has. The latest run makes it: the same on a tick that is
+    # repeated, another for the next attempt, and never one that is taken, whichever runs somebody has deleted: a run
+    # that has it is itself later than the run it names
+    return TaskDecision(task, Verdict.LAUNCH, reason, run_key=f"{task.task_id}:{ended[-1].run_id if ended else 0}")
 
 
 def _judge_running(

@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import dagster as dg
 
-from embedd_dagster.catalog import vector_tables
 from embedd_dagster.defs.enact import Enactor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.observe import Memory, observe
@@ -15,12 +14,13 @@ from embedd_dagster.defs.partitions import vector_tables as partitions
 from embedd_dagster.defs.reconcile import Limits, Plan, Verdict, plan
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.engine.teardown import drop_retired_sets, drop_unused_feeds, teardown
+from embedd_dagster.engine.teardown import drop_deleted_tables, drop_retired_sets, drop_unused_feeds
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
 
 _INTERVAL_SECONDS = 2  # the daemon's own loop makes it five
 _CLEANUP_SECONDS = 20.0  # of a tick's sixty
 _LONGEST_DELAY_SECONDS = 300.0
+_SHOWN = 20
 
 _memory = Memory()
 
@@ -101,35 +101,42 @@ def cleanup_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource
 
 def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[[str], None]) -> dg.SkipReason:
     """One tick; it launches nothing, so it tells what it did as its reason."""
+    turn = CleanupTurn(delays, log, until=time.monotonic() + _CLEANUP_SECONDS)
     try:
         runtime = open_runtime()
-        with runtime.catalog.transaction() as session:
-            deleted = [table.id for table in vector_tables.being_deleted(session)]
+        for drop_all in (drop_deleted_tables, drop_unused_feeds, drop_retired_sets):
+            drop_all(runtime, turn.attempt)
     except (CatalogUnavailable, ConfigurationError) as error:
         return dg.SkipReason(f"{error.message} {error.resolution}")
-    work: list[tuple[str, Callable[[], int]]] = [
-        (vector_table_id, lambda key=vector_table_id: int(teardown(runtime, key)))  # type: ignore[misc]
-        for vector_table_id in deleted
-    ]
-    work.append(("unused change feeds", lambda: drop_unused_feeds(runtime)))
-    work.append(("replaced sets", lambda: drop_retired_sets(runtime)))
-    begun = time.monotonic()
-    done: list[str] = []
-    for name, drop in work:
-        if time.monotonic() - begun > _CLEANUP_SECONDS:
-            break
-        if delays.is_due(name, time.monotonic()) and (dropped := _try(name, drop, delays, log)):
-            done.append(name if name in deleted else f"{dropped} {name}")
-    return dg.SkipReason(f"Dropped {', '.join(done)}." if done else "Nothing to drop.")
+    shown, more = turn.dropped[:_SHOWN], len(turn.dropped) - _SHOWN
+    told = ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+    return dg.SkipReason(f"Dropped {told}." if told else "Nothing to drop.")
 
 
-def _try(name: str, drop: Callable[[], int], delays: Delays, log: Callable[[str], None]) -> int:
-    try:
-        dropped = drop()
-    except Exception as error:  # noqa: BLE001 - one store must not stop the others
-        told = f"{error.message} {error.resolution}" if isinstance(error, EmbeddError) else type(error).__name__
-        log(f"{name}: {told}")
-        delays.note(name, time.monotonic(), succeeded=False)
-        return 0
-    delays.note(name, time.monotonic(), succeeded=True)
-    return dropped
+@dataclass(slots=True)
+class CleanupTurn:
+    """What may be tried in one tick: within its time, what is due, and where something fails nothing else of that place."""
+
+    delays: Delays
+    log: Callable[[str], None]
+    until: float
+    dropped: list[str] = field(default_factory=list)
+    _failed_places: set[str] = field(default_factory=set)
+
+    def attempt(self, what: str, place: str, drop: Callable[[], bool]) -> bool:
+        """Whether it was tried now, and dropped. What fails is tried again later, and does not stop the others."""
+        begun = time.monotonic()
+        if begun > self.until or place in self._failed_places or not self.delays.is_due(what, begun):
+            return False
+        try:
+            dropped = drop()
+        except Exception as error:  # noqa: BLE001 - one store must not stop the others
+            told = f"{error.message} {error.resolution}" if isinstance(error, EmbeddError) else type(error).__name__
+            self.log(f"{what}: {told}")
+            self.delays.note(what, time.monotonic(), succeeded=False)
+            self._failed_places.add(place)
+            return False
+        self.delays.note(what, time.monotonic(), succeeded=True)
+        if dropped:
+            self.dropped.append(what)
+        return dropped

@@ -113,7 +113,10 @@ def _end(runtime: Runtime, task_id: str, run_id: str, error: BaseException) -> N
             if task is None or task.dagster_run_id != run_id or task.ended_at is not None:
                 return
             if isinstance(error, RunCancelled | KeyboardInterrupt | SystemExit) or _is_interrupt(error):
-                tasks.cancel(session, task, describe(error) if isinstance(error, EmbeddError) else "The run was ended.")
+                reason = describe(error) if isinstance(error, EmbeddError) else "The run was ended."
+                # an interrupt alone is the end of a process, not a wish: Dagster sends one for a wish, which is heard
+                asked_for = isinstance(error, RunCancelled) or task.cancel_requested
+                tasks.cancel(session, task, reason, asked_for=asked_for)
             else:
                 # a bug is tried again too: it may have been the moment's; attempts are few
                 permanent = isinstance(error, EmbeddError) and not isinstance(error, TransientError)

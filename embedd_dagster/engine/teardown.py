@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 
 from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
+
+Attempt = Callable[[str, str, Callable[[], bool]], bool]
+"""Tries one drop, or leaves it for another time: what it is of, in which place, and what drops it; whether it was dropped.
+
+A place is what fails as one: where one thing in it does not answer, the next need not be waited for.
+"""
+
+
+def _at_once(_what: str, _place: str, drop: Callable[[], bool]) -> bool:
+    return drop()
+
+
+def drop_deleted_tables(runtime: Runtime, attempt: Attempt) -> int:
+    """Tears down the vector tables that were deleted; of how many nothing is left."""
+    with runtime.catalog.transaction() as session:
+        deleted = [table.id for table in vector_tables.being_deleted(session)]
+        places = vector_tables.storage_places(session, deleted)
+    return sum(attempt(key, places[key], partial(teardown, runtime, key)) for key in deleted)
 
 
 def teardown(runtime: Runtime, vector_table_id: str) -> bool:
@@ -32,56 +53,49 @@ def teardown(runtime: Runtime, vector_table_id: str) -> bool:
     return True
 
 
-def drop_unused_feeds(runtime: Runtime) -> int:
-    """Drops what following has made in sources of which no table is followed any more; how many feeds.
-
-    A source that does not answer is left for the next call, and does not stop the others; the last such error is raised.
-    """
+def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
+    """Drops what following has made in sources of which no table is followed any more; how many feeds."""
     with runtime.catalog.transaction() as session:
         unused = change_feeds.unused(session)
-    dropped = 0
-    failure: EmbeddError | None = None
-    for feed, connection in unused:
-        try:
-            # locked while it is dropped: a follower that begins at this moment claims it before, or makes it anew behind
-            with runtime.catalog.transaction() as session:
-                if change_feeds.find(session, connection.id, lock=True) is None:
-                    continue
-                with runtime.open_source(connection) as source, source.change_feed(feed.name) as opened:
-                    opened.drop()
-                change_feeds.remove(session, connection.id)
-            dropped += 1
-        except EmbeddError as error:
-            failure = error
-            with runtime.catalog.transaction() as session:
-                change_feeds.note_error(session, connection.id, error.message)
-    if failure is not None:
-        raise failure
-    return dropped
+    return sum(
+        attempt(f"change feed of {connection.id}", connection.id, partial(_drop_feed, runtime, connection, feed.name))
+        for feed, connection in unused
+    )
 
 
-def drop_retired_sets(runtime: Runtime) -> int:
-    """Drops the sets that were replaced longer than the grace period ago; how many were.
+def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
+    try:
+        # locked while it is dropped: a follower that begins at this moment claims it before, or makes it anew behind
+        with runtime.catalog.transaction() as session:
+            if change_feeds.find(session, connection.id, lock=True) is None:
+                return False
+            with runtime.open_source(connection) as source, source.change_feed(name) as opened:
+                opened.drop()
+            change_feeds.remove(session, connection.id)
+    except EmbeddError as error:
+        with runtime.catalog.transaction() as session:
+            change_feeds.note_error(session, connection.id, error.message)
+        raise
+    return True
 
-    A store that fails leaves its sets for the next call, and does not stop the others; the last such error is raised.
-    """
+
+def drop_retired_sets(runtime: Runtime, attempt: Attempt = _at_once) -> int:
+    """Drops the sets that were replaced longer than the grace period ago; how many were."""
     grace = timedelta(seconds=runtime.settings.retired_set_grace_seconds)
     with runtime.catalog.transaction() as session:
         retired = vector_sets.retired(session, grace)
-    dropped = 0
-    failure: EmbeddError | None = None
-    for vector_table_id, version in retired:
-        try:
-            _drop(runtime, vector_table_id, version)
-            dropped += 1
-        except EmbeddError as error:
-            failure = error
-    if failure is not None:
-        raise failure
-    return dropped
+        places = vector_tables.storage_places(session, {vector_table_id for vector_table_id, _version in retired})
+    return sum(
+        attempt(
+            f"set {version} of {vector_table_id}",
+            places.get(vector_table_id, ""),
+            partial(_drop_set, runtime, vector_table_id, version),
+        )
+        for vector_table_id, version in retired
+    )
 
 
-def _drop(runtime: Runtime, vector_table_id: str, version: int) -> None:
+def _drop_set(runtime: Runtime, vector_table_id: str, version: int) -> bool:
     with runtime.catalog.transaction() as session:
         endpoints = vector_tables.load_endpoints(session, vector_table_id)
     if endpoints is not None:
@@ -89,3 +103,4 @@ def _drop(runtime: Runtime, vector_table_id: str, version: int) -> None:
             store.drop(vector_table_id, version)
     with runtime.catalog.transaction() as session:
         vector_sets.forget(session, vector_table_id, version)
+    return True

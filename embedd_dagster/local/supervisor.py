@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -202,6 +205,7 @@ class Supervisor:
             for child in list(self._children.values()):
                 with self._lock:
                     changed |= self._advance(child)
+                _bound(child.log_path)
             if changed:
                 self._on_change()
             self._wake.wait(_POLL_SECONDS)
@@ -224,7 +228,7 @@ class Supervisor:
         spec = child.spec
         try:
             spec.before_start()
-            _rotate(child.log_path)
+            _bound(child.log_path)
             with child.log_path.open("ab") as log:
                 child.popen = process.spawn(
                     spec.command,
@@ -313,6 +317,13 @@ def _last_lines(path: Path, count: int = 20) -> str:
         return "(there is no log)"
 
 
-def _rotate(path: Path) -> None:
-    if path.exists() and path.stat().st_size > LOG_LIMIT_BYTES:
-        path.replace(path.with_name(f"{path.name}.1"))
+def _bound(log: Path) -> None:
+    """Sets an overgrown log aside, and empties it: the child goes on writing into the same file, at its end.
+
+    What it writes just then may be lost. A disk that is full must not end the supervision, nor keep a log from shrinking.
+    """
+    with suppress(OSError):
+        if log.stat().st_size > LOG_LIMIT_BYTES:
+            with suppress(OSError):
+                shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.truncate(log, 0)

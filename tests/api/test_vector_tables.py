@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from sqlalchemy import func, text, update
 
 from api import state
+from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog.tables import Task
 from tests.api.tenants import COLUMNS, Tenant, code_of, unique
 
 
@@ -113,6 +118,37 @@ def test_delete_cancels_what_is_queued(tenant: Tenant) -> None:
     task_id = tenant.post(f"/v1/vector-tables/{table['id']}/backfill").json()["task_id"]
     assert tenant.delete(f"/v1/vector-tables/{table['id']}").status_code == 204
     assert tenant.get(f"/v1/tasks/{task_id}").json()["status"] == "cancelled"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "expected"), [("DELETE", "", 204), ("POST", "/backfill", 409), ("POST", "/sync", 409)]
+)
+def test_no_request_is_in_a_deadlock_with_a_heartbeat(tenant: Tenant, method: str, path: str, expected: int) -> None:
+    table_path = f"/v1/vector-tables/{tenant.table()['id']}"
+    task_id = tenant.post(f"{table_path}/backfill").json()["task_id"]
+    with tenant.catalog.transaction() as session:
+        tasks.claim(session, task_id, "run")
+    with ThreadPoolExecutor(1) as pool:
+        with tenant.catalog.transaction() as session:  # a heartbeat takes the task, and then the vector table
+            session.execute(update(Task).where(Task.id == task_id).values(heartbeat_at=func.now()))
+            asked = pool.submit(tenant.send, method, f"{table_path}{path}")
+            _wait_for(lambda: asked.done() or _someone_waits_for_a_lock(tenant))
+            tasks.heartbeat(session, task_id, "run", tasks.EMPTY_PROGRESS)
+        response = asked.result()
+    assert response.status_code == expected, response.text
+
+
+def _someone_waits_for_a_lock(tenant: Tenant) -> bool:
+    with tenant.catalog.transaction() as session:
+        waiting = "SELECT FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        return bool(session.execute(text(waiting)).all())
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_pause_and_resume(tenant: Tenant) -> None:

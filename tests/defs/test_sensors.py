@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.core.status import TaskType
+from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.core.status import TaskType, VectorSetState
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs
 from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
+from embedd_dagster.engine import teardown
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, VectorStoreUnavailable
 from embedd_dagster.settings import get_settings
@@ -109,9 +112,31 @@ def test_the_api_is_left_a_moment_to_launch(tick: Any, tables: Any, make_run: An
 def test_a_task_whose_launched_run_died_gets_another(tick: Any, tables: Any, make_run: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
-    tables.change_task(task_id, dagster_run_id=make_run(Status.FAILURE, key, task_id), launched_at=long_ago())
+    run_id = make_run(Status.FAILURE, key, task_id)
+    tables.change_task(task_id, dagster_run_id=run_id, launched_at=long_ago())
     (request,) = requests(tick())
-    assert request.run_key == f"{task_id}:1"
+    assert request.run_key == f"{task_id}:{run_id}"
+
+
+@pytest.mark.parametrize("deleted", [[0], [1], [0, 1], [2], [1, 2], [0, 1, 2]])
+def test_a_task_gets_another_run_whichever_of_its_runs_are_deleted(
+    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance, deleted: list[int]
+) -> None:
+    """Dagster launches no second run for a key that a run has."""
+    key = tables.create("a")
+    task_id = tables.task(key)
+    tables.change_task(task_id, max_attempts=10)
+    runs = [make_run(Status.FAILURE, key, task_id)]  # by the API: without a key
+    keys = [""]
+    for _ in range(2):
+        (request,) = requests(tick())
+        assert request.run_key not in keys
+        keys.append(request.run_key)
+        runs.append(make_run(Status.FAILURE, key, task_id))
+    for number in deleted:
+        instance.delete_run(runs[number])
+    (request,) = requests(tick())
+    assert request.run_key not in [run_key for number, run_key in enumerate(keys) if number not in deleted]
 
 
 def test_a_task_whose_runs_never_begin_is_given_up(tick: Any, tables: Any, make_run: Any) -> None:
@@ -146,12 +171,13 @@ def test_a_running_task_whose_run_has_ended(
 ) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
-    tables.claim(task_id, make_run(ended, key, task_id))
+    run_id = make_run(ended, key, task_id)
+    tables.claim(task_id, run_id)
     tick()
     assert (tables.get_task(task_id).status, tables[key].sync_status) == (status, sync_status)
     if status == "pending":
         (request,) = requests(tick())
-        assert request.run_key == f"{task_id}:1"
+        assert request.run_key == f"{task_id}:{run_id}"
         assert tables[key].last_error
 
 
@@ -162,13 +188,14 @@ def test_a_task_whose_run_died_gets_another_in_the_same_tick(
     key, other = tables.create("a"), tables.create("b")
     task_id = tables.task(key)
     tables.task(other)
-    tables.claim(task_id, make_run(Status.STARTED if kind == "silent" else Status.FAILURE, key, task_id))
+    run_id = make_run(Status.STARTED if kind == "silent" else Status.FAILURE, key, task_id)
+    tables.claim(task_id, run_id)
     if kind == "silent":
         tables.change_task(task_id, heartbeat_at=long_ago())
     made = requests(tick())
     assert sorted(request.partition_key for request in made) == sorted([key, other]), "each once"
     (request,) = [request for request in made if request.partition_key == key]
-    assert request.run_key == f"{task_id}:1"
+    assert request.run_key == f"{task_id}:{run_id}"
     again = {request.run_key for request in requests(tick())}
     assert request.run_key in again, "the same until Dagster has the run"
 
@@ -288,14 +315,49 @@ def test_a_newer_configuration_is_built(tick: Any, tables: Any) -> None:
     assert again is None or again.run_key == request.run_key
 
 
+@pytest.mark.parametrize("how", ["task", "queued run", "run"])
+def test_a_rebackfill_that_somebody_cancelled_is_not_begun_again(
+    tick: Any, tables: Any, make_run: Any, runtime: Runtime, log: list[str], how: str
+) -> None:
+    key = tables.create("a", live=True)
+    tables.reconfigure(key)
+    tick()
+    task_id = tables.live_task(key).id
+    if how == "task":
+        with runtime.catalog.transaction() as session:
+            tasks.request_cancel(session, tasks.find(session, task_id, lock=True))
+    else:
+        run_id = make_run(Status.CANCELED, key, task_id)
+        if how == "run":
+            tables.claim(task_id, run_id)
+    assert not requests(tick())
+    assert tables.get_task(task_id).status == "cancelled"
+    assert not requests(tick())
+    assert tables[key].sync_status == "pending_rebackfill"
+    with runtime.catalog.transaction() as session:
+        assert not vector_tables.awaiting_rebackfill(session), "no tick looks at it"
+        resyncs.request(session, [key], "Changes may have been missed.")
+    (request,) = requests(tick())
+    assert request.run_config["ops"]["vector_table"]["config"] == {"mode": "sync"}, "what is live is kept true"
+    tables.claim(tables.live_task(key).id, "r")
+    with runtime.catalog.transaction() as session:
+        tasks.complete(session, tables.live_task(key).id, "r", tasks.EMPTY_PROGRESS)
+    tables.change(key, next_sync_at=NOON)
+    assert schedule_syncs(lambda: runtime, NOON, log.append).skip_message == f"1 syncs begin: {key}."
+    with runtime.catalog.transaction() as session:
+        tasks.request_cancel(session, tasks.find_live(session, key))
+    assert tables[key].sync_status == "pending_rebackfill"
+    tables.reconfigure(key, "a third")
+    (request,) = requests(tick())
+    assert tables.live_task(key).task_type == "rebackfill"
+
+
 @pytest.mark.parametrize("kind", ["paused", "busy"])
 def test_a_newer_configuration_waits(tick: Any, tables: Any, kind: str) -> None:
     key = tables.create("a", live=True)
     if kind == "busy":
         tables.task(key, TaskType.SYNC, created_at=now())
     else:
-        from embedd_dagster.catalog import vector_tables
-
         with tables.runtime.catalog.transaction() as session:
             vector_tables.pause(session, vector_tables.find(session, key))
     tables.reconfigure(key)
@@ -431,29 +493,77 @@ def test_definitions_are_loadable_without_settings() -> None:
 # cleaning up
 
 
-def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
-    runtime: Runtime, tables: Any, monkeypatch: pytest.MonkeyPatch, log: list[str]
-) -> None:
-    ids = [tables.create(name) for name in "ab"]
-    for key in ids:
-        tables.delete(key)
-    calls: list[str] = []
+@pytest.fixture
+def dropping(monkeypatch: pytest.MonkeyPatch) -> Dropping:
+    made = Dropping()
+    monkeypatch.setattr(teardown, "teardown", made.drop)
+    monkeypatch.setattr(teardown, "_drop_set", made.drop)
+    return made
 
-    def teardown(_runtime: Runtime, key: str) -> bool:
-        calls.append(key)
-        if key == ids[0]:
-            raise VectorStoreUnavailable("Qdrant does not answer.")
+
+class Dropping:
+    """Stands for the stores: drops at once, but for what is kept."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.failing: set[str] = set()
+
+    def drop(self, _runtime: Runtime, key: str, *_version: int) -> bool:
+        self.calls.append(key)
+        if key in self.failing:
+            raise VectorStoreUnavailable("The store does not answer.")
         return True
 
-    monkeypatch.setattr(sensors, "teardown", teardown)
-    monkeypatch.setattr(sensors, "drop_retired_sets", lambda _runtime: 2)
+
+def in_one_place(tables: Any, *keys: str) -> None:
+    """Puts these into one customer's database."""
+    for key in keys:
+        tables.change(key, mode="platform", connection_id=tables[keys[0]].connection_id)
+
+
+def retire(runtime: Runtime, *keys: str) -> None:
+    """Gives each a set that was built and never went live."""
+    with runtime.catalog.transaction() as session:
+        for key in keys:
+            row = VectorSetRow(vector_table_id=key, version=9, config_version=1, configuration={}, created_at=now())
+            row.state = VectorSetState.RETIRED.value
+            session.add(row)
+
+
+@pytest.mark.parametrize("kind", ["deleted tables", "replaced sets"])
+def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
+    runtime: Runtime, tables: Any, dropping: Dropping, log: list[str], kind: str
+) -> None:
+    down, beside, other = keys = [tables.create(name) for name in "abc"]
+    in_one_place(tables, down, beside)
+    if kind == "deleted tables":
+        for key in keys:
+            tables.delete(key)
+    else:
+        retire(runtime, *keys)
+    dropping.failing = {down, beside}
     delays = Delays()
     skipped = clean_up(lambda: runtime, delays, log.append)
-    assert skipped.skip_message == f"Dropped {ids[1]}, 2 replaced sets."
-    assert "Qdrant does not answer." in log[0]
+    assert skipped.skip_message == f"Dropped {other if kind == 'deleted tables' else f'set 9 of {other}'}."
+    assert "The store does not answer." in log[0]
+    assert len({down, beside} & set(dropping.calls)) == 1, "the second was not waited for"
     clean_up(lambda: runtime, delays, log.append)
-    assert calls.count(ids[0]) == 1, "it is tried again after a while"
-    assert delays.is_due(ids[0], time.monotonic() + 3)
+    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "each has a delay of its own"
+    clean_up(lambda: runtime, delays, log.append)
+    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "they are tried again after a while"
+    assert all(delays.is_due(what, time.monotonic() + 3) for what in delays._failures)
+
+
+def test_cleaning_up_ends_in_time(
+    runtime: Runtime, tables: Any, dropping: Dropping, log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [tables.create(name) for name in "abc"]
+    retire(runtime, *keys)
+    clock = iter(range(0, 1000, 15))  # every look at it comes 15 seconds after the one before
+    monkeypatch.setattr(sensors, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    skipped = clean_up(lambda: runtime, Delays(), log.append)
+    assert len(dropping.calls) == 1
+    assert skipped.skip_message == f"Dropped set 9 of {dropping.calls[0]}."
 
 
 def test_cleaning_up_needs_the_catalog(runtime: Runtime) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.e2e import API_KEY, Embedd, worker_of
+from tests.support.e2e import API_KEY, COLUMNS, Embedd, worker_of
 
 pytestmark = pytest.mark.e2e
 
 ROWS = 4000
 SLOW_SECONDS = 0.8
 OUTAGE_SECONDS = 30
+TWO_TICKS_SECONDS = 12
 
 
 def _assert_settled(embedd: Embedd, vector_table_id: str, rows: int) -> None:
@@ -70,6 +71,31 @@ def test_a_run_terminated_in_the_ui_is_a_cancelled_task(embedd: Embedd, eventual
     assert embedd.table(vector_table_id)["sync_status"] == "pending"
     eventually(lambda: embedd.run_status(run_id) == "CANCELED")
     embedd.provider_server.behave(latency_seconds=0)
+    embedd.build(vector_table_id)
+    _assert_settled(embedd, vector_table_id, ROWS)
+
+
+def test_a_rebackfill_terminated_in_the_ui_is_not_begun_again_until_asked_for(
+    embedd: Embedd, eventually: Callable[..., Any]
+) -> None:
+    embedd.create_source(ROWS)
+    vector_table_id = embedd.create_vector_table()
+    embedd.build(vector_table_id)
+    path = f"/v1/vector-tables/{vector_table_id}"
+    embedd.provider_server.behave(latency_seconds=SLOW_SECONDS)
+    embedd.api.put(path, json={"columns": [{**COLUMNS[0], "name_prefix": "item: "}, *COLUMNS[1:]]})
+    (running,) = eventually(lambda: embedd.get(f"/v1/tasks?target_id={vector_table_id}&status=running")["data"])
+    terminate = "mutation($id: String!) { terminateRun(runId: $id) { __typename } }"
+    embedd.graphql(terminate, id=running["dagster_run_id"])
+    assert embedd.wait_for_task(running["id"])["status"] == "cancelled"
+    embedd.provider_server.behave(latency_seconds=0)
+    time.sleep(TWO_TICKS_SECONDS)
+    assert [task["task_type"] for task in embedd.get(f"/v1/tasks?target_id={vector_table_id}")["data"]] == [
+        "rebackfill",
+        "backfill",
+    ]
+    assert embedd.table(vector_table_id)["sync_status"] == "pending_rebackfill"
+    assert "cancelled" in embedd.get(f"{path}/sync/status")["last_error"]
     embedd.build(vector_table_id)
     _assert_settled(embedd, vector_table_id, ROWS)
 

@@ -19,7 +19,7 @@ from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.run import RunReport
 from embedd_dagster.engine.teardown import teardown
-from embedd_dagster.errors import Conflict, EmbeddError, RunCancelled
+from embedd_dagster.errors import Conflict, EmbeddError, RunCancelled, SourceUnavailable
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
 from tests.support.openai_server import running_openai_server
 
@@ -287,6 +287,121 @@ def test_a_sync_cancelled_in_the_middle_loses_nothing(product: Product) -> None:
     assert "sync" in product.run(TaskType.SYNC).seconds, "the next one looks at the same buckets again"
     product.assert_true_to_source()
     assert product.provider.stats()["texts"] == 520, "what was embedded before the end was kept"
+
+
+@one_store
+@pytest.mark.parametrize("how", ["before it began", "by its task", "by its run"])
+def test_a_cancelled_rebackfill_waits_until_it_is_asked_for(product: Product, how: str) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    task_id = product.add_task(TaskType.REBACKFILL)
+    if how == "before it began":
+        cancel(product, task_id)
+    elif how == "by its run":
+        with pytest.raises(RunCancelled):
+            product.run_task(task_id, should_stop=lambda: True)
+    else:
+        with caught(product, task_id):
+            cancel(product, task_id)
+    assert product.task(task_id).status == TaskStatus.CANCELLED
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, False)
+    assert "/backfill starts it" in (product.table().last_error or "")
+    product.run_task(begin_sync(product))
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, False)
+    assert "/backfill starts it" in (product.table().last_error or ""), "told as long as it is so"
+    product.assert_true_to_source()
+    product.run()
+    assert (status(product), product.table().last_error, prefixes(product)) == (SyncStatus.SYNCED, None, {"item"})
+
+
+@one_store
+def test_after_a_cancelled_rebackfill_a_new_configuration_is_built_by_itself(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    cancel(product, product.add_task(TaskType.REBACKFILL))
+    product.reconfigure(columns=ITEM_COLUMNS)
+    assert not is_awaiting_rebackfill(product), "it is the one that was cancelled"
+    product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, True)
+    assert product.table().last_error is None
+
+
+@one_store
+def test_a_rebackfill_cancelled_for_a_newer_configuration_does_not_hold_that_one_back(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    task_id = product.add_task(TaskType.REBACKFILL)
+    with caught(product, task_id):
+        product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
+        cancel(product, task_id)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, True)
+    assert product.table().last_error is None
+
+
+@one_store
+def test_a_rebackfill_cancelled_while_it_waits_for_its_next_attempt_holds_what_that_would_build(
+    product: Product,
+) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    task_id = product.add_task(TaskType.REBACKFILL)
+
+    def fail() -> bool:
+        raise SourceUnavailable("The source does not answer.")
+
+    with pytest.raises(SourceUnavailable):
+        product.run_task(task_id, should_stop=fail)
+    product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
+    cancel(product, task_id)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, False)
+
+
+@one_store
+def test_a_rebackfill_whose_process_was_ended_is_begun_again(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        product.run(TaskType.REBACKFILL, should_stop=interrupt)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, True)
+
+
+@one_store
+def test_a_cancelled_rebackfill_is_not_begun_by_a_resume(product: Product) -> None:
+    product.run()
+    product.reconfigure(columns=ITEM_COLUMNS)
+    task_id = product.add_task(TaskType.REBACKFILL)
+    pause(product)
+    cancel(product, task_id)
+    assert status(product) is SyncStatus.PAUSED
+    resume(product)
+    assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, False)
+    assert "/backfill starts it" in (product.table().last_error or "")
+
+
+@one_store
+def test_a_cancelled_backfill_of_what_is_live_holds_nothing_back(product: Product) -> None:
+    product.run()
+    cancel(product, product.add_task())
+    assert (status(product), product.table().last_error) == (SyncStatus.SYNCED, None)
+    product.reconfigure(columns=ITEM_COLUMNS)
+    assert is_awaiting_rebackfill(product)
+
+
+@one_store
+@pytest.mark.parametrize("task_type", [TaskType.BACKFILL, TaskType.SYNC])
+def test_a_task_cancelled_on_a_table_in_error_leaves_it_so(product: Product, task_type: TaskType) -> None:
+    product.run()
+    product.provider.behave(api_key="another")
+    with pytest.raises(EmbeddError):
+        product.run_task(begin_sync(product))
+    told = product.table().last_error
+    assert told
+    cancel(product, product.add_task(task_type))
+    assert (status(product), product.table().last_error) == (SyncStatus.ERROR, told)
 
 
 # the vector table is deleted

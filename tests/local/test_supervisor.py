@@ -130,3 +130,25 @@ def test_an_overgrown_log_is_set_aside_at_the_start(supervisor, tmp_path):
     run(supervisor, child(tmp_path))
     assert log.stat().st_size < 1000
     assert log.with_name("child.log.1").stat().st_size > LOG_LIMIT_BYTES
+
+
+CHATTY = """
+import time
+for number in range(400):
+    print(number, "x" * 100, flush=True)
+    time.sleep(0.005)
+time.sleep(60)
+"""
+
+
+def test_the_log_of_a_child_that_lives_long_stays_small(supervisor, tmp_path, monkeypatch):
+    monkeypatch.setattr("embedd_dagster.local.supervisor.LOG_LIMIT_BYTES", 10_000)
+    log = tmp_path / "logs" / "child.log"
+    run(supervisor, child(tmp_path, code=CHATTY))
+    pid = supervisor.pid("child")
+    until(lambda: log.exists() and "399 x" in log.read_text())
+    assert log.stat().st_size < 20_000
+    aside = log.with_name("child.log.1").read_text()
+    assert 10_000 < len(aside) < 20_000
+    assert "\0" not in log.read_text() + aside, "it goes on at the end of what is there"
+    assert supervisor.pid("child") == pid
