@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
+from embedd_dagster.core.embedded_text import MAX_METADATA_LENGTH
 from embedd_dagster.errors import Conflict, EmbeddError, PermanentError, TransientError, ValidationFailed
 
 ERROR_PAGE: Final = "/docs/errors"
@@ -63,6 +64,9 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "connection_not_ready": ErrorCode(422, "The connection has not passed its test."),
     "vector_table_not_ready": ErrorCode(422, "There is no complete set of vectors before the first backfill ends."),
     "value_out_of_range": ErrorCode(422, "A value that its filter_type cannot hold."),
+    "metadata_too_large": ErrorCode(
+        422, f"A row's metadata is longer than {MAX_METADATA_LENGTH:,} characters, all columns together."
+    ),
     "rate_limit_exceeded": ErrorCode(429, "Too many requests with this key; `Retry-After` says how long to wait."),
     "internal_error": ErrorCode(500, "A fault of ours. The service's log has more under the request id."),
     "too_many_queries": ErrorCode(503, "Too many queries are under way; `Retry-After` says how long to wait."),

@@ -23,7 +23,8 @@
     │   └── MassDeleteRefused          the source looks emptied; mirroring that wants a confirmation
     ├── RowError                       set this row aside, go on with the others
     │   ├── TextRejected               the provider refuses this text
-    │   └── ValueOutOfRange            a metadata value that its filter type cannot hold
+    │   ├── ValueOutOfRange            a metadata value that its filter type cannot hold
+    │   └── MetadataTooLarge           more metadata than a row may have
     ├── RunSuperseded                  this run does not own its task (any more): end at once
     ├── RunCancelled                   somebody asked this run to end
     └── RequestError                   the caller's mistake: a 4xx
@@ -209,6 +210,12 @@ class ValueOutOfRange(RowError):
     """A metadata value that its filter type cannot hold, such as an integer beyond 64 bits."""
 
     default_code = "value_out_of_range"
+
+
+class MetadataTooLarge(RowError):
+    """More metadata than a row may have: no store takes in what is without bound."""
+
+    default_code = "metadata_too_large"
 
 
 class RunSuperseded(EmbeddError):

@@ -30,9 +30,12 @@ from typing import Any, Final
 from uuid import UUID
 
 from embedd_dagster.core.vector_table import Column, FilterType
-from embedd_dagster.errors import ValueOutOfRange
+from embedd_dagster.errors import MetadataTooLarge, ValueOutOfRange
 
 MAX_INTEGER = 2**63 - 1
+MAX_METADATA_LENGTH: Final = 2**20
+"""Characters of a row's metadata, all columns together. It is for filters: Qdrant refuses a point of 32 MB, and with it its
+whole batch."""
 
 
 def clean_text(text: str) -> str:
@@ -119,6 +122,15 @@ def metadata_value(value: Any, filter_type: FilterType) -> MetadataValue:
 def metadata_reader(filter_type: FilterType) -> Callable[[Any], MetadataValue]:
     """What makes the `metadata_value` of a value that is not null: for those who do it a million times."""
     return _METADATA_READERS[filter_type]
+
+
+def check_metadata_length(length: int) -> None:
+    """Raises MetadataTooLarge for more characters than a row's metadata may have."""
+    if length > MAX_METADATA_LENGTH:
+        raise MetadataTooLarge(
+            f"The metadata is longer than {MAX_METADATA_LENGTH:,} characters, all columns together: shorten it in the source,"
+            " or take the longest metadata column out of the vector table."
+        )
 
 
 def _finite_number(value: Any) -> float | None:

@@ -29,10 +29,9 @@ from embedd_dagster.engine.pipeline import RowCounts, RowPipeline, process_in_or
 from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete, write_keys
 from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import EmbeddError, RunCancelled, SourceUnavailable, TooManyFailedRows, VectorStoreRejected
-from embedd_dagster.sources.base import TableReader
+from embedd_dagster.sources.base import PAGE_BYTES, TableReader
 
 _PAGE_ROWS = 2_000
-_PAGE_BYTES = 4 * 2**20
 _MAX_BYTES_IN_FLIGHT = 64 * 2**20
 _CHECKPOINT_SECONDS = 1.0
 _CATCH_UP_ROUNDS = 5
@@ -194,7 +193,7 @@ def _pages(work: Work, reader: TableReader, remaining: KeyRange) -> Iterator[lis
     """The pages of a range; a source that went away is waited for, and read on behind the last page."""
     while True:
         try:
-            for page in reader.read(remaining, page_rows=_PAGE_ROWS, page_bytes=_PAGE_BYTES):
+            for page in reader.read(remaining, page_rows=_PAGE_ROWS, page_bytes=PAGE_BYTES):
                 yield page
                 remaining = KeyRange(page[-1].key, remaining.upper)
         except SourceUnavailable as error:

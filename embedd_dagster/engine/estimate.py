@@ -13,7 +13,7 @@ from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.engine.admission import open_source_briefly
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound
-from embedd_dagster.sources.base import Selection, TableReader
+from embedd_dagster.sources.base import PAGE_BYTES, Selection, TableReader
 
 _SAMPLED_RANGES = 8
 _SAMPLED_ROWS = 64
@@ -92,7 +92,7 @@ def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Est
 def _sample(reader: TableReader) -> list[SourceRow]:
     rows: list[SourceRow] = []
     for key_range in reader.split(_SAMPLED_RANGES):
-        pages = reader.read(key_range, page_rows=_SAMPLED_ROWS, page_bytes=4 * 2**20)
+        pages = reader.read(key_range, page_rows=_SAMPLED_ROWS, page_bytes=PAGE_BYTES)
         rows.extend(row for page in islice(pages, 1) for row in page)
     return rows
 

@@ -10,7 +10,7 @@ from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady
-from embedd_dagster.sources.base import Selection
+from embedd_dagster.sources.base import PAGE_BYTES, Selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,8 @@ def inspect_live_set(runtime: Runtime, vector_table_id: str, sample_size: int = 
         points = list(islice(store.fingerprints(vector_set, 0, None), sample_size))
         keys = [point.key for point in points]
         vectors = store.vectors(vector_set, keys)
-        rows = {encode_key(row.key): row.row_hash for row in reader.read_keys(keys)} if keys else {}
+        pages = reader.read_keys(keys, page_bytes=PAGE_BYTES)
+        rows = {encode_key(row.key): row.row_hash for page in pages for row in page}
         return LiveSetInspection(
             source_rows=reader.count(),
             point_count=store.count(vector_set),

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from embedd_dagster.catalog.vector_sets import RowFailure
-from embedd_dagster.core.embedded_text import compose_text, metadata_reader, text_hashes
+from embedd_dagster.core.embedded_text import check_metadata_length, compose_text, metadata_reader, text_hashes
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet
 from embedd_dagster.core.shards import BatchLimits, pack_batches
@@ -71,6 +71,8 @@ class ComposedRow(NamedTuple):
     bucket: int
     text: str = ""
     metadata: Mapping[str, object] = MappingProxyType({})
+    metadata_length: int = 0
+    """Characters of its texts; numbers count for nothing, their columns being few."""
     tokens: int = 0
     truncated: bool = False
     failure: RowError | None = None
@@ -78,7 +80,7 @@ class ComposedRow(NamedTuple):
 
 def _size_bytes(row: ComposedRow) -> int:
     """About what the row holds in memory."""
-    return 200 + 2 * len(row.text)
+    return 200 + 2 * (len(row.text) + row.metadata_length)
 
 
 @dataclass(slots=True)
@@ -148,14 +150,18 @@ class RowPipeline:
             return ComposedRow(key, row_hash, bucket)
         try:
             metadata: dict[str, object] = {}
+            length = 0
             for name, position, read in self._metadata:
                 value = values[position]
                 if value is not None and (value := read(value)) is not None:
                     metadata[name] = value
+                    if type(value) is str:
+                        length += len(value)
+            check_metadata_length(length)
         except RowError as error:
             return ComposedRow(key, row_hash, bucket, failure=error)
         text, tokens, truncated = self._embedder.cut(text)
-        return ComposedRow(key, row_hash, bucket, text, metadata, tokens, truncated)
+        return ComposedRow(key, row_hash, bucket, text, metadata, length, tokens, truncated)
 
     def process(self, batch: list[ComposedRow]) -> BatchOutcome:
         """Embeds and writes one batch; when it returns, every point of it is durable. Idempotent."""
@@ -188,7 +194,7 @@ class RowPipeline:
         outcome.counts.reused += len(rows) - len(embedded)
         if not rows:
             return
-        keys, row_hashes, buckets, texts, metadata, _tokens, truncated, _failure = zip(*rows, strict=True)
+        keys, row_hashes, buckets, texts, metadata, _length, _tokens, truncated, _failure = zip(*rows, strict=True)
         outcome.counts.truncated += sum(truncated)
         points = PointBatch(
             keys=list(keys),

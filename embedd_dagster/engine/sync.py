@@ -22,11 +22,11 @@ from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableD
 from embedd_dagster.core.shards import in_chunks
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded
+from embedd_dagster.sources.base import PAGE_BYTES, TableReader
 
 if TYPE_CHECKING:
     from embedd_dagster.catalog.tables import VectorSetRow
     from embedd_dagster.engine.work import Work
-    from embedd_dagster.sources.base import TableReader
     from embedd_dagster.stores.base import Store
 
 T = TypeVar("T")
@@ -155,10 +155,12 @@ def write_keys(
 
     def pages() -> Iterator[list[SourceRow]]:
         for chunk in in_chunks(keys, _KEYS_A_READ):
-            rows = work.patiently(lambda chunk=chunk: reader.read_keys(chunk))  # type: ignore[misc]
-            present = {encode_key(row.key) for row in rows}
-            vanished.extend(key for key in chunk if encode_key(key) not in present)
-            yield rows
+            absent = {encode_key(key): key for key in chunk}
+            for page in work.patiently(lambda chunk=chunk: reader.read_keys(chunk, page_bytes=PAGE_BYTES)):  # type: ignore[misc]
+                for row in page:
+                    absent.pop(encode_key(row.key), None)
+                yield page
+            vanished.extend(absent.values())
 
     concurrency = pipeline.concurrency
     with ThreadPoolExecutor(concurrency, thread_name_prefix="sync") as executor:

@@ -35,7 +35,7 @@ from embedd_dagster.local.qdrant_point_calls import POINT_HANDLERS
 from embedd_dagster.local.qdrant_wire import RefusedError
 
 VERSION = "1.20.0"  # of the protocol: clients compare it with their own
-MAX_BODY_BYTES = 64 * 1024 * 1024
+MAX_BODY_BYTES = 32 * 1024 * 1024  # Qdrant's `max_request_size_mb`, unless configured
 
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/livez"})
 _log = structlog.get_logger(__name__)

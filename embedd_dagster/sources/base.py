@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import Fingerprint, SourceRow, TableDigest
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.sources.changes import ChangeFeed, FollowedTable
+
+PAGE_BYTES: Final = 4 * 2**20
+"""Of a page as the engine asks for it: what a reader holds of a table of wide rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +79,11 @@ class TableReader(Protocol):
         """
         ...
 
-    def read_keys(self, keys: Sequence[Key]) -> list[SourceRow]:
-        """The rows of these keys, in any order; keys without a row are left out."""
+    def read_keys(self, keys: Sequence[Key], *, page_bytes: int) -> Iterator[list[SourceRow]]:
+        """The rows of these keys, in any order, in pages of some `page_bytes` bytes; keys without a row are left out.
+
+        All of them are read when this returns: what it gives may be iterated without another error of the source.
+        """
         ...
 
     def digest(self, bits: int) -> TableDigest:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import IO, Any, Final, TypeVar
@@ -91,7 +91,8 @@ class PostgresTableReader:
     def read(self, key_range: KeyRange, *, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:
         """The rows of a range in key order, in pages; each is fetched whole before it is given."""
         if self._sorts_to_read():
-            yield from self._read_spooled(key_range, page_rows, page_bytes)
+            statement, bounds = self._page_statement(key_range.lower, key_range.upper)
+            yield from self._read_whole(statement, [*bounds, None], page_rows=page_rows, page_bytes=page_bytes)
             return
         lower = key_range.lower
         while True:
@@ -105,15 +106,12 @@ class PostgresTableReader:
                 return
             del rows
 
-    def read_keys(self, keys: Sequence[Key]) -> list[SourceRow]:
-        """The rows of these keys, in any order; keys without a row are left out."""
+    def read_keys(self, keys: Sequence[Key], *, page_bytes: int) -> Iterator[list[SourceRow]]:
+        """The rows of these keys, in any order, in pages, read when this returns; keys without a row are left out."""
         possible = [key for key in keys if self._is_possible(key)]
         if not possible:
-            return []
-        statement = self._statements.by_keys()
-        return self._retry_leniently(
-            lambda cursor: self._take_rows(cursor, statement, [possible], limit=None, page_bytes=None)
-        ).rows
+            return iter(())
+        return self._read_whole(self._statements.by_keys(), [possible], page_rows=len(possible), page_bytes=page_bytes)
 
     def digest(self, bits: int) -> TableDigest:
         """The digest of the whole table over 2^bits buckets, in one aggregate query."""
@@ -150,32 +148,34 @@ class PostgresTableReader:
             self._sorts = "'Node Type': 'Sort'" in str(plan)
         return self._sorts
 
-    def _read_spooled(self, key_range: KeyRange, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:
-        """The pages of a range by one statement, kept in a temporary file: none is open while the caller works on them."""
-        with tempfile.TemporaryFile(prefix="embedd-") as spool:
-            page_count = self._retry_leniently(
-                lambda cursor: self._fill(spool, cursor, key_range, page_rows, page_bytes)
+    def _read_whole(
+        self, statement: Composed, parameters: list[Any], *, page_rows: int, page_bytes: int
+    ) -> Iterator[list[SourceRow]]:
+        """The pages of one statement, which has ended when this returns: all but the last wait in a temporary file."""
+        with ExitStack() as stack:
+            spool = stack.enter_context(tempfile.SpooledTemporaryFile(page_bytes, prefix="embedd-"))
+            spooled_count, last = self._retry_leniently(
+                lambda cursor: self._fill(
+                    spool, cursor.stream(statement, parameters, size=_PAGE_CHUNK_ROWS), page_rows, page_bytes
+                )
             )
-            spool.seek(0)
-            for _ in range(page_count):
-                yield pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
+            return _unspool(stack.pop_all(), spool, spooled_count, last)
 
-    def _fill(self, spool: IO[bytes], cursor: _Cursor, key_range: KeyRange, page_rows: int, page_bytes: int) -> int:
+    def _fill(
+        self, spool: IO[bytes], found: Iterator[tuple[Any, ...]], page_rows: int, page_bytes: int
+    ) -> tuple[int, list[SourceRow]]:
+        """Puts all pages but the last into the file; gives their number, and the last."""
         spool.seek(0)
-        statement, bounds = self._page_statement(key_range.lower, key_range.upper)
-        page_count, rows, size = 0, list[SourceRow](), 0
-        for row in cursor.stream(statement, [*bounds, None], size=_PAGE_CHUNK_ROWS):
-            rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
-            size += row[3]
+        spooled_count, rows, size = 0, list[SourceRow](), 0
+        for row in found:
             if len(rows) >= page_rows or size >= page_bytes:
                 self._check_keys(rows)
                 pickle.dump(rows, spool, pickle.HIGHEST_PROTOCOL)
-                page_count, rows, size = page_count + 1, [], 0
-        if rows:
-            self._check_keys(rows)
-            pickle.dump(rows, spool, pickle.HIGHEST_PROTOCOL)
-            page_count += 1
-        return page_count
+                spooled_count, rows, size = spooled_count + 1, [], 0
+            rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
+            size += row[3]
+        self._check_keys(rows)
+        return spooled_count, rows
 
     def _page_statement(self, lower: Key | None, upper: Key | None) -> tuple[Composed, list[Key]]:
         statement = self._statements.page(lower=lower is not None, upper=upper is not None)
@@ -212,8 +212,8 @@ class PostgresTableReader:
         statement: Composed,
         parameters: list[Any],
         *,
-        limit: int | None,
-        page_bytes: int | None,
+        limit: int,
+        page_bytes: int,
     ) -> _Page:
         rows: list[SourceRow] = []
         size = 0
@@ -221,14 +221,14 @@ class PostgresTableReader:
         for row in cursor.stream(statement, parameters, size=_PAGE_CHUNK_ROWS):
             rows.append(SourceRow(row[0], row[4:], row[1], row[2]))
             size += row[3]
-            if page_bytes is not None and size >= page_bytes and len(rows) != limit:
+            if size >= page_bytes and len(rows) != limit:
                 cursor.connection.close()  # else the driver would cancel, and take in what is under way
                 is_cut = True
                 break
         self._check_keys(rows)
         if rows:
             self._row_bytes = size / len(rows)
-        return _Page(rows, at_end=not is_cut and (limit is None or len(rows) < limit))
+        return _Page(rows, at_end=not is_cut and len(rows) < limit)
 
     @contextmanager
     def _cursor(self, *, lenient: bool = False) -> Iterator[_Cursor]:
@@ -267,6 +267,17 @@ class PostgresTableReader:
         if isinstance(key, int):
             return self._key.key_type is int and -_MAX_BIGINT - 1 <= key <= _MAX_BIGINT
         return type(key) is self._key.key_type  # a datetime is a date to Python, not here
+
+
+def _unspool(
+    owned: ExitStack, spool: IO[bytes], spooled_count: int, last: list[SourceRow]
+) -> Iterator[list[SourceRow]]:
+    with owned:
+        spool.seek(0)
+        for _ in range(spooled_count):
+            yield pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
+    if last:
+        yield last
 
 
 # What the driver raises for a value that Python has no room for: year 12000, 24:00:00, 5,000 digits.

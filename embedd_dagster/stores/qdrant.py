@@ -75,7 +75,7 @@ class QdrantStore:
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
-        for part in split_batch(points):
+        for part in split_batch(vector_set, points):
             body = upsert_body(vector_set, points, part)
             self._points(vector_set, "PUT", (), body, seconds=WRITE_SECONDS, wait=True)
 

@@ -14,8 +14,10 @@ from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.stores.qdrant_filters import payload_key
 
 BODY_BYTES: Final = 16 * 2**20
-"""Qdrant refuses bodies above 32 MB."""
+"""Qdrant refuses bodies above 32 MB; where every character is a control character, a body has twice what was reckoned."""
 _BYTES_PER_DIMENSION: Final = 13  # of a float32 in JSON, with its comma
+_BYTES_PER_CHARACTER: Final = 3  # in JSON: mostly one, at most six
+_BYTES_PER_COLUMN: Final = 28  # of metadata, beside its name: a number with its quotes, colon and comma
 
 
 def point_uuid(vector_set: VectorSet, key: Key) -> str:
@@ -23,12 +25,17 @@ def point_uuid(vector_set: VectorSet, key: Key) -> str:
     return str(point_id(vector_set.vector_table_id, encode_key(key)))
 
 
-def split_batch(points: PointBatch) -> Iterator[slice]:
+def split_batch(vector_set: VectorSet, points: PointBatch) -> Iterator[slice]:
     """The parts of a batch that make bodies of some 16 MB."""
-    vector_bytes = points.vectors.shape[1] * _BYTES_PER_DIMENSION if len(points) else 0
+    fixed = 500 + vector_set.dimensions * _BYTES_PER_DIMENSION
+    fixed += sum(len(payload_key(name).encode()) + _BYTES_PER_COLUMN for name in vector_set.filter_types)
     start = size = 0
-    for index, text in enumerate(points.texts):
-        own = vector_bytes + 2 * len(text) + 500
+    for index, (text, metadata) in enumerate(zip(points.texts, points.metadata, strict=True)):
+        length = len(text)
+        for value in metadata.values():
+            if type(value) is str:
+                length += len(value)
+        own = fixed + _BYTES_PER_CHARACTER * length
         if size and size + own > BODY_BYTES:
             yield slice(start, index)
             start, size = index, 0

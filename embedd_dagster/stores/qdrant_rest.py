@@ -87,6 +87,8 @@ class QdrantRest:
             raise VectorStoreUnavailable(
                 f"Qdrant at {self.address} cannot be reached ({type(error).__name__})."
             ) from None
+        # httpx lets it refer to itself, and to what was sent: megabytes that would wait for the garbage collector
+        answer.stream = httpx.ByteStream(b"")
         if not answer.is_success:
             raise self._failure(answer)
         try:

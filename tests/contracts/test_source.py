@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
@@ -68,6 +69,10 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 def read(reader: TableReader, key_range: KeyRange = EVERYTHING, *, page_rows: int = 100) -> list[SourceRow]:
     return [row for page in reader.read(key_range, page_rows=page_rows, page_bytes=2**20) for row in page]
+
+
+def read_keys(reader: TableReader, keys: list[Key]) -> list[SourceRow]:
+    return [row for page in reader.read_keys(keys, page_bytes=2**20) for row in page]
 
 
 def test_every_provider_is_under_contract() -> None:
@@ -214,17 +219,27 @@ def test_a_small_table_is_one_shard(backend: Backend) -> None:
 def test_read_keys_leaves_out_what_is_not_there(backend: Backend) -> None:
     backend.fill(2000)
     reader = backend.reader()
-    rows = reader.read_keys([20, 10, 15, 2**70, -1, "10", 10])
-    assert sorted(rows) == read(reader, KeyRange(None, 20))
-    assert reader.read_keys([]) == []
-    assert len(reader.read_keys(list(range(20_001)))) == 2000
+    assert sorted(read_keys(reader, [20, 10, 15, 2**70, -1, "10", 10])) == read(reader, KeyRange(None, 20))
+    assert list(reader.read_keys([], page_bytes=1)) == list(reader.read_keys([15, "10"], page_bytes=1)) == []
+    assert len(read_keys(reader, list(range(20_001)))) == 2000
+
+
+def test_pages_of_keys_are_bounded_by_bytes(backend: Backend) -> None:
+    backend.run("CREATE TABLE wide (id integer PRIMARY KEY, body text)")
+    backend.run("INSERT INTO wide VALUES " + ", ".join(f"({i}, '{i:05}{'x' * 50_000}')" for i in range(40)))
+    reader = backend.reader(Selection("wide", "id", ("body",)))
+    pages = reader.read_keys(list(range(30)), page_bytes=200_000)
+    backend.run("DROP TABLE wide")  # all of them were read
+    rows = [[(row.key, row.values[0][:5], len(row.values[0])) for row in page] for page in pages]
+    assert max(map(len, rows)) <= 5
+    assert sorted(row for page in rows for row in page) == [(i, f"{i:05}", 50_005) for i in range(30)]
 
 
 def test_every_way_of_reading_gives_the_same_hash_and_bucket(backend: Backend) -> None:
     backend.fill(300)
     reader = backend.reader()
     by_page = {row.key: (row.row_hash, row.bucket) for row in read(reader)}
-    by_key = {row.key: (row.row_hash, row.bucket) for row in reader.read_keys(list(by_page))}
+    by_key = {row.key: (row.row_hash, row.bucket) for row in read_keys(reader, list(by_page))}
     by_scan = {point.key: (point.row_hash, point.bucket) for point in reader.fingerprints(0, None)}
     assert by_page == by_key == by_scan
     assert len({row_hash for row_hash, _ in by_page.values()}) == 300

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from embedd_dagster.stores import open_platform_store, open_qdrant
 from embedd_dagster.stores.base import Store
 
 DIMENSIONS = 8
+FILTER_TYPES = {"color": FilterType.KEYWORD, "price": FilterType.FLOAT}
 HOSTILE_NAMES = [
     "my.col", 'quo"te', "sing'le", "[]", "a[0]", "back\\slash", "100%", "%s", "%22", "%25", "{x}", "with space", "Ünïcode",
     "$eq", "semi;colon--", "metadata", "a.b.c[]", "?", "new\nline",
@@ -59,7 +61,7 @@ def new_set(
     like: VectorSet | None = None,
 ) -> VectorSet:
     vector_table_id = like.vector_table_id if like else f"vt_{uuid4().hex[:26]}"
-    types = filter_types if filter_types is not None else {"color": FilterType.KEYWORD, "price": FilterType.FLOAT}
+    types = filter_types if filter_types is not None else FILTER_TYPES
     return VectorSet(vector_table_id, version, f"{vector_table_id[:11]}_things", dimensions, types, key_type)
 
 
@@ -294,6 +296,18 @@ def test_any_column_name_and_value_can_be_stored_and_filtered(store: Store) -> N
             tree = parse_filter({name: value, "number %s": {"gt": 1}}, types)
             found = [hit.key for hit in store.search(vector_set, points.vectors[0], limit=50, filters=tree)]
             assert found == [index], (name, value)
+
+
+def test_a_batch_of_wide_metadata_is_written(store: Store) -> None:
+    """50 MB, which no request to Qdrant may have; and values that differ, which no index could hold as they are."""
+    values = [random.Random(number).randbytes(100_000).hex() for number in range(256)]
+    points = batch(list(range(256)), metadata=[{"color": value, "price": 1.5} for value in values])
+    vector_set = loaded(store, points)
+    store.finish_load(vector_set)
+    assert store.count(vector_set) == 256
+    wanted = parse_filter({"color": {"neq": "red"}, "price": 1.5}, FILTER_TYPES)
+    hit = store.search(vector_set, points.vectors[9], limit=3, filters=wanted)[0]
+    assert (hit.key, hit.metadata) == (9, {"color": values[9], "price": 1.5})
 
 
 def test_text_that_no_store_can_hold_is_cleaned(store: Store) -> None:

@@ -426,6 +426,21 @@ def test_rows_that_no_text_should_break(product: Product) -> None:
     product.assert_true_to_source(without={4})
 
 
+def test_a_row_with_too_much_metadata_fails_and_the_others_are_live(product: Product) -> None:
+    product.sql("UPDATE products SET category = repeat('x', 2 * 1024 * 1024) WHERE id = 42")
+    report = product.run()
+    assert (report.rows_read, report.rows_embedded, report.rows_failed) == (500, 499, 1)
+    live = product.live_set()
+    with product.runtime.catalog.transaction() as session:
+        (failed,) = vector_sets.failed_page(session, live.vector_table_id, 10, None).items
+    assert (failed.key, failed.step, failed.code) == ("i:42", "compose", "metadata_too_large")
+    assert "xxx" not in failed.message
+    product.assert_true_to_source(without={42})
+    product.sql("UPDATE products SET category = repeat('x', 1024 * 1024) WHERE id = 42")
+    assert product.run(TaskType.SYNC).rows_embedded == 1
+    product.assert_true_to_source()
+
+
 def test_json_that_utf_8_cannot_hold_is_embedded_all_the_same(product: Product) -> None:
     product.sql(
         """ALTER TABLE products ALTER body TYPE json USING to_json(body);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ from embedd_dagster.core.filters import Condition, Operator
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, EmbeddError, VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.local.qdrant_server import MAX_BODY_BYTES
 from embedd_dagster.stores import qdrant, qdrant_points
 from embedd_dagster.stores.qdrant import QdrantStore
 from embedd_dagster.stores.qdrant_filters import column_name, compile_filter, payload_key, payload_path
@@ -122,6 +125,47 @@ def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     bodies.clear()
     opened(handler).upsert(SET, points(2, text="x" * 50_000))  # a point that is too large is sent alone
     assert len(bodies) == 2
+
+
+@pytest.mark.parametrize("value", ["x" * 200_000, "\x01" * 200_000, "\U0001f600" * 200_000, "ü" * 1_000_000])
+def test_no_body_is_above_the_limit_of_qdrant(value: str) -> None:
+    """Whatever the metadata: also characters that take six bytes of JSON."""
+    bodies: list[int] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        bodies.append(len(request.content))
+        return ok({})
+
+    given = points(64)
+    given.metadata = [{"color": value}] * 64
+    opened(handler).upsert(SET, given)
+    assert max(bodies) <= MAX_BODY_BYTES
+    assert len(bodies) > 1
+
+
+def test_what_was_sent_is_let_go_at_once() -> None:
+    """Not only when garbage is collected: a load that wrote bodies of 4 MB came to 790 MB by them."""
+    sent: list[weakref.ref[httpx.Request]] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        sent.append(weakref.ref(request))
+        return ok({})
+
+    gc.disable()
+    try:
+        opened(handler).upsert(SET, points(1))
+        assert [request() for request in sent] == [None]
+    finally:
+        gc.enable()
+
+
+def test_numbers_and_names_of_metadata_count() -> None:
+    names = [f"column {number} of a name that is long, as names may be" for number in range(200)]
+    wide = VectorSet("vt_abcdefgh", 1, "vt_abcdefgh_things", 4, dict.fromkeys(names, FilterType.FLOAT))
+    given = points(2000)
+    given.metadata = [dict.fromkeys(names, -1.2345678901234567e-300)] * 2000
+    sizes = [len(qdrant_points.upsert_body(wide, given, part)) for part in qdrant_points.split_batch(wide, given)]
+    assert max(sizes) <= qdrant_points.BODY_BYTES
 
 
 def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]]) -> list[str]:
