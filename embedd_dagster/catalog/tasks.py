@@ -211,6 +211,8 @@ def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str,
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
+        if task.task_type in BUILDS:  # its own counts were shown meanwhile
+            _count_what_is_live(session, table)
         vector_tables.note_success(table)
         resyncs.settle(table, task)
         vector_tables.come_to_rest(session, table)
