@@ -47,7 +47,10 @@ def get_task(task_id: TaskId, caller: Reader) -> TaskAnswer:
 
 @router.post("/{task_id}/cancel", responses=answers("permission_denied", "task_not_found"))
 def cancel_task(task_id: TaskId, caller: Writer) -> TaskAnswer:
-    """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is."""
+    """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is.
+
+    A re-backfill that is cancelled does not begin again by itself: `POST …/backfill` begins it, or a new configuration.
+    """
     with caller.state.runtime.catalog.transaction() as session:
         tasks.get(session, caller.environment.id, task_id)
         task = tasks.find(session, task_id, lock=True)
