@@ -8,6 +8,7 @@ from typing import Annotated, Final
 
 from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
 
 from api.state import ApiState
 from embedd_dagster.catalog import api_keys, environments
@@ -76,19 +77,28 @@ def authenticate(
     with state.runtime.catalog.transaction() as session:
         key = api_keys.authenticate(session, raw_key)
         request.state.key_prefix = key.prefix
-        standing, excess = state.rate_limiter.hit(key.id)
-        request.state.rate_limit = standing
-        if excess is not None:
-            raise excess
-        if x_environment_id is None and key.environment_id is None:
-            found = environments.find_by_name(session, key.org_id, DEFAULT_ENVIRONMENT)
-            if found is None:
-                raise NotFound("environment", DEFAULT_ENVIRONMENT)
-            return Caller(state, key, found)
-        wanted = x_environment_id if x_environment_id is not None else key.environment_id or ""
-        if not is_environment_id(wanted) or key.environment_id not in (None, wanted):
-            raise NotFound("environment", wanted[:MAX_SHOWN])
-        return Caller(state, key, environments.get(session, key.org_id, wanted))
+        environment = _find_environment(session, key, x_environment_id)
+    # not within the transaction: a Redis that hangs must not keep the catalog's connections
+    standing, excess = state.rate_limiter.hit(key.id)
+    request.state.rate_limit = standing
+    if excess is not None:
+        raise excess
+    if isinstance(environment, NotFound):
+        raise environment
+    return Caller(state, key, environment)
+
+
+def _find_environment(session: Session, key: ApiKey, wanted: str | None) -> Environment | NotFound:
+    if wanted is None and key.environment_id is None:
+        found = environments.find_by_name(session, key.org_id, DEFAULT_ENVIRONMENT)
+        return NotFound("environment", DEFAULT_ENVIRONMENT) if found is None else found
+    environment_id = wanted if wanted is not None else key.environment_id or ""
+    if not is_environment_id(environment_id) or key.environment_id not in (None, environment_id):
+        return NotFound("environment", environment_id[:MAX_SHOWN])
+    try:
+        return environments.get(session, key.org_id, environment_id)
+    except NotFound as error:
+        return error
 
 
 Reader = Annotated[Caller, Depends(authenticate)]

@@ -23,6 +23,7 @@ B = TypeVar("B", bound=BaseModel)
 
 MAX_DEPTH: Final = 32
 _EXACT: Final = 2**53  # beyond, not every whole number is a float
+_MAX_SHOWN: Final = 64
 _RESOLUTION: Final = "Send one JSON object (RFC 8259) in UTF-8."
 
 
@@ -91,7 +92,7 @@ def parse_json(content: bytes) -> Any:
         raise _too_deep() from None
     except ValueError:  # a number of thousands of digits
         raise ValidationFailed("body: a number is too long.", resolution=_RESOLUTION) from None
-    _check(value, "", 1)
+    _check(value, [])
     return _whole(value)
 
 
@@ -114,27 +115,34 @@ def _too_deep() -> ValidationFailed:
     return ValidationFailed(f"body: nested deeper than {MAX_DEPTH} levels.")
 
 
-def _check(value: Any, where: str, depth: int) -> None:
-    if depth > MAX_DEPTH:
+def _check(value: Any, path: list[str | int]) -> None:
+    """Raises ValidationFailed that names the place. `path` leads to the value, and is told only then: bodies are long."""
+    if len(path) >= MAX_DEPTH:
         raise _too_deep()
     if isinstance(value, str):
-        _check_text(value, where)
+        _check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValidationFailed(f"{where or 'body'}: the number is out of the range of 64-bit floats.")
-    elif isinstance(value, dict):
-        for name, item in value.items():
-            _check_text(name, where)
-            _check(item, f"{where}.{name}" if where else name, depth + 1)
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            _check(item, f"{where}[{index}]", depth + 1)
+            raise ValidationFailed(f"{_place(path)}: the number is out of the range of 64-bit floats.")
+    elif isinstance(value, dict | list):
+        for step, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(step, str):
+                _check_text(step, path)
+            path.append(step)
+            _check(item, path)
+            path.pop()
 
 
-def _check_text(text: str, where: str) -> None:
+def _check_text(text: str, path: list[str | int]) -> None:
     if text.isascii() and "\x00" not in text:
         return
     if "\x00" in text:
-        raise ValidationFailed(f"{where or 'body'}: a text must not contain NUL (U+0000).")
+        raise ValidationFailed(f"{_place(path)}: a text must not contain NUL (U+0000).")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValidationFailed(f"{where or 'body'}: a text must not contain a lone surrogate (\\ud800 to \\udfff).")
+        raise ValidationFailed(f"{_place(path)}: a text must not contain a lone surrogate (\\ud800 to \\udfff).")
+
+
+def _place(path: list[str | int]) -> str:
+    """Such as `columns[2].name`."""
+    steps = (f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_SHOWN]}" for step in path)
+    return "".join(steps).removeprefix(".") or "body"

@@ -82,6 +82,14 @@ def test_large_bodies_are_refused_by_announced_and_by_true_size(tenant: Tenant) 
     assert tenant.post("/v1/environments", content=exact, headers=JSON).status_code == 201
 
 
+@pytest.mark.timeout(30)
+def test_many_values_under_a_long_name_are_read_at_once(tenant: Tenant) -> None:
+    """To write down the place of each of them took 250 GB of copies."""
+    response = tenant.post("/v1/environments", {"n" * 500_000: [0] * 480_000 + ["NUL: \0"]})
+    assert (response.status_code, code_of(response)) == (422, "validation_error")
+    assert f"{'n' * 64}[480000]: a text must not contain NUL" in response.text
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "limit=", "limit=1.5", "limit=-1", "limit=NaN"])
 def test_limits_outside_of_1_to_100(tenant: Tenant, query: str) -> None:
     response = tenant.get(f"/v1/vector-tables?{query}")
