@@ -98,6 +98,9 @@ class ErrorEnvelope(BaseModel):
     error: ErrorBody
 
 
+_LONGEST_RETRY_AFTER_SECONDS: Final = 3600.0
+"""A provider may have asked for ages."""
+
 _ALWAYS: Final = (
     "unauthorized", "key_revoked", "environment_not_found", "payload_too_large", "validation_error",
     "rate_limit_exceeded", "internal_error", "catalog_unavailable",
@@ -164,7 +167,7 @@ def response_of(scope: Mapping[str, Any], error: EmbeddError) -> Response:
     if retry_after is None and isinstance(error, TransientError):
         retry_after = 5.0
     if retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+        headers["Retry-After"] = str(max(1, math.ceil(min(retry_after, _LONGEST_RETRY_AFTER_SECONDS))))
     return error_response(scope, code, message, resolution, headers=headers)
 
 

@@ -1,9 +1,10 @@
 """`Idempotency-Key`: a request that creates or starts something may be sent twice, and takes effect once.
 
-The key is good for one method and path in one environment. What is compared is the body, byte for byte. Remembered for 24
-hours is what the operation itself decided: its 2xx, and its 404, 409 and 422. What was refused before it began (401, 403,
-413, 429, a body that its schema does not accept) or failed on the way (403 of a source, 5xx) is not: the same key may be
-sent again. See `catalog/idempotency.py` for how the answer and the effect are kept together.
+The key is good for one method and path in one environment, and for callers of the same reach. What is compared is the
+body, byte for byte. Remembered for 24 hours is what the operation itself decided: its 2xx, and its 404, 409 and 422.
+What was refused before it began (401, 403, 413, 429, a body that its schema does not accept) or failed on the way (403
+of a source, 5xx) is not: the same key may be sent again. See `catalog/idempotency.py` for how the answer and the effect
+are kept together.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Attempt:
     def __init__(self, caller: Caller, request: Request, key: str | None, request_hash: bytes) -> None:
         self._caller = caller
         self._route: Any = request.scope["route"]
-        self._operation = f"{request.method} {request.scope['path']}"
+        # and the caller's reach: what an organization's key was given is not for one of a single environment
+        self._operation = f"{request.method} {request.scope['path']} {caller.only_environment_id or ''}".strip()
         self._key = key
         self._request_hash = request_hash
         self._claim: Claim | None = None

@@ -25,7 +25,7 @@ L = TypeVar("L", bound="ListAnswer[Any]")
 
 DEFAULT_LIMIT: Final = 20
 MAX_LIMIT: Final = 100
-_MAX_CURSOR: Final = 2000
+_MAX_CURSOR: Final = 16_000  # that of failed rows holds a key, which may be a long text
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MAX_MICROSECONDS: Final = 253_402_300_799_999_999  # the last of the year 9999
 

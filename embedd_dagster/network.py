@@ -10,8 +10,16 @@ from typing import Final
 Resolver = Callable[[str, int], list[str]]
 
 # The clouds' metadata services hand out the machine's own credentials to whoever asks from it.
-_METADATA: Final = frozenset(map(ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
-_NAT64: Final = IPv6Network("64:ff9b::/96")
+_METADATA_ADDRESSES: Final = (
+    "169.254.169.254", "fd00:ec2::254",  # AWS and others
+    "100.100.100.200",  # Alibaba
+    "168.63.129.16",  # Azure
+    "fd20:ce::254",  # Google
+    "fd00:c1::a9fe:a9fe",  # Oracle
+)  # fmt: skip
+_METADATA: Final = frozenset(map(ip_address, _METADATA_ADDRESSES))
+_EMBEDDING_IPV4: Final = tuple(map(IPv6Network, ("64:ff9b::/96", "64:ff9b:1::/48", "::/96")))
+"""NAT64 (RFC 6052, RFC 8215) and the IPv4-compatible form, which is out of use; the IPv4 address stands at the end."""
 _MAX_ADDRESSES: Final = 4
 
 
@@ -53,6 +61,8 @@ def refusal(address: str, *, deny_private_networks: bool) -> str | None:
         return "a cloud's metadata service"
     if parsed.is_link_local:
         return "a link-local address"
+    if isinstance(parsed, IPv6Address) and parsed.is_site_local:
+        return "a site-local address"
     if parsed.is_multicast:
         return "a multicast address"
     if deny_private_networks and not parsed.is_global:
@@ -64,6 +74,6 @@ def _unwrap(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """The IPv4 address inside an IPv6 one: a mapped, translated or tunnelled form must not hide it."""
     if isinstance(address, IPv4Address):
         return address
-    if address in _NAT64:
+    if any(address in network for network in _EMBEDDING_IPV4) and int(address) > 1:  # but for :: and ::1
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped or address.sixtofour or address

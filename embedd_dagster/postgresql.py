@@ -23,11 +23,18 @@ from psycopg import pq
 Connection = psycopg.Connection[Any]
 Result = TypeVar("Result")
 
+_NO_FILE: Final = "/nonexistent/embedd"
+_LONGEST_TRICKLE_SECONDS: Final = 0.5
+
 CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "application_name": "embedd",
         "client_encoding": "UTF8",
         "options": "",  # else PGOPTIONS of our own environment would count
+        # nor must a password or a certificate of whoever runs this service open a user's connection
+        "passfile": _NO_FILE,
+        "sslcert": _NO_FILE,
+        "sslkey": _NO_FILE,
         "gssencmode": "disable",
         "keepalives": 1,
         "keepalives_idle": 30,
@@ -101,9 +108,11 @@ class BoundedConnection(psycopg.Connection[Any]):
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                if not ready:
+                seconds = time.monotonic() - begun
+                # a server that sends a byte now and then is always ready
+                if not ready or seconds > _LONGEST_TRICKLE_SECONDS:
                     has_waited = True
-                    if not allowed.allows(self, time.monotonic() - begun):
+                    if not allowed.allows(self, seconds):
                         gen.close()
                         break
                 wanted = gen.send(ready)

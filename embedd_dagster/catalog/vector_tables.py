@@ -19,6 +19,7 @@ from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, Sy
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 
+_ALIAS_LENGTH = 255  # of Qdrant
 _PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
 _ID_ATTEMPTS = 20
 _STORAGE_NAME_CONSTRAINT = "uq_vector_tables_storage_name"
@@ -68,7 +69,8 @@ def create(session: Session, environment: Environment, new: NewVectorTable) -> V
 
 def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str) -> VectorTable:
     configuration = new.configuration
-    public_name = storage_name(vector_table_id, new.name, max_length=_PLATFORM_NAME_LENGTH)
+    longest = _PLATFORM_NAME_LENGTH if new.mode is Mode.PLATFORM else _ALIAS_LENGTH
+    public_name = storage_name(vector_table_id, new.name, max_length=longest)
     return VectorTable(
         id=vector_table_id,
         org_id=environment.org_id,

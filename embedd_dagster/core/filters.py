@@ -104,10 +104,10 @@ def _parse_object(raw: Any, types: Mapping[str, FilterType], where: str, depth: 
         if name == "$or":
             if not isinstance(value, list) or not value:
                 raise ValidationFailed(f"{where}.$or: a list of at least one filter object is expected.")
-            nested = (
-                _parse_object(item, types, f"{where}.$or[{index}]", depth + 1, budget)
-                for index, item in enumerate(value)
-            )
+            nested = []
+            for index, item in enumerate(value):
+                budget.take()  # an empty one is a condition too
+                nested.append(_parse_object(item, types, f"{where}.$or[{index}]", depth + 1, budget))
             parts.append(Or(tuple(nested)))
         elif name not in types:
             known = ", ".join(sorted(types)) or "none"
@@ -173,7 +173,7 @@ def _parse_scalar(raw: Any, filter_type: FilterType, where: str) -> Scalar:
             number = math.inf
         if math.isfinite(number):
             return number
-    if filter_type is FilterType.INTEGER and is_number and math.isfinite(raw) and int(raw) == raw:
+    if filter_type is FilterType.INTEGER and is_number and (isinstance(raw, int) or raw.is_integer()):
         if -(2**63) <= raw < 2**63:
             return int(raw)
         raise ValidationFailed(f"{where}: an integer of at most 64 bits is accepted.")

@@ -8,19 +8,22 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)(ms|h|m|s)")
+_LONGEST_DURATION = 64
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def parse_duration(text: str) -> float | None:
     """Seconds of `120ms`, `1s`, `6m0s`, `1h2m3.5s` or a bare number; None for anything else."""
     text = text.strip()
+    if len(text) > _LONGEST_DURATION:  # the pattern takes the square of its length
+        return None
     try:
         seconds = float(text)
     except ValueError:
         parts = _DURATION_PART.findall(text)
         if not parts or "".join(number + unit for number, unit in parts) != text:
             return None
-        return sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+        seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
     return seconds if 0 <= seconds < float("inf") else None
 
 
@@ -51,7 +54,7 @@ def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = No
 def _seconds_until(http_date: str, now: datetime) -> float | None:
     try:
         instant = parsedate_to_datetime(http_date)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     if instant.tzinfo is None:
         instant = instant.replace(tzinfo=UTC)

@@ -116,6 +116,14 @@ def test_depth_and_size_are_bounded() -> None:
         parse_filter(deep, TYPES)
     with pytest.raises(ValidationFailed, match="conditions"):
         parse_filter({"$or": [{"count": number} for number in range(MAX_CONDITIONS + 1)]}, TYPES)
+    with pytest.raises(ValidationFailed, match="conditions"):
+        parse_filter({"$or": [{}] * (MAX_CONDITIONS + 1)}, TYPES)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 2**63])
+def test_integers_that_no_column_holds(number: int) -> None:
+    with pytest.raises(ValidationFailed, match="at most 64 bits"):
+        parse_filter({"count": {"eq": number}}, TYPES)
     with pytest.raises(ValidationFailed, match="values"):
         parse_filter({"count": {"in": list(range(1001))}}, TYPES)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -75,6 +78,71 @@ def test_a_name_that_was_public_when_it_was_admitted_is_refused_when_it_is_priva
     assert names("provider.example", 80) == ["8.8.8.8"]
     with client(names, deny=True) as http, pytest.raises(EmbeddingRejected, match="a private address"):
         http.get(f"http://provider.example:{httpx.URL(server.url).port}/_stats")
+
+
+@contextmanager
+def _answering(send: Callable[[socket.socket], object]) -> Iterator[str]:
+    """A server whose one answer is sent by hand."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _address = listener.accept()
+            with connection, suppress(OSError):
+                connection.recv(65536)
+                send(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        thread.join(10)
+
+
+def _trickle(head: bytes) -> Callable[[socket.socket], object]:
+    def send(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(b"x")
+            time.sleep(0.1)
+
+    return send
+
+
+@pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nX-Header: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+@pytest.mark.timeout(30)
+def test_an_answer_that_comes_byte_by_byte_is_given_up(head: bytes) -> None:
+    with (
+        _answering(_trickle(head)) as url,
+        client(Names(["127.0.0.1"])) as http,
+        pytest.raises((httpx.ReadTimeout, httpx.RemoteProtocolError)),
+    ):
+        http.get(url, timeout=0.5)
+
+
+@pytest.mark.timeout(30)
+def test_an_answer_without_end_is_given_up() -> None:
+    def send(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"100000\r\n" + b"x" * 2**20 + b"\r\n")
+
+    with (
+        _answering(send) as url,
+        client(Names(["127.0.0.1"])) as http,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        http.get(url, timeout=20)
+
+
+def test_an_answer_that_ends_too_early_is_a_fault() -> None:
+    def send(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
+
+    with (
+        _answering(send) as url,
+        client(Names(["127.0.0.1"])) as http,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
+        http.get(url)
 
 
 def test_one_forbidden_address_among_others_refuses_the_name() -> None:
