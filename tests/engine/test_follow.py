@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -464,8 +465,6 @@ class _thread:
     """Runs something meanwhile, and waits for it at the end."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
-        import threading
-
         self.error: BaseException | None = None
         self._action = action
         self._thread = threading.Thread(target=self._run)
@@ -482,3 +481,29 @@ class _thread:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join()
+
+
+@ONE_STORE
+def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(product: Product) -> None:
+    product.provider.behave(latency_seconds=0.05)
+    stop, syncs = threading.Event(), 0
+
+    def write_on() -> None:
+        n = 0
+        while not stop.is_set():
+            n += 1
+            product.sql("UPDATE products SET body = %s WHERE id = %s", f"version {n}", n % 400 + 1)
+
+    with _follower(product) as follower, _thread(write_on) as writer:
+        try:
+            product.run()
+            eventually(lambda: _is_followed(product) and _is_owed(product))
+            for _ in range(8):
+                syncs += _run_owed(product)
+                time.sleep(0.1)
+            assert 1 <= syncs <= 2
+            product.sql(INSERT, 9500)
+            eventually(lambda: 9500 in product.points())
+        finally:
+            stop.set()
+    assert (writer.error, follower.error) == (None, None)
