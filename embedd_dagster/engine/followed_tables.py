@@ -82,12 +82,12 @@ class FollowedTables:
             self._tables[table.id] = table
             self._by_source.setdefault(table.source, []).append(table.id)
         left = [key for key in self._noted.tables() if key not in self._tables]
-        for key in left:
-            self._noted.take(key)
         if left:
             with self._lease.fenced() as session:
                 resyncs.request(session, left, "It was paused while changes were waiting.")
                 resyncs.set_pending(session, dict.fromkeys(left, 0))
+        for key in left:  # only now: their position is confirmed, so nobody tells them again
+            self._noted.take(key)
 
     def apply(self, batch: ChangeBatch) -> None:
         """Applies, notes or owes what is in the batch; durable when it returns. Idempotent."""
@@ -110,11 +110,20 @@ class FollowedTables:
             state = before.get(key)
             if state is not None and state.live_task is not None:
                 continue
-            keys, chosen = self._noted.take(key), treatment(state)
-            if keys is None or chosen is Treatment.OWE:
-                self._owe([key], "Its changes could not be followed.")
-            elif chosen is not Treatment.APPLY or self._treat({key: keys}, {key: chosen}, before, None):
-                self._settle(key)
+            keys = self._noted.take(key)
+            try:
+                self._work_off(key, keys, before)
+            except BaseException:
+                self._noted.put_back(key, keys)  # their position is confirmed, so nobody tells them again
+                raise
+
+    def _work_off(self, key: str, keys: list[Key] | None, before: Mapping[str, TableState]) -> None:
+        """Applies, notes again or owes what was noted of a table, None where that was too much."""
+        chosen = treatment(before.get(key))
+        if keys is None or chosen is Treatment.OWE:
+            self._owe([key], "Its changes could not be followed.")
+        elif chosen is not Treatment.APPLY or self._treat({key: keys}, {key: chosen}, before, None):
+            self._settle(key)
 
     def _treat(
         self,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
+from embedd_dagster.catalog import change_feeds, connections, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
+from embedd_dagster.engine.followed_tables import FollowedTables
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
-from embedd_dagster.errors import SourceRejected
+from embedd_dagster.errors import CatalogUnavailable, SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
 
@@ -507,3 +509,38 @@ def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(product: Product
         finally:
             stop.set()
     assert (writer.error, follower.error) == (None, None)
+
+
+@contextmanager
+def _under_a_sync(product: Product) -> Iterator[None]:
+    """A sync is at work, and does nothing; completed at the end."""
+    task_id = product.add_task(TaskType.SYNC)
+    with product.runtime.catalog.transaction() as session:
+        tasks.claim(session, task_id, "run of the sync")
+    yield
+    with product.runtime.catalog.transaction() as session:
+        tasks.complete(session, task_id, "run of the sync", tasks.EMPTY_PROGRESS)
+
+
+@ONE_STORE
+@pytest.mark.parametrize("method", ["_write", "_settle"])
+def test_what_was_noted_outlives_an_outage(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    product, follower = followed
+    failed, real = [], getattr(FollowedTables, method)
+
+    def down_once(*parameters: Any) -> Any:
+        if not failed:
+            failed.append(parameters)
+            raise CatalogUnavailable("down")
+        return real(*parameters)
+
+    with _under_a_sync(product):
+        product.sql(INSERT, 9600)
+        eventually(lambda: product.table().changes_pending == 1)
+        monkeypatch.setattr(FollowedTables, method, down_once)
+    eventually(lambda: failed and not _is_owed(product))
+    assert 9600 in product.points()
+    assert product.table().changes_pending == 0
+    assert follower.error is None
