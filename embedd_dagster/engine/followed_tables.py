@@ -32,7 +32,7 @@ from embedd_dagster.errors import (
 from embedd_dagster.sources.changes import ChangeBatch, FollowedTable
 
 _TABLES_AT_ONCE: Final = 4
-_OF_ALL_TABLES: Final = (RunSuperseded, RunCancelled, LogTooLong, CatalogUnavailable, SourceUnavailable)
+_OF_ALL_TABLES: Final = (RunSuperseded, RunCancelled, LogTooLong, CatalogUnavailable)
 """What does not concern one table alone: nothing is confirmed, and everything is read again."""
 
 
@@ -174,6 +174,10 @@ class FollowedTables:
         for key, future in futures.items():
             try:
                 counts[key] = future.result()
+            except SourceUnavailable as error:
+                # where it answers, it is only this table that cannot be read: behind a VACUUM FULL, an ALTER TABLE
+                self._following.opened.source.check()
+                failed[key] = error
             except _OF_ALL_TABLES:
                 raise
             except Exception as error:  # noqa: BLE001 - one table must not stop the others; it is told, and owed a sync

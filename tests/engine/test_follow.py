@@ -6,18 +6,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
-from embedd_dagster.catalog import change_feeds, connections, resyncs, tasks, vector_tables
+from embedd_dagster.catalog import change_feeds, connections, environments, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.followed_tables import FollowedTables
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, SourceRejected
+from embedd_dagster.sources import postgresql_connections
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
 
@@ -544,3 +548,43 @@ def test_what_was_noted_outlives_an_outage(
     assert 9600 in product.points()
     assert product.table().changes_pending == 0
     assert follower.error is None
+
+
+def _another(product: Product, source_table: str) -> Product:
+    """A second cdc table of the same connection, nothing built yet."""
+    product.sql(f"CREATE TABLE {source_table} (LIKE products INCLUDING ALL)")
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.find(session, product.vector_table_id)
+        assert table is not None
+        configuration = replace(table.configuration, source_table=source_table)
+        environment = environments.get(session, table.org_id, table.environment_id)
+        new = NewVectorTable(
+            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+        )
+        return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)
+
+
+@ONE_STORE
+def test_a_locked_table_does_not_hold_up_the_others(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, follower = followed
+    other = _another(product, "goods")
+    other.run()
+    eventually(lambda: _is_followed(other) and _settled(other))
+    follower.stop()
+    monkeypatch.setitem(postgresql_connections._SESSION, "lock_timeout", "200ms")
+    product.sql(INSERT, 9700)
+    with psycopg.connect(product.database_url) as locker:
+        locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
+        with _follower(product):
+            eventually(lambda: _is_owed(product), within=15)
+            assert "lock" in (product.table().last_error or "")
+            before = _feed(product)
+            assert before is not None
+            product.sql("INSERT INTO goods VALUES (1, 'beside', 'it', 'red', 1)")
+            eventually(_is_true(other))
+            eventually(lambda: (_feed(product) or before).position != before.position)
+            locker.rollback()
+            eventually(lambda: _settled(product))
+            eventually(_is_true(product))
