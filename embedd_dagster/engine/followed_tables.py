@@ -146,9 +146,9 @@ class FollowedTables:
             noted = {key for key in again if key in self._tables and self._noted.add(key, changed[key])}
             owed = (again - noted) | {key for key, chosen in treatments.items() if chosen is Treatment.OWE}
             resyncs.request(session, noted, "A task was at work.", held_by=self._lease.run_id)
-            resyncs.set_pending(session, {key: self._noted.count(key) for key in noted})
             resyncs.request(session, owed, "Its changes could not be followed.")
             resyncs.request(session, failed, "Its changes could not be applied.")
+            resyncs.set_pending(session, {key: self._noted.count(key) for key in noted | owed | failed.keys()})
             for key, error in failed.items():
                 self._note_error(session, key, error)
         lag = None if committed_at is None else (datetime.now(UTC) - committed_at).total_seconds()

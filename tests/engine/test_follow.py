@@ -588,3 +588,19 @@ def test_a_locked_table_does_not_hold_up_the_others(
             locker.rollback()
             eventually(lambda: _settled(product))
             eventually(_is_true(product))
+
+
+@ONE_STORE
+def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple[Product, RunningFollower]) -> None:
+    product, _follower = followed
+    product.provider.behave(fail_every=1, fail_status=503)
+    with _under_a_sync(product):
+        product.sql(INSERT, 9800)
+        eventually(lambda: product.table().changes_pending == 1)
+        held_by = product.table().resync_held_by
+    eventually(lambda: held_by and product.table().resync_held_by is None)
+    assert _is_owed(product)
+    assert product.table().changes_pending == 0
+    product.provider.behave(fail_every=0)
+    eventually(lambda: _settled(product))
+    eventually(_is_true(product))
