@@ -123,7 +123,7 @@ def settle(table: VectorTable, task: Task) -> None:
 def lapse(table: VectorTable, task: Task) -> None:
     """A task has ended without paying what it was claimed for: a sync does, whatever of it a follower holds by now."""
     if table.resync_done < task.resync:
-        table.resync_held_by = None
+        table.resync_held_by, table.changes_pending = None, 0
 
 
 def delay(table: VectorTable, instant: datetime) -> None:

@@ -113,7 +113,10 @@ def test_what_is_noted_beside_the_sync_that_pays_is_the_followers_to_settle(tabl
 def test_a_sync_that_does_not_complete_has_paid_nothing(table: _Table, how: str) -> None:
     task_id = table.begin()
     table.request(held_by="follower")
+    with table.catalog.transaction() as session:
+        resyncs.set_pending(session, {table.id: 1})
     table.end(task_id, how)
+    assert table.row.changes_pending == 0, "also where its follower is dead"
     table.settle()
     assert (table.owes, table.row.resync_held_by) == (2, None)
 
