@@ -2,7 +2,8 @@
 
 Requests are counted (`resync_wanted`), and a task settles those that were made before it was claimed (`resync_done`): so
 no clock decides whether a change was seen. A request may be *held* by the follower's run that still has the changed
-keys in memory: it settles it itself; when that run is gone, a sync does.
+keys in memory: it settles it itself; when that run is gone, a sync does. While a task pays what nobody holds, what is asked
+for beside it may be held: else, under writers that never stop, each owed sync would leave another one owed.
 """
 
 from __future__ import annotations
@@ -17,13 +18,23 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.tables import ChangeFeed, Task, VectorTable
 from embedd_dagster.catalog.vector_tables import may_sync
-from embedd_dagster.core.status import LIVE_TASK_STATUSES
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskStatus
 
 _SHORTEST_DELAY: Final = timedelta(minutes=1)
 _LONGEST_DELAY: Final = timedelta(hours=1)
 _LIVE: Final = tuple(status.value for status in LIVE_TASK_STATUSES)
 
 is_owed = VectorTable.resync_wanted > VectorTable.resync_done
+_is_being_paid = (
+    select(Task.id)
+    .where(
+        Task.target_id == VectorTable.id,
+        Task.status == TaskStatus.RUNNING.value,
+        Task.resync >= VectorTable.resync_wanted,
+    )
+    .exists()
+)
+"""A task is at work that was claimed after all that is owed was asked for; where it does not complete, see `lapse`."""
 
 
 def request(
@@ -34,18 +45,23 @@ def request(
     options: Mapping[str, Any] | None = None,
     held_by: str | None = None,
 ) -> None:
-    """Asks for a comparison with the source. One that nobody holds stays so."""
+    """Asks for a comparison with the source. One that nobody holds stays so until a task is at work on it."""
     if not vector_table_ids:
         return
     keep_freshness(session, vector_table_ids)
+    mine = and_(VectorTable.id.in_(vector_table_ids), VectorTable.deleted_at.is_(None))
+    # a task begins and ends under this lock, so that the statement after it sees which are at work, and none that just failed
+    session.execute(select(VectorTable.id).where(mine).order_by(VectorTable.id).with_for_update())
     session.execute(
         update(VectorTable)
-        .where(VectorTable.id.in_(vector_table_ids), VectorTable.deleted_at.is_(None))
+        .where(mine)
         .values(
             resync_wanted=VectorTable.resync_wanted + 1,
             resync_reason=reason,
             resync_options=VectorTable.resync_options.concat(dict(options or {})),
-            resync_held_by=case((and_(is_owed, VectorTable.resync_held_by.is_(None)), null()), else_=held_by),
+            resync_held_by=case(
+                (and_(is_owed, VectorTable.resync_held_by.is_(None), ~_is_being_paid), null()), else_=held_by
+            ),
             resync_not_before=None,
         )
     )
@@ -102,6 +118,12 @@ def settle(table: VectorTable, task: Task) -> None:
     if table.resync_done >= table.resync_wanted:
         table.resync_reason = table.resync_held_by = table.resync_not_before = None
         table.resync_options = {}
+
+
+def lapse(table: VectorTable, task: Task) -> None:
+    """A task has ended without paying what it was claimed for: a sync does, whatever of it a follower holds by now."""
+    if table.resync_done < task.resync:
+        table.resync_held_by, table.changes_pending = None, 0
 
 
 def delay(table: VectorTable, instant: datetime) -> None:

@@ -162,7 +162,9 @@ def claim(session: Session, task_id: str, run_id: str) -> Task:
     task.dagster_run_id = run_id
     # each attempt compares with the source of its own time, and builds what is configured then
     wanted = select(VectorTable.resync_wanted, VectorTable.config_version).where(VectorTable.id == task.target_id)
-    task.resync, task.config_version = session.execute(wanted).one_or_none() or (0, None)
+    # locked: what is asked for from now on sees that this task is at work
+    found = session.execute(wanted.with_for_update(read=True)).one_or_none()
+    task.resync, task.config_version = found or (0, None)
     task.attempts += 1
     task.started_at = task.started_at or now()
     task.heartbeat_at = now()
@@ -244,6 +246,7 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     task.ended_at = now()
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
+        resyncs.lapse(table, task)
         resyncs.delay(table, now())
         at_rest = vector_tables.resting_status(session, table)
         stays = at_rest is SyncStatus.PAUSED or (
@@ -263,6 +266,7 @@ def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_fo
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
         _count_what_is_live(session, table)
+        resyncs.lapse(table, task)
         if task.task_type in BUILDS:  # a sync has not changed it
             if asked_for:
                 vector_tables.hold(session, table, task.config_version or table.config_version)

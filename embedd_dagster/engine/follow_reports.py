@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final
 
 from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.engine.pipeline import RowCounts
+from embedd_dagster.errors import PermanentError, TransientError
 
 if TYPE_CHECKING:
     from embedd_dagster.engine.feed_lease import FeedLease
@@ -62,15 +63,19 @@ class Reports:
         for key in list(self._sums):
             if not everything and instant - self._sent_at.get(key, -_SECONDS_BETWEEN) < _SECONDS_BETWEEN:
                 continue
-            total = self._sums.pop(key)
             table = tables.get(key)
             if table is None or table.version is None:
+                del self._sums[key]
                 continue
-            point_count = table.count_points()
-            with lease.fenced() as session:
-                failed = vector_sets.count_failures(session, key, table.version)
-                vector_tables.note_counts(session, key, table.version, point_count, failed)
             self._sent_at[key] = instant
+            try:
+                point_count = table.count_points()
+                with lease.fenced() as session:
+                    failed = vector_sets.count_failures(session, key, table.version)
+                    vector_tables.note_counts(session, key, table.version, point_count, failed)
+            except (TransientError, PermanentError):
+                continue  # numbers for people: told in a minute, with what is added until then
+            total = self._sums.pop(key)
             self._send(
                 FollowReport(
                     vector_table_id=key,

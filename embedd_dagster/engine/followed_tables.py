@@ -32,7 +32,7 @@ from embedd_dagster.errors import (
 from embedd_dagster.sources.changes import ChangeBatch, FollowedTable
 
 _TABLES_AT_ONCE: Final = 4
-_OF_ALL_TABLES: Final = (RunSuperseded, RunCancelled, LogTooLong, CatalogUnavailable, SourceUnavailable)
+_OF_ALL_TABLES: Final = (RunSuperseded, RunCancelled, LogTooLong, CatalogUnavailable)
 """What does not concern one table alone: nothing is confirmed, and everything is read again."""
 
 
@@ -82,12 +82,12 @@ class FollowedTables:
             self._tables[table.id] = table
             self._by_source.setdefault(table.source, []).append(table.id)
         left = [key for key in self._noted.tables() if key not in self._tables]
-        for key in left:
-            self._noted.take(key)
         if left:
             with self._lease.fenced() as session:
                 resyncs.request(session, left, "It was paused while changes were waiting.")
                 resyncs.set_pending(session, dict.fromkeys(left, 0))
+        for key in left:  # only now: their position is confirmed, so nobody tells them again
+            self._noted.take(key)
 
     def apply(self, batch: ChangeBatch) -> None:
         """Applies, notes or owes what is in the batch; durable when it returns. Idempotent."""
@@ -110,11 +110,20 @@ class FollowedTables:
             state = before.get(key)
             if state is not None and state.live_task is not None:
                 continue
-            keys, chosen = self._noted.take(key), treatment(state)
-            if keys is None or chosen is Treatment.OWE:
-                self._owe([key], "Its changes could not be followed.")
-            elif chosen is not Treatment.APPLY or self._treat({key: keys}, {key: chosen}, before, None):
-                self._settle(key)
+            keys = self._noted.take(key)
+            try:
+                self._work_off(key, keys, before)
+            except BaseException:
+                self._noted.put_back(key, keys)  # their position is confirmed, so nobody tells them again
+                raise
+
+    def _work_off(self, key: str, keys: list[Key] | None, before: Mapping[str, TableState]) -> None:
+        """Applies, notes again or owes what was noted of a table, None where that was too much."""
+        chosen = treatment(before.get(key))
+        if keys is None or chosen is Treatment.OWE:
+            self._owe([key], "Its changes could not be followed.")
+        elif chosen is not Treatment.APPLY or self._treat({key: keys}, {key: chosen}, before, None):
+            self._settle(key)
 
     def _treat(
         self,
@@ -137,9 +146,9 @@ class FollowedTables:
             noted = {key for key in again if key in self._tables and self._noted.add(key, changed[key])}
             owed = (again - noted) | {key for key, chosen in treatments.items() if chosen is Treatment.OWE}
             resyncs.request(session, noted, "A task was at work.", held_by=self._lease.run_id)
-            resyncs.set_pending(session, {key: self._noted.count(key) for key in noted})
             resyncs.request(session, owed, "Its changes could not be followed.")
             resyncs.request(session, failed, "Its changes could not be applied.")
+            resyncs.set_pending(session, {key: self._noted.count(key) for key in noted | owed | failed.keys()})
             for key, error in failed.items():
                 self._note_error(session, key, error)
         lag = None if committed_at is None else (datetime.now(UTC) - committed_at).total_seconds()
@@ -165,6 +174,10 @@ class FollowedTables:
         for key, future in futures.items():
             try:
                 counts[key] = future.result()
+            except SourceUnavailable as error:
+                # where it answers, it is only this table that cannot be read: behind a VACUUM FULL, an ALTER TABLE
+                self._following.opened.source.check()
+                failed[key] = error
             except _OF_ALL_TABLES:
                 raise
             except Exception as error:  # noqa: BLE001 - one table must not stop the others; it is told, and owed a sync

@@ -41,3 +41,11 @@ class NotedKeys:
             self._given_up.discard(vector_table_id)
             return None
         return list(self._keys.pop(vector_table_id, {}).values())
+
+    def put_back(self, vector_table_id: str, keys: Iterable[Key] | None) -> None:
+        """Undoes a `take` whose keys could not be worked off; what was noted since stays."""
+        if keys is None:
+            self._keys.pop(vector_table_id, None)
+            self._given_up.add(vector_table_id)
+        else:
+            self.add(vector_table_id, keys)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 
-from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
+from embedd_dagster.catalog import change_feeds, connections, environments, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
+from embedd_dagster.engine.followed_tables import FollowedTables
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
-from embedd_dagster.errors import SourceRejected
+from embedd_dagster.errors import CatalogUnavailable, SourceRejected
+from embedd_dagster.sources import postgresql_connections
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
 
@@ -464,8 +471,6 @@ class _thread:
     """Runs something meanwhile, and waits for it at the end."""
 
     def __init__(self, action: Callable[[], Any]) -> None:
-        import threading
-
         self.error: BaseException | None = None
         self._action = action
         self._thread = threading.Thread(target=self._run)
@@ -482,3 +487,120 @@ class _thread:
 
     def __exit__(self, *_: object) -> None:
         self._thread.join()
+
+
+@ONE_STORE
+def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(product: Product) -> None:
+    product.provider.behave(latency_seconds=0.05)
+    stop, syncs = threading.Event(), 0
+
+    def write_on() -> None:
+        n = 0
+        while not stop.is_set():
+            n += 1
+            product.sql("UPDATE products SET body = %s WHERE id = %s", f"version {n}", n % 400 + 1)
+
+    with _follower(product) as follower, _thread(write_on) as writer:
+        try:
+            product.run()
+            eventually(lambda: _is_followed(product) and _is_owed(product))
+            for _ in range(8):
+                syncs += _run_owed(product)
+                time.sleep(0.1)
+            assert 1 <= syncs <= 2
+            product.sql(INSERT, 9500)
+            eventually(lambda: 9500 in product.points())
+        finally:
+            stop.set()
+    assert (writer.error, follower.error) == (None, None)
+
+
+@contextmanager
+def _under_a_sync(product: Product) -> Iterator[None]:
+    """A sync is at work, and does nothing; completed at the end."""
+    task_id = product.add_task(TaskType.SYNC)
+    with product.runtime.catalog.transaction() as session:
+        tasks.claim(session, task_id, "run of the sync")
+    yield
+    with product.runtime.catalog.transaction() as session:
+        tasks.complete(session, task_id, "run of the sync", tasks.EMPTY_PROGRESS)
+
+
+@ONE_STORE
+@pytest.mark.parametrize("method", ["_write", "_settle"])
+def test_what_was_noted_outlives_an_outage(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    product, follower = followed
+    failed, real = [], getattr(FollowedTables, method)
+
+    def down_once(*parameters: Any) -> Any:
+        if not failed:
+            failed.append(parameters)
+            raise CatalogUnavailable("down")
+        return real(*parameters)
+
+    with _under_a_sync(product):
+        product.sql(INSERT, 9600)
+        eventually(lambda: product.table().changes_pending == 1)
+        monkeypatch.setattr(FollowedTables, method, down_once)
+    eventually(lambda: failed and not _is_owed(product))
+    assert 9600 in product.points()
+    assert product.table().changes_pending == 0
+    assert follower.error is None
+
+
+def _another(product: Product, source_table: str) -> Product:
+    """A second cdc table of the same connection, nothing built yet."""
+    product.sql(f"CREATE TABLE {source_table} (LIKE products INCLUDING ALL)")
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.find(session, product.vector_table_id)
+        assert table is not None
+        configuration = replace(table.configuration, source_table=source_table)
+        environment = environments.get(session, table.org_id, table.environment_id)
+        new = NewVectorTable(
+            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+        )
+        return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)
+
+
+@ONE_STORE
+def test_a_locked_table_does_not_hold_up_the_others(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, follower = followed
+    other = _another(product, "goods")
+    other.run()
+    eventually(lambda: _is_followed(other) and _settled(other))
+    follower.stop()
+    monkeypatch.setitem(postgresql_connections._SESSION, "lock_timeout", "200ms")
+    product.sql(INSERT, 9700)
+    with psycopg.connect(product.database_url) as locker:
+        locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
+        with _follower(product):
+            eventually(lambda: _is_owed(product), within=15)
+            assert "lock" in (product.table().last_error or "")
+            before = _feed(product)
+            assert before is not None
+            product.sql("INSERT INTO goods VALUES (1, 'beside', 'it', 'red', 1)")
+            eventually(_is_true(other))
+            eventually(lambda: (_feed(product) or before).position != before.position)
+            locker.rollback()
+            eventually(lambda: _settled(product))
+            eventually(_is_true(product))
+
+
+@ONE_STORE
+def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple[Product, RunningFollower]) -> None:
+    product, _follower = followed
+    product.provider.behave(fail_every=1, fail_status=503)
+    with _under_a_sync(product):
+        product.sql(INSERT, 9800)
+        eventually(lambda: product.table().changes_pending == 1)
+        held_by = product.table().resync_held_by
+    eventually(lambda: held_by and product.table().resync_held_by is None)
+    assert _is_owed(product)
+    assert product.table().changes_pending == 0
+    product.provider.behave(fail_every=0)
+    eventually(lambda: _settled(product))
+    eventually(_is_true(product))

@@ -10,6 +10,7 @@ import pytest
 from embedd_dagster.engine import follow_reports
 from embedd_dagster.engine.follow_reports import FollowReport, Reports
 from embedd_dagster.engine.pipeline import RowCounts
+from embedd_dagster.errors import RunSuperseded, VectorStoreRejected, VectorStoreUnavailable
 
 
 class _Table:
@@ -70,3 +71,41 @@ def test_what_is_left_is_told_at_the_end(clock: list[float]) -> None:
     reports.add("vt_gone", RowCounts(read=1), 1, None)
     reports.send_due(tables, lease, everything=True)
     assert len(sent) == 2
+
+
+@pytest.mark.parametrize("error", [VectorStoreUnavailable("down"), VectorStoreRejected("It is gone.")])
+def test_a_store_that_cannot_be_counted_delays_what_is_told(clock: list[float], error: Exception) -> None:
+    sent: list[FollowReport] = []
+    reports, table = Reports(sent.append), _Table()
+    tables: Any = {"vt_a": table}
+    lease: Any = _Lease()
+    attempts: list[Exception] = []
+
+    def down() -> int:
+        attempts.append(error)
+        raise error
+
+    table.count_points = down  # type: ignore[method-assign]
+    reports.add("vt_a", RowCounts(read=1), 1, 0.1)
+    for _ in range(3):
+        reports.send_due(tables, lease)
+    assert len(attempts) == 1, "it is left alone for a minute"
+    reports.add("vt_a", RowCounts(read=2), 2, 0.2)
+    tables["vt_a"] = _Table()
+    clock[0] += 61
+    reports.send_due(tables, lease)
+    assert [(report.changes, report.counts.read) for report in sent] == [(3, 3)]
+
+
+def test_a_run_that_follows_no_longer_is_told_so(clock: list[float]) -> None:
+    reports, table = Reports(lambda _report: None), _Table()
+
+    def superseded() -> int:
+        raise RunSuperseded("Another run follows.")
+
+    table.count_points = superseded  # type: ignore[method-assign]
+    tables: Any = {"vt_a": table}
+    lease: Any = _Lease()
+    reports.add("vt_a", RowCounts(read=1), 1, 0.1)
+    with pytest.raises(RunSuperseded):
+        reports.send_due(tables, lease)

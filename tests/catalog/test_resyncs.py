@@ -1,0 +1,187 @@
+"""Who pays what is owed: a sync what nobody holds, the follower what it holds, and nobody twice."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from embedd_dagster.catalog import connections, environments, resyncs, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.migrate import upgrade
+from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
+from embedd_dagster.catalog.tables import VectorSetRow, VectorTable
+from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.core.status import SyncStatus, TaskType, VectorSetState
+from embedd_dagster.core.vector_table import Column, ColumnRole, Mode, SyncMode, VectorConfiguration
+
+
+class _Table:
+    """A cdc table to which one sync is owed that nobody holds."""
+
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog = catalog
+        configuration = VectorConfiguration("products", "id", (Column("title", ColumnRole.EMBEDDING),), "m", 8)
+        with catalog.transaction() as session:
+            environment = environments.ensure_defaults(session)
+            box = SecretBox([new_encryption_key()])
+            connection = connections.create(
+                session, box, environment, name="c", provider="postgresql", mode="managed", credentials={}
+            )
+            session.flush()
+            new = NewVectorTable("products", connection.id, configuration, Mode.MANAGED, SyncMode.CDC)
+            table = vector_tables.create(session, environment, new)
+            session.flush()
+            live = VectorSetRow(
+                vector_table_id=table.id,
+                version=1,
+                state=VectorSetState.BUILDING.value,
+                config_version=1,
+                configuration=configuration.to_json(),
+                key_type="integer",
+                created_at=now(),
+            )
+            session.add(live)
+            session.flush()
+            vector_sets.mark_live(session, table, live)
+            table.sync_status = SyncStatus.SYNCED.value
+            self.id = table.id
+        self.request()
+
+    def request(self, held_by: str | None = None) -> None:
+        with self.catalog.transaction() as session:
+            resyncs.request(session, [self.id], "Asked for.", held_by=held_by)
+
+    def begin(self) -> str:
+        """A sync that is at work."""
+        with self.catalog.transaction() as session:
+            table = vector_tables.find(session, self.id, lock=True)
+            assert table is not None
+            made = tasks.create(session, table, TaskType.SYNC, max_attempts=2)
+            tasks.claim(session, made.id, "run of the task")
+            return made.id
+
+    def end(self, task_id: str, how: str) -> None:
+        with self.catalog.transaction() as session:
+            task = tasks.find(session, task_id, lock=True)
+            assert task is not None
+            if how == "completed":
+                tasks.complete(session, task_id, "run of the task", tasks.EMPTY_PROGRESS)
+            elif how == "cancelled":
+                tasks.cancel(session, task)
+            else:
+                tasks.fail(session, task, "It failed.", retry=how == "put back")
+
+    def settle(self) -> None:
+        with self.catalog.transaction() as session:
+            resyncs.settle_held(session, self.id, "follower")
+
+    @property
+    def row(self) -> VectorTable:
+        with self.catalog.transaction() as session:
+            found = vector_tables.find(session, self.id)
+            assert found is not None
+            return found
+
+    @property
+    def owes(self) -> int:
+        return self.row.resync_wanted - self.row.resync_done
+
+
+@pytest.fixture
+def table(database_url: str) -> Iterator[_Table]:
+    upgrade(database_url)
+    catalog = Catalog(database_url)
+    yield _Table(catalog)
+    catalog.close()
+
+
+def test_what_is_noted_beside_the_sync_that_pays_is_the_followers_to_settle(table: _Table) -> None:
+    task_id = table.begin()
+    table.request(held_by="follower")
+    table.request(held_by="follower")
+    assert table.row.resync_held_by == "follower"
+    table.end(task_id, "completed")
+    assert (table.owes, table.row.resync_held_by) == (2, "follower"), "no other sync is owed"
+    table.settle()
+    assert table.owes == 0
+
+
+@pytest.mark.parametrize("how", ["failed", "cancelled"])
+def test_a_sync_that_does_not_complete_has_paid_nothing(table: _Table, how: str) -> None:
+    task_id = table.begin()
+    table.request(held_by="follower")
+    with table.catalog.transaction() as session:
+        resyncs.set_pending(session, {table.id: 1})
+    table.end(task_id, how)
+    assert table.row.changes_pending == 0, "also where its follower is dead"
+    table.settle()
+    assert (table.owes, table.row.resync_held_by) == (2, None)
+
+
+@pytest.mark.parametrize("how", ["completed", "cancelled", "failed"])
+def test_a_sync_that_is_tried_again_pays_what_was_asked_for_by_then(table: _Table, how: str) -> None:
+    task_id = table.begin()
+    table.request(held_by="follower")
+    table.end(task_id, "put back")
+    table.request(held_by="follower")
+    if how != "cancelled":
+        with table.catalog.transaction() as session:
+            tasks.claim(session, task_id, "run of the task")
+    table.end(task_id, how)
+    table.settle()
+    assert (table.owes, table.row.resync_held_by) == (0 if how == "completed" else 3, None)
+
+
+def test_what_is_asked_for_while_a_sync_waits_or_of_another_sync_is_not_held(table: _Table) -> None:
+    table.request(held_by="follower")
+    assert table.row.resync_held_by is None, "nothing is at work that would pay the first"
+    task_id = table.begin()
+    table.request()
+    table.request(held_by="follower")
+    table.end(task_id, "completed")
+    table.settle()
+    assert (table.owes, table.row.resync_held_by) == (2, None), "the sync may have read before"
+
+
+def test_a_sync_that_fails_without_a_debt_leaves_the_follower_what_it_holds(table: _Table) -> None:
+    table.end(table.begin(), "completed")
+    task_id = table.begin()
+    table.request(held_by="follower")
+    table.end(task_id, "failed")
+    assert table.row.resync_held_by == "follower"
+
+
+def test_what_is_noted_at_the_moment_the_sync_fails_is_not_held(table: _Table) -> None:
+    task_id = table.begin()
+    noting = threading.Thread(target=table.request, kwargs={"held_by": "follower"})
+    with table.catalog.transaction() as session:
+        task = tasks.find(session, task_id, lock=True)
+        assert task is not None
+        tasks.fail(session, task, "It failed.", retry=False)
+        session.flush()
+        noting.start()
+        noting.join(0.5)
+        assert noting.is_alive(), "it waits for what becomes of the sync"
+    noting.join()
+    table.settle()
+    assert (table.owes, table.row.resync_held_by) == (2, None)
+
+
+def test_what_is_noted_at_the_moment_the_sync_begins_is_held(table: _Table) -> None:
+    with table.catalog.transaction() as session:
+        found = vector_tables.find(session, table.id)
+        assert found is not None
+        task_id = tasks.create(session, found, TaskType.SYNC, max_attempts=2).id
+    noting = threading.Thread(target=table.request, kwargs={"held_by": "follower"})
+    with table.catalog.transaction() as session:
+        tasks.claim(session, task_id, "run of the task")
+        session.flush()
+        noting.start()
+        noting.join(0.5)
+        assert noting.is_alive(), "it waits for what the sync pays"
+    noting.join()
+    table.end(task_id, "completed")
+    assert table.row.resync_held_by == "follower"
