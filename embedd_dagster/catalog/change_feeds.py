@@ -247,10 +247,12 @@ def stop_following(session: Session, connection_id: str, error: str) -> None:
         vector_tables.refuse(session, row.table.id, error)
 
 
-def unused(session: Session) -> list[tuple[ChangeFeed, Connection]]:
-    """Feeds that no table is followed by any more: what they made in the source is to be dropped."""
+def unused(session: Session, connection_id: str | None = None) -> list[tuple[ChangeFeed, Connection]]:
+    """Feeds (or that of one connection) that no table is followed by any more: what they made in the source is to go."""
     used = select(VectorTable.id).where(
         VectorTable.connection_id == ChangeFeed.connection_id, _is_cdc, ~VectorTable.paused
     )
     statement = select(ChangeFeed, Connection).join(Connection).where(~used.exists())
+    if connection_id is not None:
+        statement = statement.where(ChangeFeed.connection_id == connection_id)
     return [(feed, connection) for feed, connection in session.execute(statement)]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from types import MappingProxyType
 
 import dagster as dg
 from pydantic import Field
@@ -27,7 +28,10 @@ from embedd_dagster.errors import CatalogUnavailable, ConfigurationError
 
 _INTERVAL_SECONDS = 2
 _LONGEST_START = timedelta(minutes=3)
-"""A run that owns no feed for longer than this is not starting any more."""
+"""A run that owns no feed for longer than this is neither starting nor ending any more."""
+
+_unowned_since: dict[str, datetime] = {}
+"""When each run in flight was first seen without a feed of its own, as this process remembers."""
 
 
 class FollowConfig(dg.Config):
@@ -113,12 +117,18 @@ def plan_followers(
     *,
     stale_after: timedelta,
     renew_after: timedelta,
+    unowned_since: Mapping[str, datetime] = MappingProxyType({}),
 ) -> FollowerPlan:
     """One living run for each connection that is to be followed; a second one where the first is to be renewed. Pure.
 
-    Runs of connections that are not to be followed any more end by themselves.
+    Runs of connections that are not to be followed any more end by themselves, and so do those that were replaced: they are
+    given the time for it since they were first seen without their feed (`unowned_since`, by run id).
     """
-    dead = tuple(run for run in runs if _is_dead(run, feeds.get(run.connection_id), instant, stale_after))
+    dead = tuple(
+        run
+        for run in runs
+        if _is_dead(run, feeds.get(run.connection_id), instant, stale_after, unowned_since.get(run.run_id))
+    )
     launches = []
     for connection_id in sorted(to_follow):
         feed = feeds.get(connection_id)
@@ -135,10 +145,12 @@ def _is_to_renew(run: FollowerRun, feed: ChangeFeed, before: datetime) -> bool:
     return feed.dagster_run_id == run.run_id and feed.claimed_at is not None and feed.claimed_at <= before
 
 
-def _is_dead(run: FollowerRun, feed: ChangeFeed | None, instant: datetime, stale_after: timedelta) -> bool:
+def _is_dead(
+    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, stale_after: timedelta, unowned_since: datetime | None
+) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
         return instant - feed.heartbeat_at > stale_after
-    return instant - run.created_at > _LONGEST_START
+    return instant - max(run.created_at, unowned_since or run.created_at) > _LONGEST_START
 
 
 @dg.sensor(
@@ -166,6 +178,7 @@ def keep_following(
     except (CatalogUnavailable, ConfigurationError) as error:
         return dg.SkipReason(f"{error.message} {error.resolution}")
     settings = runtime.settings
+    _note_unowned(runs, feeds, instant)
     planned = plan_followers(
         to_follow,
         feeds,
@@ -173,11 +186,21 @@ def keep_following(
         instant,
         stale_after=timedelta(seconds=settings.stale_after_seconds),
         renew_after=timedelta(seconds=settings.follow_renew_seconds),
+        unowned_since=_unowned_since,
     )
     for run in planned.dead:
         _bury(instance, run, log)
     requests = [_request(instance, launch) for launch in planned.launches]
     return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("Whatever is to be followed is.")
+
+
+def _note_unowned(runs: Sequence[FollowerRun], feeds: Mapping[str, ChangeFeed], instant: datetime) -> None:
+    owners = {feed.dagster_run_id for feed in feeds.values()}
+    unowned = {run.run_id for run in runs} - owners
+    for run_id in _unowned_since.keys() - unowned:
+        del _unowned_since[run_id]
+    for run_id in unowned:
+        _unowned_since.setdefault(run_id, instant)
 
 
 def _runs_in_flight(instance: dg.DagsterInstance) -> list[FollowerRun]:

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import change_feeds
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, RunCancelled, RunSuperseded, TransientError
+from embedd_dagster.postgresql import patience
 
 
 class LogTooLong(EmbeddError):
@@ -113,7 +114,8 @@ class FeedLease:
     def _look_at_lag(self) -> str | None:
         """What is wrong at this moment, if anything."""
         try:
-            self.lag_bytes = self._lag_bytes()
+            with patience(self._settings.heartbeat_seconds):  # a source that hangs must not keep the heartbeat back
+                self.lag_bytes = self._lag_bytes()
         except EmbeddError as error:
             return self.trouble or error.message
         limit = self._settings.cdc_max_lag_bytes

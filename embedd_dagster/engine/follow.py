@@ -15,6 +15,7 @@ from typing import Final
 
 from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine.feed_lease import FeedLease, LogTooLong
 from embedd_dagster.engine.follow_reports import FollowReport, Reports
 from embedd_dagster.engine.followed_table import Following
@@ -32,7 +33,7 @@ from embedd_dagster.errors import (
     SourceUnavailable,
     TransientError,
 )
-from embedd_dagster.sources.changes import Attachment, ChangeFeed
+from embedd_dagster.sources.changes import Attachment, ChangeFeed, FollowedTable
 
 _KEYS_A_BATCH: Final = 1_000
 _ATTACH_SECONDS: Final = 5.0
@@ -76,6 +77,11 @@ def follow(
         lease.end(trouble)
 
 
+def _address(connection: Connection) -> tuple[object, ...]:
+    """What says which log a connection leads to."""
+    return tuple(connection.settings.get(name) for name in ("host", "port", "database"))
+
+
 class Follower:
     """One run's following of one connection."""
 
@@ -102,6 +108,8 @@ class Follower:
         self._reports = Reports(report)
         self._tables = FollowedTables(Following(self._opened, lease.fenced, lease.check, log), lease, self._reports)
         self._position = lease.known_position
+        self._joined: set[FollowedTable] = set()
+        """Tables that joined since that was last recorded: the source tells it once."""
         self._confirmed_at = self._caught_up_at = time.monotonic()
 
     def close(self) -> None:
@@ -116,9 +124,10 @@ class Follower:
         """Follows; why it has ended."""
         self._lease.begin(self._feed.lag_bytes)
         attached_at: float | None = None
-        outage_wait = 0.0
+        outage_wait = wait = 0.0
         while True:
             try:
+                self._pause(wait)
                 self._lease.check()
                 if attached_at is None or time.monotonic() - attached_at > _ATTACH_SECONDS:
                     if reason := self._attach():
@@ -129,20 +138,19 @@ class Follower:
                 self._reports.send_due(self._tables.by_id, self._lease)
             except ChangeFeedLost as error:
                 self._log(f"{error.message} Beginning anew.")
-                attached_at = None
+                attached_at, wait = None, 0.0
             except LogTooLong as error:
                 self._give_up_log(error)
-                attached_at = None
+                attached_at, wait = None, 0.0
             except (SourceUnavailable, CatalogUnavailable) as error:
                 # it comes back, or there is nothing to do for any run: meanwhile the source keeps its log
                 outage_wait = min(max(0.5, outage_wait * 2), _LONGEST_OUTAGE_WAIT_SECONDS)
                 self._lease.trouble = error.message
                 self._log(f"{error.message} Trying again in {outage_wait:g} seconds.")
-                self._pause(outage_wait)
-                attached_at = None
+                attached_at, wait = None, outage_wait
             else:
                 outage_wait, self._lease.trouble = 0.0, None
-                self._pause(max(self._settings.follow_poll_seconds, self._tables.gathering_seconds))
+                wait = max(self._settings.follow_poll_seconds, self._tables.gathering_seconds)
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -152,10 +160,13 @@ class Follower:
 
     def _attach(self) -> str | None:
         """Sees to it that the tables of now are followed; a reason to end where there are none."""
-        with self._lease.transaction() as session:
+        # fenced: to a run that was replaced unnoticed, its successor's slot looks like one that somebody has moved
+        with self._lease.fenced() as session:
             connection = connections.find(session, self._lease.connection_id)
             rows = change_feeds.followed(session, self._lease.connection_id)
         if connection is None or connection.updated_at != self._connection.updated_at:
+            if connection is not None and _address(connection) != _address(self._connection):
+                self._leave_server()
             return "The connection was changed: another run goes on with it."
         self._tables.take_up(rows)
         if not rows:
@@ -165,12 +176,24 @@ class Follower:
                 change_feeds.remove(session, self._lease.connection_id)
             return "No table of this connection is to be followed any more."
         attachment = self._feed.attach(self._tables.sources, self._position)
+        self._joined.update(attachment.joined)
         self._record(attachment)
+        self._joined.clear()
         return None
+
+    def _leave_server(self) -> None:
+        """Drops slot and publication of a server that the connection leads to no more: it would keep its log for ever."""
+        try:
+            self._feed.drop()
+        except EmbeddError as error:
+            name = self._lease.feed_name
+            self._log(
+                f"{error.message} Run SELECT pg_drop_replication_slot('{name}') where the connection led to before."
+            )
 
     def _record(self, attachment: Attachment) -> None:
         begins_anew = self._position is None or attachment.lost is not None
-        joined = self._tables.ids(attachment.joined)
+        joined = self._tables.ids(self._joined)
         refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
         kept = [key for key in self._tables.by_id if key not in refused]
         with self._lease.fenced() as session:

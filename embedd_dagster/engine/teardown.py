@@ -11,6 +11,9 @@ from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
+from embedd_dagster.postgresql import patience
+
+_DROP_SECONDS = 10.0
 
 Attempt = Callable[[str, str, Callable[[], bool]], bool]
 """Tries one drop, or leaves it for another time: what it is of, in which place, and what drops it; whether it was dropped.
@@ -69,7 +72,13 @@ def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
         with runtime.catalog.transaction() as session:
             if change_feeds.find(session, connection.id, lock=True) is None:
                 return False
-            with runtime.open_source(connection) as source, source.change_feed(name) as opened:
+            if not change_feeds.unused(session, connection.id):  # a table is followed again by now
+                return False
+            with (
+                patience(_DROP_SECONDS),
+                runtime.open_source(connection) as source,
+                source.change_feed(name) as opened,
+            ):
                 opened.drop()
             change_feeds.remove(session, connection.id)
     except EmbeddError as error:

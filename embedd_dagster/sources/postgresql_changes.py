@@ -148,7 +148,11 @@ class PostgresChangeFeed:
             standing = read_standing(connection, self._name)
             self._require_followed(connection, standing)
             end = standing.end or 0
-            given = self._confirmed = (standing.slot.confirmed if standing.slot else None) or 0
+            begins_at = (standing.slot.confirmed if standing.slot else None) or 0
+            if begins_at > self._confirmed:
+                # nobody but us confirms: what lies between would never be read
+                raise ChangeFeedLost(f"{slot_label(self._name, self._server)} was moved on by somebody else.")
+            given = self._confirmed = begins_at
         if end <= max(given, self._quiet_to):
             yield ChangeBatch(position=max(given, end))
             return

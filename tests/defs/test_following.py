@@ -17,12 +17,20 @@ def _feed(**values: Any) -> ChangeFeed:
     return ChangeFeed(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
 
 
-def _plan(*runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True) -> FollowerPlan:
+def _plan(
+    *runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True, unowned_since: datetime | None = None
+) -> FollowerPlan:
     feeds = {} if feed is None else {"conn_a": feed}
     wanted = ["conn_a"] if follow else []
     return plan_followers(
-        wanted, feeds, runs, NOW, stale_after=timedelta(seconds=30), renew_after=timedelta(hours=6)
-    )  # fmt: skip
+        wanted,
+        feeds,
+        runs,
+        NOW,
+        stale_after=timedelta(seconds=30),
+        renew_after=timedelta(hours=6),
+        unowned_since={} if unowned_since is None else {"r1": unowned_since},
+    )
 
 
 def test_a_connection_to_follow_gets_a_run() -> None:
@@ -46,6 +54,13 @@ def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
 
 def test_a_run_that_never_claimed_its_feed_is_buried() -> None:
     assert _plan(RUN, feed=_feed(dagster_run_id=None)).dead == (RUN,)
+
+
+def test_a_run_that_was_replaced_is_given_the_time_to_end() -> None:
+    successor = FollowerRun("r2", "conn_a", NOW - timedelta(minutes=1))
+    theirs = _feed(dagster_run_id="r2")
+    assert _plan(RUN, successor, feed=theirs, unowned_since=NOW - timedelta(seconds=20)) == FollowerPlan()
+    assert _plan(RUN, successor, feed=theirs, unowned_since=NOW - timedelta(minutes=4)).dead == (RUN,)
 
 
 def test_after_a_bad_end_the_next_run_waits() -> None:

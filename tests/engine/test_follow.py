@@ -604,3 +604,52 @@ def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple
     product.provider.behave(fail_every=0)
     eventually(lambda: _settled(product))
     eventually(_is_true(product))
+
+
+@ONE_STORE
+def test_a_log_that_gets_too_long_while_changes_are_gathered_is_given_up(
+    followed: tuple[Product, RunningFollower],
+) -> None:
+    product, follower = followed
+    follower.stop()
+    product.runtime.settings.__dict__.update(follow_poll_seconds=60, heartbeat_seconds=0.2)
+    with _follower(product) as gathering:
+        eventually(lambda: gathering.log or (_feed(product) or ChangeFeed()).lag_bytes is not None)
+        product.sql("CREATE TABLE filler AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n")
+        product.runtime.settings.__dict__.update(cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True)
+        eventually(lambda: _is_owed(product))
+        product.runtime.settings.__dict__.update(cdc_max_lag_bytes=0)
+        assert "of its log" in (product.table().last_error or "")
+        assert gathering.error is None
+
+
+@ONE_STORE
+def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_at_once(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, _follower = followed
+    original, away = change_feeds.set_followed, iter([True])
+
+    def set_followed(session: Any, connection_id: str, kept: Any, joined: Any) -> Any:
+        if joined and next(away, False):
+            raise CatalogUnavailable("The catalog database does not answer.")
+        return original(session, connection_id, kept, joined)
+
+    monkeypatch.setattr(change_feeds, "set_followed", set_followed)
+    publication = product.sql("SELECT pubname FROM pg_publication")[0][0]
+    product.sql(f'ALTER PUBLICATION "{publication}" DROP TABLE products')
+    product.sql(INSERT, 9900)
+    eventually(lambda: _is_owed(product))
+    eventually(lambda: _settled(product))
+    eventually(_is_true(product))
+    assert next(away, None) is None
+
+
+@ONE_STORE
+def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple[Product, RunningFollower]) -> None:
+    product, follower = followed
+    assert _slots(product)
+    _use(product, host="localhost")
+    follower.join()
+    assert "was changed" in (follower.reason or "")
+    assert _slots(product) == []

@@ -956,6 +956,8 @@ class TestLost:
             admin.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
         else:
             admin.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [name])
+        with pytest.raises(ChangeFeedLost, match="moved on"):  # what lies between would never be read
+            follower.read()
         attachment = follower.attach()
         assert attachment.joined == {T}
         assert "moved on" in (attachment.lost or "")
