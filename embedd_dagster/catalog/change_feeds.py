@@ -24,6 +24,7 @@ from embedd_dagster.errors import RunSuperseded
 
 _FIRST_DELAY: Final = timedelta(seconds=5)
 _LONGEST_DELAY: Final = timedelta(minutes=5)
+_MOST_DOUBLINGS: Final = 10  # far beyond the longest delay; a timedelta has an end
 _GOOD_RUN: Final = timedelta(minutes=5)
 _LIVE: Final = tuple(status.value for status in LIVE_TASK_STATUSES)
 _is_cdc = and_(VectorTable.sync_mode == SyncMode.CDC.value, VectorTable.deleted_at.is_(None))
@@ -116,7 +117,7 @@ def end(session: Session, connection_id: str, run_id: str, error: str | None) ->
         feed.failures, feed.next_start_at = 0, None
         return
     feed.failures = 1 if lasted > _GOOD_RUN else feed.failures + 1
-    feed.next_start_at = instant + min(_FIRST_DELAY * 2 ** (feed.failures - 1), _LONGEST_DELAY)
+    feed.next_start_at = instant + min(_FIRST_DELAY * 2 ** min(feed.failures - 1, _MOST_DOUBLINGS), _LONGEST_DELAY)
     feed.last_error, feed.last_error_at = error, instant
 
 

@@ -70,7 +70,7 @@ def follow(
     except Exception as error:
         trouble = describe(error)
         if isinstance(error, PermanentError):
-            with lease.fenced() as session:
+            with suppress(RunSuperseded, CatalogUnavailable), lease.fenced() as session:  # what is told is the error
                 change_feeds.stop_following(session, connection_id, trouble)
         raise
     finally:

@@ -145,6 +145,7 @@ class FollowedTables:
             } - failed.keys()
             noted = {key for key in again if key in self._tables and self._noted.add(key, changed[key])}
             owed = (again - noted) | {key for key, chosen in treatments.items() if chosen is Treatment.OWE}
+            owed |= wanted - counts.keys() - failed.keys() - noted  # paused in the moment of a swap
             resyncs.request(session, noted, "A task was at work.", held_by=self._lease.run_id)
             resyncs.request(session, owed, "Its changes could not be followed.")
             resyncs.request(session, failed, "Its changes could not be applied.")
@@ -167,7 +168,7 @@ class FollowedTables:
         futures: dict[str, Future[RowCounts]] = {
             key: self._workers.submit(self._tables[key].write, keys)
             for key, keys in wanted.items()
-            if key in self._tables  # else it was paused or deleted, and the state after says so
+            if key in self._tables  # else it was paused or deleted just now
         }
         wait(futures.values())
         counts, failed = dict[str, RowCounts](), dict[str, Exception]()

@@ -129,6 +129,7 @@ class Publisher:
         done: Published,
     ) -> None:
         if publication.is_ours:
+            self._stamps = {}  # all join, also where we fail before that is told
             connection.execute(self._alter("SET ({})", _listed(lacking)))
             done.joined.update(one.table for one in wanted)
             return

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 
 import pytest
 
-from embedd_dagster.catalog import connections, environments, resyncs, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import change_feeds, connections, environments, resyncs, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
-from embedd_dagster.catalog.tables import VectorSetRow, VectorTable
+from embedd_dagster.catalog.tables import ChangeFeed, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import SyncStatus, TaskType, VectorSetState
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode, SyncMode, VectorConfiguration
@@ -185,3 +186,18 @@ def test_what_is_noted_at_the_moment_the_sync_begins_is_held(table: _Table) -> N
     noting.join()
     table.end(task_id, "completed")
     assert table.row.resync_held_by == "follower"
+
+
+def test_the_hundredth_bad_end_in_a_row_delays_like_the_tenth(table: _Table) -> None:
+    with table.catalog.transaction() as session:
+        connection_id = vector_tables.find(session, table.id).connection_id  # type: ignore[union-attr]
+        feed = ChangeFeed(connection_id=connection_id, name="f", failures=99, created_at=now())
+        feed.dagster_run_id, feed.claimed_at = "run", now()
+        session.add(feed)
+    with table.catalog.transaction() as session:
+        change_feeds.end(session, connection_id, "run", "The password is wrong.")
+    with table.catalog.transaction() as session:
+        ended = change_feeds.find(session, connection_id)
+        assert ended is not None
+        assert ended.next_start_at is not None
+        assert timedelta(minutes=4) < ended.next_start_at - now() <= timedelta(minutes=5)
