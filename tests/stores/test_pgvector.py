@@ -20,6 +20,7 @@ from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, Vector
 from embedd_dagster.stores import open_platform_store, pgvector_database, pgvector_index, pgvector_search
 from embedd_dagster.stores.pgvector import PgvectorStore, platform_vector_ref, table_name
 from embedd_dagster.stores.pgvector_filters import compile_filter
+from embedd_dagster.stores.pgvector_objects import Place
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
@@ -305,13 +306,13 @@ def test_too_little_memory_for_a_parallel_build_is_lived_with(
     real, modest = pgvector_index._build, []
 
     def short_of_memory(
-        connection: Connection, index: sql.Identifier, statement: sql.Composed, settings: dict[str, str]
+        connection: Connection, place: Place, suffix: str, method: sql.Composable, settings: dict[str, str]
     ) -> None:
         if "maintenance_work_mem" in settings:
-            statement = sql.SQL("DO $$ BEGIN RAISE disk_full; END $$").format()
-        else:
+            method = sql.SQL("(bucket); DO $$ BEGIN RAISE disk_full; END $$")
+        elif settings:
             modest.append(settings)
-        real(connection, index, statement, settings)
+        real(connection, place, suffix, method, settings)
 
     monkeypatch.setattr(pgvector_index, "_build", short_of_memory)
     vector_set = built(store, new_set(), batch(list(range(10))))

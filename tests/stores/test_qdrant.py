@@ -236,7 +236,7 @@ def test_a_server_that_does_not_know_an_index_setting_is_asked_without_it() -> N
             return httpx.Response(400, json={"status": {"error": "Format error in JSON body: unknown field"}})
         return ok({})
 
-    opened(handler).create(SET)
+    opened(handler).index_buckets(SET)
     plain = [schema for schema in asked if isinstance(schema, str)]
     assert plain[0] == "integer"
     assert len(plain) == len(asked) / 2
