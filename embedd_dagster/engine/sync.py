@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.vector_sets import RowFailure
-from embedd_dagster.core.changes import plan_changes
+from embedd_dagster.core.changes import ChangePlan, plan_changes
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
@@ -104,17 +104,16 @@ def apply_changes(
     failed = _failed_rows(work, vector_set, digest.bits)
     for group in _bucket_groups(row_count, digest.bits, buckets):
         left_out = [row for bucket in (failed if group is None else group) for row in failed.get(bucket, ())]
-        plan = work.patiently(
-            lambda group=group, left_out=left_out: plan_changes(  # type: ignore[misc]
-                reader.fingerprints(digest.bits, group),
-                chain(left_out, work.store.fingerprints(vector_set, digest.bits, group)),
-            )
-        )
+
+        def compare(group: list[int] | None = group, left_out: list[Fingerprint] = left_out) -> ChangePlan:
+            stored = work.store.fingerprints(vector_set, digest.bits, group)
+            return plan_changes(reader.fingerprints(digest.bits, group), chain(left_out, stored))
+
+        plan = work.patiently(compare)
         if most_deleted is not None and total.deleted + len(plan.deleted) > most_deleted:
-            raise MassDeleteRefused(
-                f"More than half of {row_count} rows went from the source while it was being read: that is not mirrored"
-                " without a confirmation."
-            )
+            # emptied since its digest was taken; or the set has what the source never had, as after a restore
+            refuse_mass_delete(work, live, work.patiently(reader.count))
+            plan = work.patiently(compare)
         total.add(write_keys(work, reader, pipeline, vector_set, [row.key for row in plan.changed]))
         if plan.deleted:
             _delete(work, vector_set, plan.deleted)

@@ -8,6 +8,7 @@ from itertools import count
 import pytest
 
 from embedd_dagster.catalog import vector_sets
+from embedd_dagster.catalog.tables import VectorSetRow
 from embedd_dagster.core.rows import TableDigest
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.errors import MassDeleteRefused
@@ -74,6 +75,24 @@ def test_a_full_sync_heals_a_store_that_was_tampered_with(built: Product) -> Non
     assert built.run(TaskType.SYNC).rows_read == 0, "the source did not change"
     assert built.run(TaskType.SYNC, full=True).rows_read == 3
     built.assert_true_to_source()
+
+
+def test_a_full_sync_heals_a_store_that_has_more_than_the_source_ever_had(built: Product) -> None:
+    built.sql("INSERT INTO products SELECT n, 'more ' || n, 'x', 'red', 1 FROM generate_series(1000, 1999) n")
+    built.run(TaskType.SYNC)
+    built.sql("DELETE FROM products WHERE id >= 1000")
+    row = _set_back(built)
+    assert row.row_count == 500
+    built.run(TaskType.SYNC, full=True)
+    built.assert_true_to_source()
+
+
+def _set_back(built: Product) -> VectorSetRow:
+    """The catalog as it was before the other thousand came: a store that was restored from another time."""
+    with built.runtime.catalog.transaction() as session:
+        row = vector_sets.get(session, built.vector_table_id, 1)
+        row.row_count = 500
+        return row
 
 
 def test_every_so_manieth_sync_heals_by_itself(built: Product) -> None:
