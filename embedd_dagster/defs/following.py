@@ -6,7 +6,7 @@ The run writes one materialization a vector table and minute at most, with what 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from types import MappingProxyType
 
 import dagster as dg
@@ -17,6 +17,7 @@ from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.materialization import describe_follow_report
+from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import told_to_stop
@@ -27,11 +28,10 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError
 
 _INTERVAL_SECONDS = 2
-_LONGEST_START = timedelta(minutes=3)
+_LONGEST_IDLE_SECONDS = 180.0
 """A run that owns no feed for longer than this is neither starting nor ending any more."""
 
-_unowned_since: dict[str, datetime] = {}
-"""When each run in flight was first seen without a feed of its own, as this process remembers."""
+_memory = Memory()
 
 
 class FollowConfig(dg.Config):
@@ -90,7 +90,6 @@ class FollowerRun:
 
     run_id: str
     connection_id: str
-    created_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +116,17 @@ def plan_followers(
     *,
     stale_after: timedelta,
     renew_after: timedelta,
-    unowned_since: Mapping[str, datetime] = MappingProxyType({}),
+    idle_seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> FollowerPlan:
     """One living run for each connection that is to be followed; a second one where the first is to be renewed. Pure.
 
     Runs of connections that are not to be followed any more end by themselves, and so do those that were replaced: they are
-    given the time for it since they were first seen without their feed (`unowned_since`, by run id).
+    given the time for it since they were first seen without a feed of their own (`idle_seconds`, by run id).
     """
     dead = tuple(
         run
         for run in runs
-        if _is_dead(run, feeds.get(run.connection_id), instant, stale_after, unowned_since.get(run.run_id))
+        if _is_dead(run, feeds.get(run.connection_id), instant, stale_after, idle_seconds.get(run.run_id, 0.0))
     )
     launches = []
     for connection_id in sorted(to_follow):
@@ -146,11 +145,11 @@ def _is_to_renew(run: FollowerRun, feed: ChangeFeed, before: datetime) -> bool:
 
 
 def _is_dead(
-    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, stale_after: timedelta, unowned_since: datetime | None
+    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, stale_after: timedelta, idle_seconds: float
 ) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
         return instant - feed.heartbeat_at > stale_after
-    return instant - max(run.created_at, unowned_since or run.created_at) > _LONGEST_START
+    return idle_seconds > _LONGEST_IDLE_SECONDS
 
 
 @dg.sensor(
@@ -178,7 +177,7 @@ def keep_following(
     except (CatalogUnavailable, ConfigurationError) as error:
         return dg.SkipReason(f"{error.message} {error.resolution}")
     settings = runtime.settings
-    _note_unowned(runs, feeds, instant)
+    unowned = {run.run_id for run in runs} - {feed.dagster_run_id for feed in feeds.values()}
     planned = plan_followers(
         to_follow,
         feeds,
@@ -186,7 +185,7 @@ def keep_following(
         instant,
         stale_after=timedelta(seconds=settings.stale_after_seconds),
         renew_after=timedelta(seconds=settings.follow_renew_seconds),
-        unowned_since=_unowned_since,
+        idle_seconds=_memory.note_idle(unowned, time.monotonic()),
     )
     for run in planned.dead:
         _bury(instance, run, log)
@@ -194,19 +193,10 @@ def keep_following(
     return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("Whatever is to be followed is.")
 
 
-def _note_unowned(runs: Sequence[FollowerRun], feeds: Mapping[str, ChangeFeed], instant: datetime) -> None:
-    owners = {feed.dagster_run_id for feed in feeds.values()}
-    unowned = {run.run_id for run in runs} - owners
-    for run_id in _unowned_since.keys() - unowned:
-        del _unowned_since[run_id]
-    for run_id in unowned:
-        _unowned_since.setdefault(run_id, instant)
-
-
 def _runs_in_flight(instance: dg.DagsterInstance) -> list[FollowerRun]:
     wanted = dg.RunsFilter(job_name=follow_job.name, statuses=sorted(IN_FLIGHT, key=lambda status: status.value))
     return [
-        FollowerRun(record.dagster_run.run_id, connection_id, record.create_timestamp.replace(tzinfo=UTC))
+        FollowerRun(record.dagster_run.run_id, connection_id)
         for record in instance.get_run_records(wanted)
         if (connection_id := record.dagster_run.tags.get(CONNECTION_TAG)) is not None
     ]

@@ -9,7 +9,7 @@ from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.following import FollowerPlan, FollowerRun, Launch, plan_followers
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
-RUN = FollowerRun("r1", "conn_a", NOW - timedelta(minutes=10))
+RUN = FollowerRun("r1", "conn_a")
 
 
 def _feed(**values: Any) -> ChangeFeed:
@@ -18,7 +18,7 @@ def _feed(**values: Any) -> ChangeFeed:
 
 
 def _plan(
-    *runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True, unowned_since: datetime | None = None
+    *runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True, idle_seconds: float = 0.0
 ) -> FollowerPlan:
     feeds = {} if feed is None else {"conn_a": feed}
     wanted = ["conn_a"] if follow else []
@@ -29,7 +29,7 @@ def _plan(
         NOW,
         stale_after=timedelta(seconds=30),
         renew_after=timedelta(hours=6),
-        unowned_since={} if unowned_since is None else {"r1": unowned_since},
+        idle_seconds={"r1": idle_seconds},
     )
 
 
@@ -42,9 +42,8 @@ def test_a_run_that_lives_is_left_alone() -> None:
 
 
 def test_a_run_that_is_starting_is_waited_for() -> None:
-    starting = FollowerRun("r1", "conn_a", NOW - timedelta(seconds=20))
-    assert _plan(starting) == FollowerPlan()
-    assert _plan(starting, feed=_feed(dagster_run_id=None, heartbeat_at=None)) == FollowerPlan()
+    assert _plan(RUN, idle_seconds=20) == FollowerPlan()
+    assert _plan(RUN, feed=_feed(dagster_run_id=None, heartbeat_at=None), idle_seconds=20) == FollowerPlan()
 
 
 def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
@@ -53,14 +52,14 @@ def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
 
 
 def test_a_run_that_never_claimed_its_feed_is_buried() -> None:
-    assert _plan(RUN, feed=_feed(dagster_run_id=None)).dead == (RUN,)
+    assert _plan(RUN, feed=_feed(dagster_run_id=None), idle_seconds=240).dead == (RUN,)
 
 
 def test_a_run_that_was_replaced_is_given_the_time_to_end() -> None:
-    successor = FollowerRun("r2", "conn_a", NOW - timedelta(minutes=1))
+    successor = FollowerRun("r2", "conn_a")
     theirs = _feed(dagster_run_id="r2")
-    assert _plan(RUN, successor, feed=theirs, unowned_since=NOW - timedelta(seconds=20)) == FollowerPlan()
-    assert _plan(RUN, successor, feed=theirs, unowned_since=NOW - timedelta(minutes=4)).dead == (RUN,)
+    assert _plan(RUN, successor, feed=theirs, idle_seconds=20) == FollowerPlan()
+    assert _plan(RUN, successor, feed=theirs, idle_seconds=240).dead == (RUN,)
 
 
 def test_after_a_bad_end_the_next_run_waits() -> None:
@@ -72,7 +71,7 @@ def test_after_a_bad_end_the_next_run_waits() -> None:
 def test_an_old_run_gets_one_successor_while_it_goes_on() -> None:
     old = _feed(claimed_at=NOW - timedelta(hours=7))
     assert _plan(RUN, feed=old) == FollowerPlan((Launch("conn_a", behind="r1"),))
-    successor = FollowerRun("r2", "conn_a", NOW)
+    successor = FollowerRun("r2", "conn_a")
     assert _plan(RUN, successor, feed=old) == FollowerPlan()
 
 
