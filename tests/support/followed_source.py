@@ -1,0 +1,88 @@
+"""A source that is followed, apart from the engine: a feed, what it gave, and what is asked of the server beside it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import conninfo_to_dict
+
+from embedd_dagster.errors import (
+    EmbeddError,
+)
+from embedd_dagster.sources.base import Source
+from embedd_dagster.sources.changes import Attachment, ChangeBatch, ChangeFeed, FollowedTable
+
+Admin = psycopg.Connection[Any]
+T = FollowedTable("t", "id")
+
+
+def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
+    parts = conninfo_to_dict(url)
+    return {
+        "host": parts["host"],
+        "port": int(str(parts["port"])),
+        "database": parts["dbname"],
+        "user": parts["user"],
+        "password": parts["password"],
+        **changes,
+    }
+
+
+class Follower:
+    """A feed with the position that a consumer keeps."""
+
+    def __init__(self, feed: ChangeFeed, *tables: FollowedTable) -> None:
+        self.feed = feed
+        self.tables = tables
+        self.position: int | None = None
+
+    def attach(self) -> Attachment:
+        attachment = self.feed.attach(self.tables, self.position)
+        if self.position is None or attachment.lost:
+            self.position = attachment.position
+        return attachment
+
+    def read(self, *, max_keys: int = 1000, confirm: bool = True) -> list[ChangeBatch]:
+        batches = list(self.feed.read(max_keys=max_keys))
+        assert batches[-1].position is not None
+        if confirm:
+            self.position = batches[-1].position
+            self.feed.confirm(self.position)
+        return batches
+
+    def keys(self, table: FollowedTable = T) -> list[Any]:
+        batches = self.read()
+        assert not any(batch.broken or batch.truncated for batch in batches)
+        assert all(other in (*self.tables, table) for batch in batches for other in batch.keys)
+        return [key for batch in batches for key in batch.keys.get(table, [])]
+
+
+def one(connection: Admin, statement: str, *parameters: Any) -> Any:
+    row = connection.execute(statement, parameters).fetchone()
+    return row[0] if row else None
+
+
+def published(admin: Admin, name: str) -> set[str]:
+    rows = admin.execute("SELECT tablename FROM pg_publication_tables WHERE pubname = %s", [name]).fetchall()
+    return {row[0] for row in rows}
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def statements_of(error: EmbeddError) -> str:
+    return error.resolution.partition("administrator: ")[2]
+
+
+def refusal(source: Source, table: FollowedTable) -> EmbeddError:
+    with pytest.raises(EmbeddError) as caught:
+        source.check_followable(table)
+    return caught.value
