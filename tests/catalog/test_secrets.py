@@ -48,7 +48,9 @@ def test_old_keys_decrypt_and_the_first_encrypts() -> None:
         SecretBox([NEW]).open(sealed, row_id="r")
 
 
-@pytest.mark.parametrize("key", ["", "short", "AAAA", "not base64 !!", OLD[:-4]])
+@pytest.mark.parametrize(
+    "key", ["", "short", "AAAA", "not base64 !!", OLD[:-4]], ids=["empty", "short", "4", "no base64", "cut"]
+)
 def test_a_key_that_is_none_is_named_by_its_place(key: str) -> None:
     with pytest.raises(ConfigurationError, match="Key 2"):
         SecretBox([OLD, key])
