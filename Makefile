@@ -26,8 +26,9 @@ up: setup  ## the stack, until Ctrl-C
 down: setup  ## stop what `make up` started
 	@$(BIN)/embedd down
 
+# a file's tests stay together, for the servers they share; each process has a PostgreSQL and a Qdrant of its own
 test: setup  ## every test
-	@$(BIN)/pytest
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 check: lint test  ## what CI runs
 
