@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import hmac
 import os
 import signal
@@ -37,6 +38,7 @@ from embedd_dagster.local.qdrant_wire import RefusedError
 VERSION = "1.20.0"  # of the protocol: clients compare it with their own
 MAX_BODY_BYTES = 32 * 1024 * 1024  # Qdrant's `max_request_size_mb`, unless configured
 
+_ALLOCATIONS_A_COLLECTION = 100_000
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/livez"})
 _log = structlog.get_logger(__name__)
 
@@ -137,6 +139,9 @@ def main(arguments: list[str] | None = None) -> None:
         data=str(options.data),
         port=options.port,
     )
+    # a body is a thousand lists and dicts that are freed at its end: looking for cycles among them is for nothing
+    gc.freeze()
+    gc.set_threshold(_ALLOCATIONS_A_COLLECTION, *gc.get_threshold()[1:])
     uvicorn.run(
         create_app(catalog, api_key),
         host=options.host,

@@ -116,21 +116,21 @@ def parse_points(body: dict[str, Any], size: int) -> list[Any]:
             raise bad_form("data did not match any variant of untagged enum PointInsertOperations")
         if len(ids) != len(vectors) or (payloads is not None and len(payloads) != len(ids)):
             raise bad_input("Amount of ids, vectors and payloads does not match")
-        rows: Iterable[tuple[Any, Any, Any]] = zip(ids, vectors, payloads or [None] * len(ids), strict=True)
+        payloads = payloads or [None] * len(ids)
     elif isinstance(points := body.get("points"), list):
         try:
-            rows = [(point["id"], point["vector"], point.get("payload")) for point in points]
+            ids = [point["id"] for point in points]
+            vectors = [point["vector"] for point in points]
+            payloads = [point.get("payload") for point in points]
         except (KeyError, TypeError, AttributeError):
             raise bad_form("a point needs `id` and `vector`") from None
     else:
         raise bad_form("data did not match any variant of untagged enum PointInsertOperations")
-    built = []
-    for point_id, vector, payload in rows:
-        try:
-            built.append(edge.Point(parse_point_id(point_id), parse_vector(vector, size), payload))
-        except (TypeError, ValueError) as error:
-            raise bad_form(first_line(error)) from None
-    return built
+    vectors = [parse_vector(vector, size) for vector in vectors]
+    try:
+        return list(map(edge.Point, parse_point_ids(ids), vectors, payloads))
+    except (TypeError, ValueError) as error:
+        raise bad_form(first_line(error)) from None
 
 
 def render_filter(query_filter: models.Filter | None) -> Any | None:

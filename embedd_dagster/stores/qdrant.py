@@ -13,7 +13,7 @@ import numpy as np
 import orjson
 
 from embedd_dagster.core.filters import Filter
-from embedd_dagster.core.keys import Key, decode_key
+from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.stores.qdrant_filters import (
@@ -22,7 +22,7 @@ from embedd_dagster.stores.qdrant_filters import (
     compile_filter,
     payload_indexes,
 )
-from embedd_dagster.stores.qdrant_points import point_uuid, split_batch, upsert_body
+from embedd_dagster.stores.qdrant_points import point_uuid, read_key, split_batch, upsert_body
 from embedd_dagster.stores.qdrant_rest import READ_SECONDS, SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
@@ -166,7 +166,7 @@ class QdrantStore:
             raise VectorStoreUnavailable(f"The vectors that were asked were just replaced: {error.message}") from None
         hits = [
             Hit(
-                key=decode_key(point["payload"]["pk"]),
+                key=read_key(point["payload"]["pk"]),
                 similarity_score=point["score"],
                 metadata={column_name(key): value for key, value in point["payload"].get("metadata", {}).items()},
                 embedded_text=point["payload"]["embedded_text"],
@@ -266,7 +266,7 @@ class QdrantStore:
             page = self._points(vector_set, "POST", ("scroll",), body)
             for point in page["points"]:
                 payload = point["payload"]
-                yield Fingerprint(decode_key(payload["pk"]), payload["row_hash"], payload["bucket"])
+                yield Fingerprint(read_key(payload["pk"]), payload["row_hash"], payload["bucket"])
             if page["next_page_offset"] is None:
                 return
             body["offset"] = page["next_page_offset"]

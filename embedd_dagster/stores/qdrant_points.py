@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from embedd_dagster.core.embedded_text import clean_text
-from embedd_dagster.core.keys import Key, encode_key, point_id, point_ids
+from embedd_dagster.core.keys import Key, decode_key, encode_key, point_id, point_ids
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.stores.qdrant_filters import payload_key
 
@@ -18,11 +18,22 @@ BODY_BYTES: Final = 16 * 2**20
 _BYTES_PER_DIMENSION: Final = 13  # of a float32 in JSON, with its comma
 _BYTES_PER_CHARACTER: Final = 3  # in JSON: mostly one, at most six
 _BYTES_PER_COLUMN: Final = 28  # of metadata, beside its name: a number with its quotes, colon and comma
+_INTEGERS: Final = range(-(2**63), 2**63)  # of a payload; others would become floats
 
 
 def point_uuid(vector_set: VectorSet, key: Key) -> str:
     """The id of a key's point, as it goes over the wire."""
     return str(point_id(vector_set.vector_table_id, encode_key(key)))
+
+
+def stored_key(key: Key, encoded: str) -> int | str:
+    """The key as it is in the payload: an integer as such, anything else as type-tagged text."""
+    return key if type(key) is int and key in _INTEGERS else encoded
+
+
+def read_key(stored: int | str) -> Key:
+    """The key that `stored_key` gave this for."""
+    return stored if isinstance(stored, int) else decode_key(stored)
 
 
 def split_batch(vector_set: VectorSet, points: PointBatch) -> Iterator[slice]:
@@ -51,14 +62,15 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
     names = {name: payload_key(name) for name in set().union(*points.metadata[part])}
     payloads = [
         {
-            "pk": key,
+            "pk": stored_key(key, encoded),
             "embedded_text": text,
             "row_hash": row_hash,
             "text_hash": text_hash,
             "bucket": bucket,
             "metadata": {names[name]: value for name, value in metadata.items() if value is not None},
         }
-        for key, text, row_hash, text_hash, bucket, metadata in zip(
+        for key, encoded, text, row_hash, text_hash, bucket, metadata in zip(
+            points.keys[part],
             keys,
             points.texts[part],
             points.row_hashes[part],

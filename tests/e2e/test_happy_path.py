@@ -126,10 +126,7 @@ def _stored(embedd: Embedd, vector_table_id: str, mode: str) -> dict[int, tuple[
     path = f"/collections/{table['qdrant_collection']}/points/scroll"
     points = embedd.qdrant("POST", path, {"limit": 1000, "with_payload": True})["points"]
     payloads = [point["payload"] for point in points]
-    return {
-        int(payload["pk"].removeprefix("i:")): (payload["embedded_text"], payload["metadata"]["price"])
-        for payload in payloads
-    }
+    return {payload["pk"]: (payload["embedded_text"], payload["metadata"]["price"]) for payload in payloads}
 
 
 def test_a_change_of_metadata_alone_embeds_nothing(embedd: Embedd, eventually: Callable[..., Any]) -> None:

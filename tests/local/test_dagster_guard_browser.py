@@ -190,7 +190,8 @@ def test_a_link_from_elsewhere_opens_the_ui_with_the_session(tab, dagster, ports
     tab.open(f"http://{hostile_name}:{ports['hostile']}/leave?to={quote(page, safe='')}")
     tab.wait_for("document.title == 'ui 200 logs'")
     assert tab.evaluate("location.pathname + location.search") == "/runs/1?tab=logs"
-    assert dagster.reached == [
+    # an attack of an earlier test may still be arriving; those say what they are
+    assert [call for call in dagster.reached if call[2] in (None, "the ui")] == [
         ("GET", "/runs/1", None),
         ("POST", "/graphql", None),
         ("WEBSOCKET", "/graphql", "the ui"),
