@@ -26,6 +26,10 @@ def main(arguments: list[str]) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0)
         if os.getppid() != int(parent_pid):  # it died before the line above: no signal will come
             os.kill(os.getpid(), signal.SIGKILL)
+    # Ignored signals are inherited, and a shell's script ignores SIGINT for what it starts with `&`; Dagster then does what
+    # it does with SIGINT with SIGTERM, too: it would have to be killed.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     os.execv(command[0], command)  # noqa: S606 - replacing itself is its purpose
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -53,6 +54,20 @@ def test_a_crashed_child_is_restarted_and_that_is_told(supervisor, tmp_path):
     told = supervisor.describe()["child"]
     assert told["restart_count"] == 1
     assert "SIGKILL" in told["problem"]
+
+
+def test_a_child_of_one_that_ignores_signals_can_be_asked_to_stop(supervisor, tmp_path):
+    """As under a shell's script, which ignores SIGINT for what it starts with `&`."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        run(supervisor, child(tmp_path, code="import signal\nwhile True: signal.pause()"))
+        until(lambda: "pause" in " ".join(find(supervisor.pid("child")).cmdline()[:4]))
+        status = Path(f"/proc/{supervisor.pid('child')}/status").read_text()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+    assert not [number for number in before if ignored & 1 << number - 1]
 
 
 def test_a_child_that_cannot_run_is_given_up_with_its_last_words(supervisor, tmp_path):
