@@ -70,7 +70,7 @@ _WORDS = [
 def create_table(database_url: str, row_count: int, words: int = 66) -> None:
     """A fresh table of `row_count` rows: id, title, body (so many words), category, price. Built by the server itself."""
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(f"DROP TABLE IF EXISTS {TABLE}")
+        connection.execute(f"DROP TABLE IF EXISTS {TABLE} CASCADE")  # views of peers
         connection.execute(
             f"CREATE TABLE {TABLE} (id bigint PRIMARY KEY, title text, body text, category text, price numeric(10, 2))"
         )

@@ -8,6 +8,7 @@ from statistics import median
 
 from benchmarks import data, memory, peers, reference, scaling, scenarios
 from benchmarks.ours import Bench, without_index
+from benchmarks.peers import scenarios as peer_scenarios
 from benchmarks.results import earlier, record, spread, table
 from benchmarks.servers import Servers, open_servers
 from embedd_dagster.core.vector_table import Mode
@@ -130,7 +131,9 @@ def main() -> None:
                             )
                             record_engine(results, "make bench")
         if options.peers is not None or "peers" in options.only:
-            peers.measure(servers, min(options.rows), options.peers or peers.NAMES)
+            names = options.peers or peers.NAMES
+            peers.measure(servers, min(options.rows), names)
+            peer_scenarios.measure(servers, min(options.rows), names)
         if "scenarios" in options.only:
             scenarios.measure(servers, min(options.rows))
         if "scaling" in options.only:

@@ -1,8 +1,9 @@
 """CocoIndex 1: a component a row, embedding in batches of its own function, into a PostgreSQL table target."""
 
+import asyncio
 import json
 import os
-import tempfile
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from openai import AsyncOpenAI
 
 URL = os.environ["DATABASE_URL"]
+NAME = os.environ["TARGET"]
 PG = coco.ContextKey[asyncpg.Pool]("bench_pg")
 client = AsyncOpenAI(api_key="sk-bench", base_url=os.environ["OPENAI_BASE_URL"])
 
@@ -32,7 +34,7 @@ class Row:
 
 @coco.lifespan
 async def lifespan(builder: coco.EnvironmentBuilder):
-    builder.settings.db_path = Path(tempfile.mkdtemp()) / "coco.db"
+    builder.settings.db_path = Path(os.environ["STATE_DIR"]) / "coco.db"
     async with asyncpg.create_pool(URL) as pool:
         builder.provide(PG, pool)
         yield
@@ -53,9 +55,7 @@ async def process(row: dict, target: postgres.TableTarget[Row]) -> None:
 
 @coco.fn
 async def main() -> None:
-    target = await postgres.mount_table_target(
-        PG, "bench_cocoindex", await postgres.TableSchema.from_class(Row, ["id"])
-    )
+    target = await postgres.mount_table_target(PG, NAME, await postgres.TableSchema.from_class(Row, ["id"]))
     source = postgres.PgTableSource(
         coco.use_context(PG),
         table_name=os.environ["SOURCE_TABLE"],
@@ -64,16 +64,27 @@ async def main() -> None:
     await coco.mount_each(process, source.fetch_rows().items(key=lambda row: row["id"]), target)
 
 
-async def count() -> int:
+async def ask(statement: str):
     connection = await asyncpg.connect(URL)
-    rows = await connection.fetchval("SELECT count(*) FROM bench_cocoindex")
-    await connection.close()
-    return rows
+    try:
+        return await connection.fetchval(statement)
+    finally:
+        await connection.close()
 
 
+async def count() -> int:
+    there = await ask(f"SELECT to_regclass('{NAME}')")
+    return await ask(f"SELECT count(*) FROM {NAME}") if there else 0
+
+
+if sys.argv[1:] == ["count"]:
+    print(json.dumps({"rows": asyncio.run(count())}))
+    sys.exit()
+if sys.argv[1:] == ["drop"]:
+    asyncio.run(ask(f"DROP TABLE IF EXISTS {NAME}"))
+    print(json.dumps({}))
+    sys.exit()
 begun = time.perf_counter()
 coco.App(coco.AppConfig(name="bench"), main).update_blocking()
 seconds = time.perf_counter() - begun
-import asyncio  # noqa: E402
-
 print(json.dumps({"rows": asyncio.run(count()), "seconds": seconds, "what": "batches of at most 500"}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 
 import psycopg
@@ -12,15 +13,32 @@ from langchain_postgres import PGVector
 
 URL = os.environ["DATABASE_URL"]
 ENGINE_URL = URL.replace("postgresql://", "postgresql+psycopg://")
+NAME = os.environ["TARGET"]
+TABLES = "langchain_pg_embedding, langchain_pg_collection"
+COUNT = """SELECT count(*) FROM langchain_pg_embedding e JOIN langchain_pg_collection c ON c.uuid = e.collection_id
+    WHERE c.name = %s"""
 
+
+def count():
+    with psycopg.connect(URL) as connection:
+        there = connection.execute("SELECT to_regclass('langchain_pg_embedding')").fetchone()[0]
+        return connection.execute(COUNT, [NAME]).fetchone()[0] if there else 0
+
+
+if sys.argv[1:] == ["count"]:
+    print(json.dumps({"rows": count()}))
+    sys.exit()
+if sys.argv[1:] == ["drop"]:  # the tables too: equal documents of two collections share a row
+    with psycopg.connect(URL) as connection:
+        connection.execute(f"DROP TABLE IF EXISTS {TABLES}")
+    print(json.dumps({}))
+    sys.exit()
 begun = time.perf_counter()
 embeddings = OpenAIEmbeddings(
     model="text-embedding-3-small", dimensions=384, chunk_size=500, check_embedding_ctx_length=False, api_key="sk-bench"
 )
-store = PGVector(
-    embeddings, collection_name="bench", connection=ENGINE_URL, embedding_length=384, pre_delete_collection=True
-)
-records = SQLRecordManager("bench", db_url=ENGINE_URL)
+store = PGVector(embeddings, collection_name=NAME, connection=ENGINE_URL, embedding_length=384)
+records = SQLRecordManager(NAME, db_url=ENGINE_URL)
 records.create_schema()
 
 
@@ -35,9 +53,9 @@ def documents():
             )
 
 
-result = index(
+index(
     documents(), records, store, cleanup="full", source_id_key="source", batch_size=500, cleanup_batch_size=1000,
     key_encoder="sha256",
 )  # fmt: skip
 seconds = time.perf_counter() - begun
-print(json.dumps({"rows": result["num_added"], "seconds": seconds, "what": "index(), batches of 500"}))
+print(json.dumps({"rows": count(), "seconds": seconds, "what": "index(), batches of 500"}))

@@ -12,22 +12,42 @@ import psycopg
 
 URL, TABLE = os.environ["DATABASE_URL"], os.environ["SOURCE_TABLE"]
 PGAI = str(Path(sys.executable).with_name("pgai"))
-NAME = f"bench_pgai_{int(time.time())}"
+NAME = os.environ["TARGET"]
 # the worker would download its tokenizer; litellm, which comes with it, has the same file under the name tiktoken looks for
 LITELLM = Path(importlib.util.find_spec("litellm").submodule_search_locations[0])
 os.environ["TIKTOKEN_CACHE_DIR"] = str(LITELLM / "litellm_core_utils" / "tokenizers")
 
-subprocess.run([PGAI, "install", "-d", URL], check=True, stdout=sys.stderr)
+
+def count(connection):
+    """The rows of the target, which is made by the worker."""
+    for table in (f"{NAME}_store", NAME):
+        if connection.execute("SELECT to_regclass(%s)", [table]).fetchone()[0]:
+            return connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]
+    return 0
+
+
 with psycopg.connect(URL, autocommit=True) as connection:
-    vectorizer = connection.execute(
-        f"""SELECT ai.create_vectorizer('{TABLE}'::regclass, name => '{NAME}',
+    if sys.argv[1:] == ["count"]:
+        print(json.dumps({"rows": count(connection)}))
+        sys.exit()
+    if sys.argv[1:] == ["drop"]:
+        connection.execute("SELECT ai.drop_vectorizer(id, drop_all => true) FROM ai.vectorizer WHERE name = %s", [NAME])
+        print(json.dumps({}))
+        sys.exit()
+    subprocess.run([PGAI, "install", "-d", URL], check=True, stdout=sys.stderr)
+    found = connection.execute("SELECT id FROM ai.vectorizer WHERE name = %s", [NAME]).fetchone()
+    vectorizer, *_ = (
+        found
+        or connection.execute(
+            f"""SELECT ai.create_vectorizer('{TABLE}'::regclass, name => '{NAME}',
         loading => ai.loading_column('body'),
         destination => ai.destination_table('{NAME}'),
         embedding => ai.embedding_openai('text-embedding-3-small', 384, base_url => '{os.environ["OPENAI_BASE_URL"]}'),
         chunking => ai.chunking_none(), formatting => ai.formatting_python_template('title: $title\n$chunk'),
         indexing => ai.indexing_none(), scheduling => ai.scheduling_none(),
         processing => ai.processing_default(batch_size => 500, concurrency => 4))"""
-    ).fetchone()[0]
+        ).fetchone()
+    )
     begun = time.perf_counter()
     subprocess.run(
         [PGAI, "vectorizer", "worker", "-d", URL, "-i", str(vectorizer), "--once", "-c", "4"],
@@ -35,11 +55,6 @@ with psycopg.connect(URL, autocommit=True) as connection:
         stdout=sys.stderr,
     )
     seconds = time.perf_counter() - begun
-    rows = (
-        connection.execute(f"SELECT count(*) FROM {NAME}_store").fetchone()[0]
-        if connection.execute("SELECT to_regclass(%s)", [f"{NAME}_store"]).fetchone()[0]
-        else connection.execute(f"SELECT count(*) FROM {NAME}").fetchone()[0]
-    )
-    connection.execute("SELECT ai.drop_vectorizer(%s, drop_all => true)", [vectorizer])
+    rows = count(connection)
 what = "vectorizer worker, batches of 500, concurrency 4; the start of its process counted"
 print(json.dumps({"rows": rows, "seconds": seconds, "what": what}))
