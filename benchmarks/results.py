@@ -13,7 +13,7 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ("engine", "peers", "peer_scenarios", "scenarios", "scaling", "memory", "sync", "api")
+ORDER = ("engine", "peers", "peer_scenarios", "scenarios", "scaling", "memory", "sync", "follow", "api")
 
 
 def spread(values: list[float], digits: int = 0) -> str:
@@ -44,11 +44,16 @@ def record(name: str, title: str, body: str, data: object, command: str) -> None
     told = f"`{command}`, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC, commit {commit} (working tree), {machine}."
     (RESULTS / f"{name}.md").write_text(f"## {title}\n\n{told}\n\n{body}\n")
     (RESULTS / f"{name}.json").write_text(json.dumps({"told": told, "data": data}, indent=1, default=str) + "\n")
+    write_page()
+    print(f"\n{body}\n", flush=True)
+
+
+def write_page() -> None:
+    """The docs page, of all that is recorded."""
     parts = [path.read_text() for part in ORDER if (path := RESULTS / f"{part}.md").exists()]
     head = (
-        "# Benchmarks\n\nWritten by `make bench`, `make bench-sync` and `make bench-api`; what is measured and how is in"
-        " [`benchmarks/README.md`](../benchmarks/README.md).\nRatios are those of one run on one machine; absolute"
+        "# Benchmarks\n\nWritten by `make bench`, `make bench-sync`, `make bench-follow` and `make bench-api`; what is measured"
+        " and how is in [`benchmarks/README.md`](../benchmarks/README.md).\nRatios are those of one run on one machine; absolute"
         " numbers move with the machine.\n\n"
     )
     PAGE.write_text(head + "\n".join(parts))
-    print(f"\n{body}\n", flush=True)

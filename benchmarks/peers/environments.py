@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from benchmarks.servers import ROOT, Servers
 
 HERE = Path(__file__).parent
 NAMES = ["langchain", "llamaindex", "pgai", "cocoindex"]
+_ERROR_LINE = re.compile(r"^(?:.*\[error *\] *|(?=[\w.]+(?:Error|Exception)\b))(.{,60})", re.MULTILINE)
 TIMEOUT_SECONDS = int(os.environ.get("BENCH_PEER_TIMEOUT", "300"))
 
 
@@ -57,16 +59,16 @@ def start(servers: Servers, name: str, target: Mapping[str, str], *arguments: st
 
 def _finish(servers: Servers, program: subprocess.Popen[bytes]) -> dict[str, Any]:
     try:
-        output, errors = program.communicate(timeout=TIMEOUT_SECONDS)
+        output, said_bytes = program.communicate(timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(program.pid, 9)
         program.communicate()
         raise
     if program.returncode != 0:
-        said = errors.decode(errors="replace").strip().replace(servers.database_url, "DATABASE_URL")
-        # what went wrong first, where the tool says so; else the error that ended it; without the texts at the lines' ends
-        lines = said.splitlines() or [f"exit code {program.returncode}"]
-        raise RuntimeError(next((line for line in lines if "[error" in line), lines[-1])[:160])
+        said = said_bytes.decode(errors="replace").strip().replace(servers.database_url, "DATABASE_URL")
+        # what went wrong first, where the tool says so; else the error that ended it; without the text of the row behind it
+        errors = _ERROR_LINE.findall(said)
+        raise RuntimeError((errors[0] if "[error" in said else errors[-1]) if errors else said[-100:])
     answer: dict[str, Any] = json.loads(output.splitlines()[-1])
     return answer
 
