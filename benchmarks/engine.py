@@ -109,7 +109,9 @@ def main() -> None:
     parser.add_argument("--latency-ms", type=int, nargs="+", default=[20, 200])
     parser.add_argument("--stores", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--index-up-to", type=int, default=40_000_000, help="rows x dimensions; HNSW is left out above")
+    parser.add_argument(
+        "--index-up-to", type=int, default=200_000_000, help="rows x dimensions; HNSW is left out above"
+    )
     parser.add_argument("--qdrant-url", help="a Qdrant of yours instead of the embedded engine")
     parser.add_argument("--peers", nargs="*", choices=peers.NAMES, help="these peers; without names, all of them")
     parser.add_argument(

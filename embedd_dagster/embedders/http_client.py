@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import ssl
+import time
 import urllib.request
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
@@ -18,11 +20,12 @@ from embedd_dagster import network
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.embedders.cutting import byte_count
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
-from embedd_dagster.embedders.vetted_transport import VettedTransport, forbidden_host
+from embedd_dagster.embedders.vetted_transport import LARGEST_ANSWER, VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
 _DEFAULT_CONCURRENCY = 16
+_OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 
 
 class HttpOptions(TypedDict):
@@ -76,7 +79,7 @@ class HttpEmbedder:
             transport=transport,
         )
         # past the client's redirects, cookies and hooks where there are none: 0.2 ms a request
-        self._send = transport.handle_request if transport else self._http.send
+        self._send = transport.handle_request if transport else self._send_through_proxy
 
     def close(self) -> None:
         """Gives connections back."""
@@ -89,6 +92,19 @@ class HttpEmbedder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def _send_through_proxy(self, request: httpx.Request) -> httpx.Response:
+        """The answer, read to its end; bounded in size and time, as the vetted transport's."""
+        until, content = time.monotonic() + self._timeout_seconds, bytearray()
+        with closing(self._http.send(request, stream=True)) as response:
+            for piece in response.iter_bytes():
+                content += piece
+                if len(content) > LARGEST_ANSWER:
+                    raise httpx.RemoteProtocolError("too large", request=request)
+                if time.monotonic() > until:
+                    raise httpx.ReadTimeout("No answer in time.", request=request)
+        headers = {name: value for name, value in response.headers.items() if name not in _OF_THE_TRANSFER}
+        return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _endpoint(self, path: str) -> httpx.URL:
         # a query such as Azure's ?api-version=… stays behind the path

@@ -22,7 +22,7 @@ from embedd_dagster import network
 from embedd_dagster.errors import EmbeddingRejected
 from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
-_LARGEST_ANSWER: Final = 64 * 2**20
+LARGEST_ANSWER: Final = 64 * 2**20
 """Twice what 2,048 vectors of 3,072 numbers take as base64."""
 _PIECE: Final = 2**20
 
@@ -59,7 +59,7 @@ class _Answer(http.client.HTTPResponse):
         while piece := self.read(_PIECE):
             pieces.append(piece)
             size += len(piece)
-            if size > _LARGEST_ANSWER:
+            if size > LARGEST_ANSWER:
                 raise http.client.HTTPException("too large")
         if self.length:
             raise http.client.IncompleteRead(b"", self.length)

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from embedd_dagster.embedders import open_embedder
+from embedd_dagster.embedders.openai import OpenAIEmbedder
 from embedd_dagster.embedders.vetted_transport import VettedTransport
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable
 from embedd_dagster.network import NameUnknown
@@ -273,3 +274,23 @@ def test_an_address_is_not_handed_to_the_operators_proxy(monkeypatch: pytest.Mon
         pytest.raises(EmbeddingUnavailable, match="ConnectError"),
     ):
         embedder.embed_documents(["a"])
+
+
+@pytest.mark.timeout(60)
+def test_what_comes_through_a_proxy_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_end(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        while True:
+            connection.sendall(b"100000\r\n" + b"x" * 2**20 + b"\r\n")
+
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    credentials = {"api_key": "key", "base_url": "http://provider.example/v1"}
+    for send, problem in ((without_end, "RemoteProtocolError"), (_trickle(b"HTTP/1.1 200 OK\r\n\r\n"), "within 1 s")):
+        with _answering(send) as proxy:
+            monkeypatch.setenv("http_proxy", proxy)
+            embedder = OpenAIEmbedder(
+                model="m", dimensions=8, timeout_seconds=1 if "1 s" in problem else 60, **credentials
+            )
+            with embedder, pytest.raises(EmbeddingUnavailable, match=problem):
+                embedder.embed_documents(["a"])
