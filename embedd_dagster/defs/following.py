@@ -116,17 +116,20 @@ def plan_followers(
     *,
     stale_after: timedelta,
     renew_after: timedelta,
+    silence_counts: bool = True,
     idle_seconds: Mapping[str, float] = MappingProxyType({}),
 ) -> FollowerPlan:
     """One living run for each connection that is to be followed; a second one where the first is to be renewed. Pure.
 
     Runs of connections that are not to be followed any more end by themselves, and so do those that were replaced: they are
-    given the time for it since they were first seen without a feed of their own (`idle_seconds`, by run id).
+    given the time for it since they were first seen without a feed of their own (`idle_seconds`, by run id). Where silence
+    does not count, because the catalog was away until just now, a run that owns its feed is taken to live.
     """
+    longest_silence = stale_after if silence_counts else timedelta.max
     dead = tuple(
         run
         for run in runs
-        if _is_dead(run, feeds.get(run.connection_id), instant, stale_after, idle_seconds.get(run.run_id, 0.0))
+        if _is_dead(run, feeds.get(run.connection_id), instant, longest_silence, idle_seconds.get(run.run_id, 0.0))
     )
     launches = []
     for connection_id in sorted(to_follow):
@@ -145,10 +148,10 @@ def _is_to_renew(run: FollowerRun, feed: ChangeFeed, before: datetime) -> bool:
 
 
 def _is_dead(
-    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, stale_after: timedelta, idle_seconds: float
+    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, longest_silence: timedelta, idle_seconds: float
 ) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
-        return instant - feed.heartbeat_at > stale_after
+        return instant - feed.heartbeat_at > longest_silence
     return idle_seconds > _LONGEST_IDLE_SECONDS
 
 
@@ -160,11 +163,11 @@ def _is_dead(
 )
 def follower_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SensorResult | dg.SkipReason:
     """Level-triggered, like `reconcile_sensor`; it talks to no source."""
-    return keep_following(context.instance, runtime.open, context.log.info)
+    return keep_following(context.instance, runtime.open, _memory, context.log.info)
 
 
 def keep_following(
-    instance: dg.DagsterInstance, open_runtime: Callable[[], Runtime], log: Callable[[str], None]
+    instance: dg.DagsterInstance, open_runtime: Callable[[], Runtime], memory: Memory, log: Callable[[str], None]
 ) -> dg.SensorResult | dg.SkipReason:
     """One tick."""
     runs = _runs_in_flight(instance)
@@ -175,8 +178,10 @@ def keep_following(
             to_follow = change_feeds.connections_to_follow(session)
             feeds = {feed.connection_id: feed for feed in change_feeds.all_feeds(session)}
     except (CatalogUnavailable, ConfigurationError) as error:
+        memory.note_failure(time.monotonic())
         return dg.SkipReason(f"{error.message} {error.resolution}")
-    settings = runtime.settings
+    settings, seen_at = runtime.settings, time.monotonic()
+    memory.note_read(seen_at, settings.stale_after_seconds / 2)
     unowned = {run.run_id for run in runs} - {feed.dagster_run_id for feed in feeds.values()}
     planned = plan_followers(
         to_follow,
@@ -185,7 +190,8 @@ def keep_following(
         instant,
         stale_after=timedelta(seconds=settings.stale_after_seconds),
         renew_after=timedelta(seconds=settings.follow_renew_seconds),
-        idle_seconds=_memory.note_idle(unowned, time.monotonic()),
+        silence_counts=memory.has_watched_for(seen_at, settings.stale_after_seconds),
+        idle_seconds=memory.note_idle(unowned, seen_at),
     )
     for run in planned.dead:
         _bury(instance, run, log)

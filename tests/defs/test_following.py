@@ -5,8 +5,16 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import dagster as dg
+import pytest
+
+from embedd_dagster.catalog import vector_tables
+from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.tables import ChangeFeed
-from embedd_dagster.defs.following import FollowerPlan, FollowerRun, Launch, plan_followers
+from embedd_dagster.defs.following import FollowerPlan, FollowerRun, Launch, follow_job, keep_following, plan_followers
+from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.tags import CONNECTION_TAG
+from embedd_dagster.engine.runtime import Runtime
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 RUN = FollowerRun("r1", "conn_a")
@@ -18,7 +26,11 @@ def _feed(**values: Any) -> ChangeFeed:
 
 
 def _plan(
-    *runs: FollowerRun, feed: ChangeFeed | None = None, follow: bool = True, idle_seconds: float = 0.0
+    *runs: FollowerRun,
+    feed: ChangeFeed | None = None,
+    follow: bool = True,
+    silence_counts: bool = True,
+    idle_seconds: float = 0.0,
 ) -> FollowerPlan:
     feeds = {} if feed is None else {"conn_a": feed}
     wanted = ["conn_a"] if follow else []
@@ -29,6 +41,7 @@ def _plan(
         NOW,
         stale_after=timedelta(seconds=30),
         renew_after=timedelta(hours=6),
+        silence_counts=silence_counts,
         idle_seconds={"r1": idle_seconds},
     )
 
@@ -49,6 +62,11 @@ def test_a_run_that_is_starting_is_waited_for() -> None:
 def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
     planned = _plan(RUN, feed=_feed(heartbeat_at=NOW - timedelta(seconds=31)))
     assert planned == FollowerPlan((Launch("conn_a"),), (RUN,))
+
+
+def test_after_an_outage_of_the_catalog_silence_says_nothing() -> None:
+    silent = _feed(heartbeat_at=NOW - timedelta(seconds=31))
+    assert _plan(RUN, feed=silent, silence_counts=False) == FollowerPlan()
 
 
 def test_a_run_that_never_claimed_its_feed_is_buried() -> None:
@@ -78,3 +96,29 @@ def test_an_old_run_gets_one_successor_while_it_goes_on() -> None:
 def test_what_is_not_to_be_followed_gets_nothing() -> None:
     assert _plan(feed=_feed(dagster_run_id=None), follow=False) == FollowerPlan()
     assert _plan(RUN, feed=_feed(), follow=False) == FollowerPlan()
+
+
+@pytest.mark.parametrize("outage", [False, True])
+def test_a_follower_is_not_buried_for_the_catalogs_silence(
+    instance: dg.DagsterInstance, runtime: Runtime, tables: Any, outage: bool
+) -> None:
+    table_id = tables.create("a")
+    with runtime.catalog.transaction() as session:
+        connection_id = vector_tables.find(session, table_id).connection_id
+    run = instance.create_run_for_job(
+        follow_job,
+        run_config={"ops": {"follow_changes": {"config": {"connection_id": connection_id}}}},
+        tags={CONNECTION_TAG: connection_id},
+        status=dg.DagsterRunStatus.STARTED,
+    )
+    with runtime.catalog.transaction() as session:
+        long_ago = datetime.now(UTC) - timedelta(hours=1)
+        values = {"dagster_run_id": run.run_id, "claimed_at": long_ago, "heartbeat_at": long_ago}
+        session.add(ChangeFeed(connection_id=connection_id, name="embedd_a", failures=0, created_at=long_ago, **values))
+    memory = Memory()
+    if outage:
+        away = Runtime(runtime.settings, Catalog("postgresql://nobody@127.0.0.1:1/none"), runtime.box)
+        assert isinstance(keep_following(instance, lambda: away, memory, print), dg.SkipReason)
+    keep_following(instance, lambda: runtime, memory, print)
+    is_in_flight = not instance.get_run_by_id(run.run_id).is_finished
+    assert is_in_flight == outage
