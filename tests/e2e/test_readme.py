@@ -56,11 +56,6 @@ def test_every_make_target_that_is_named_is_there() -> None:
         assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
 
 
-def test_every_path_that_is_linked_is_there() -> None:
-    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).exists(), target
-
-
 def test_the_demo() -> None:
     """Its own stack, beside the one that runs; it fails by itself where an answer is not as it must be."""
     demo = subprocess.run(
