@@ -49,7 +49,7 @@ def backfill(work: Work) -> RowCounts:
     with work.stage("prepare"):
         row, resumed = _begin(work, reader, live)
         vector_set = work.vector_set(row)
-        work.patiently(lambda: work.store.create(vector_set))
+        work.as_owner(lambda: work.store.create(vector_set))
     pipeline = work.pipeline(row, _reusable_sets(work, row, live, resumed=resumed))
     if resumed:
         _retry_many_failures(work, reader, pipeline, vector_set)
@@ -59,7 +59,7 @@ def backfill(work: Work) -> RowCounts:
         digest = _catch_up(work, reader, pipeline, row, live)
     _refuse_many_failures(work, vector_set, digest.row_count)
     with work.stage("index"):
-        work.patiently(lambda: work.store.finish_load(vector_set))
+        work.as_owner(lambda: work.store.finish_load(vector_set))
     with work.stage("verify"):
         digest, point_count = _verify(work, reader, pipeline, vector_set, live, digest)
     with work.stage("swap"):
@@ -85,7 +85,7 @@ def _begin(work: Work, reader: TableReader, live: VectorSetRow | None) -> tuple[
     refuse_mass_delete(work, live, digest.row_count)
     if live is not None and unfinished is not None:
         # what is given up now may have been published before its run died; dropped, it would take the name along
-        work.patiently(lambda: work.store.publish(work.vector_set(live)))
+        work.as_owner(lambda: work.store.publish(work.vector_set(live)))
     ranges = work.patiently(lambda: reader.split(work.settings.shard_count))
     work.progress.total_rows = digest.row_count
     with work.fenced() as session:
@@ -217,7 +217,7 @@ def _catch_up(
             return digest
         refuse_mass_delete(work, live, latest.row_count)
         work.log(f"Catching up {len(changed or [])} of {1 << latest.bits} buckets that changed during the build.")
-        work.patiently(lambda: work.store.index_buckets(vector_set))
+        work.as_owner(lambda: work.store.index_buckets(vector_set))
         work.caught_up.add(apply_changes(work, reader, pipeline, vector_set, latest, changed, live))
         digest = latest
         work.record(lambda session, digest=digest: _set_digest(session, vector_set, digest))  # type: ignore[misc]
@@ -297,7 +297,7 @@ def _swap(work: Work, vector_set: VectorSet, live: VectorSetRow | None, digest: 
         table.total_rows, table.synced_rows = digest.row_count, point_count
 
     # the store first: killed between the two, both faces still point at complete sets, and the next run repeats this
-    work.patiently(lambda: work.store.publish(vector_set))
+    work.as_owner(lambda: work.store.publish(vector_set))
     try:
         work.record(mark_live)
     except RunCancelled:

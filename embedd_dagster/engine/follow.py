@@ -42,6 +42,8 @@ _CONFIRM_SECONDS: Final = 2.0
 _IDLE_CONFIRM_SECONDS: Final = 5.0
 _CAUGHT_UP_SECONDS: Final = 1.0
 _LONGEST_OUTAGE_WAIT_SECONDS: Final = 10.0
+_HELD_OUT_SECONDS: Final = 60.0
+"""How long a table may wait for somebody's transaction before its users are told."""
 
 
 def follow(
@@ -102,7 +104,11 @@ class Follower:
             raise RunSuperseded("The connection is gone.")
         self._connection = connection
         self._opened = Opened(
-            runtime, connection, check=lease.check, patience_seconds=self._settings.follow_patience_seconds
+            runtime,
+            connection,
+            check=lease.check,
+            fenced=lease.fenced,
+            patience_seconds=self._settings.follow_patience_seconds,
         )
         self._feed: ChangeFeed = self._opened.source.change_feed(lease.feed_name)
         self._reports = Reports(report)
@@ -110,6 +116,8 @@ class Follower:
         self._position = lease.known_position
         self._joined: set[FollowedTable] = set()
         """Tables that joined since that was last recorded: the source tells it once."""
+        self._held_out_since: dict[str, float] = {}
+        """Tables that cannot join yet, and since when."""
         self._confirmed_at = self._caught_up_at = time.monotonic()
 
     def close(self) -> None:
@@ -196,6 +204,8 @@ class Follower:
         joined = self._tables.ids(self._joined)
         refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
         kept = [key for key in self._tables.by_id if key not in refused]
+        instant = time.monotonic()
+        held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
             anew = change_feeds.set_followed(session, self._lease.connection_id, kept, joined)
             states = change_feeds.states(session, anew)
@@ -205,10 +215,13 @@ class Follower:
             if attachment.lost:
                 vector_tables.note_errors(session, owed, attachment.lost)
             for key, error in refused.items():
-                if not isinstance(error, TransientError):  # else it is followed in a moment
+                if not isinstance(error, TransientError):
                     vector_tables.refuse(session, key, describe(error))
+                elif instant - held_out_since[key] > _HELD_OUT_SECONDS:  # else it is followed in a moment
+                    vector_tables.note_errors(session, [key], describe(error))
             if begins_anew:
                 self._lease.advance(session, position=attachment.position)
+        self._held_out_since = held_out_since
         if begins_anew:
             self._position = attachment.position
         if anew:

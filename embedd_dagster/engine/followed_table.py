@@ -76,6 +76,10 @@ class TableFollower:
         """The result of an idempotent action, waited for while the outside system is down."""
         return self._following.opened.patiently(action)
 
+    def as_owner(self, write: Callable[[], T]) -> T:
+        """The result of an idempotent write to the store, done only while this run follows the connection."""
+        return self._following.opened.as_owner(write)
+
     def record(self, action: Callable[[Session], T]) -> T:
         """Does an action in a catalog transaction that commits only while this run follows the connection."""
         with self._following.fenced() as session:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from datetime import datetime
-from typing import TypeVar
+from typing import Final, TypeVar
+
+from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.provider_budgets import CatalogBudget
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
@@ -21,16 +24,27 @@ from embedd_dagster.stores.base import Store
 
 T = TypeVar("T")
 
+_OWNED_SECONDS: Final = 0.25
+_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)  # the first goes on while a machine sleeps
+
 
 class Opened:
     """One connection's source and store, and embedders as they are asked for. Safe to use from several threads."""
 
     def __init__(
-        self, runtime: Runtime, connection: Connection, *, check: Callable[[], None], patience_seconds: float
+        self,
+        runtime: Runtime,
+        connection: Connection,
+        *,
+        check: Callable[[], None],
+        fenced: Callable[[], AbstractContextManager[Session]],
+        patience_seconds: float,
     ) -> None:
-        """`check` is called while something is waited for, and ends the wait by raising."""
+        """`check` is called while something is waited for, and ends the wait by raising; `fenced` raises in a lost run."""
         self._runtime = runtime
         self._check = check
+        self._fenced = fenced
+        self._owned_at = float("-inf")
         self._patience_seconds = patience_seconds
         self._resources = ExitStack()
         self._embedders: dict[tuple[str | None, datetime | None, str, int], PacedEmbedder] = {}
@@ -44,6 +58,22 @@ class Opened:
     def patiently(self, action: Callable[[], T]) -> T:
         """The result of an idempotent action on an outside system, waited for while that is down."""
         return with_patience(action, patience_seconds=self._patience_seconds, check=self._check)
+
+    def as_owner(self, write: Callable[[], T]) -> T:
+        """The result of an idempotent write to the store, waited for while that is down; none of a run that was replaced.
+
+        Heartbeats are too slow to tell: a process that was stopped, or whose machine slept, wakes up with what it has read
+        before its successor wrote the same rows anew. So the catalog is asked before a write, a few times a second.
+        """
+
+        def write_if_owned() -> T:
+            asked_at = time.clock_gettime(_CLOCK)
+            if asked_at - self._owned_at > _OWNED_SECONDS:
+                with self._fenced():
+                    self._owned_at = asked_at
+            return write()
+
+        return self.patiently(write_if_owned)
 
     def reader(self, configuration: VectorConfiguration) -> TableReader:
         """A reader of the configured table."""
@@ -68,6 +98,7 @@ class Opened:
             reuse_from=reuse_from,
             memory=memory,
             patiently=self.patiently,
+            as_owner=self.as_owner,
         )
 
     def embedder(self, configuration: VectorConfiguration, provider: EmbeddingProvider | None) -> PacedEmbedder:

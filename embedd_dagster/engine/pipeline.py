@@ -108,11 +108,14 @@ class RowPipeline:
         reuse_from: Sequence[VectorSet],
         memory: TextMemory,
         patiently: Callable[[Callable[[], Any]], Any],
+        as_owner: Callable[[Callable[[], Any]], Any],
     ) -> None:
+        """Reads of the store go through `patiently`, writes through `as_owner`: see `Opened`."""
         self.configuration = configuration
         self.concurrency = embedder.limits.concurrency
         """How many batches the provider takes at once."""
         self._patiently = patiently
+        self._as_owner = as_owner
         self._set = vector_set
         self._store = store
         self._embedder = embedder
@@ -205,7 +208,7 @@ class RowPipeline:
             buckets=list(buckets),
             vectors=np.concatenate([known[hashed] for hashed in hashes]).reshape(len(hashes), -1),
         )
-        self._patiently(lambda: self._store.upsert(self._set, points))
+        self._as_owner(lambda: self._store.upsert(self._set, points))
         outcome.written = points.keys
         self._memory.note_written(
             {hashed: key for hashed, key in zip(hashes, points.keys, strict=True) if hashed in embedded}

@@ -52,6 +52,10 @@ class Writing(Protocol):
         """The result of an idempotent action on an outside system, waited for while that is down."""
         ...
 
+    def as_owner(self, write: Callable[[], T]) -> T:
+        """The result of an idempotent write to the store, done only while the work is this one's."""
+        ...
+
     def record(self, action: Callable[[Session], T]) -> T:
         """Does an idempotent action in a catalog transaction that commits only while the work is this one's."""
         ...
@@ -182,7 +186,7 @@ def write_keys(
 
 def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None:
     if outcome.without_point:
-        work.patiently(lambda: work.store.delete(vector_set, outcome.without_point))
+        work.as_owner(lambda: work.store.delete(vector_set, outcome.without_point))
     failed = {failure.key for failure in outcome.failures}
     settled = [*outcome.written, *(key for key in outcome.without_point if key not in failed)]
 
@@ -195,7 +199,7 @@ def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None
 
 def _delete(work: Writing, vector_set: VectorSet, keys: list[Key]) -> None:
     work.check()
-    work.patiently(lambda: work.store.delete(vector_set, keys))
+    work.as_owner(lambda: work.store.delete(vector_set, keys))
     work.record(lambda session: vector_sets.clear_failures(session, vector_set, keys))
 
 

@@ -57,7 +57,8 @@ class Progress:
 class Work:
     """Everything a run needs for one task; a context manager that gives back what it opened.
 
-    Every catalog write goes through `fenced`, every wait and every batch through `check`: so a run that lost its task,
+    Every catalog write goes through `fenced`, every write to the store through `as_owner`, every wait and every batch
+    through `check`: so a run that lost its task,
     or was asked to end, writes nothing more.
     """
 
@@ -87,10 +88,11 @@ class Work:
             runtime,
             endpoints.connection,
             check=self.check,
+            fenced=self.fenced,
             patience_seconds=self.settings.outage_patience_seconds,
         )
         self.source, self.store = self._opened.source, self._opened.store
-        self.patiently, self.reader = self._opened.patiently, self._opened.reader
+        self.patiently, self.as_owner, self.reader = self._opened.patiently, self._opened.as_owner, self._opened.reader
         self.embedder_counters = self._opened.embedder_counters
 
     def __enter__(self) -> Self:

@@ -18,9 +18,10 @@ from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
+from embedd_dagster.engine import follow
 from embedd_dagster.engine.followed_tables import FollowedTables
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
-from embedd_dagster.errors import CatalogUnavailable, SourceRejected
+from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceUnavailable
 from embedd_dagster.sources import postgresql_connections
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.following import RunningFollower, eventually
@@ -359,6 +360,59 @@ def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Produ
 
 
 @ONE_STORE
+def test_a_connection_is_not_deleted_from_under_its_slot(followed: tuple[Product, RunningFollower]) -> None:
+    """While it cannot be dropped, somebody must say that it may be left behind."""
+    product, follower = followed
+    connection = product.connection()
+    follower.stop()
+    with product.runtime.catalog.transaction() as session:
+        vector_tables.mark_deleted(
+            vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        )
+    assert teardown(product.runtime, product.vector_table_id)
+    ((slot,),) = _slots(product)
+    port = connection.settings["port"]
+    _lead_to_port(product, connection.id, 1)
+    with pytest.raises(SourceUnavailable):
+        drop_unused_feeds(product.runtime)
+    with pytest.raises(Conflict, match="still to be removed") as refused:
+        _delete_connection(product, connection.id)
+    assert "127.0.0.1:1" in refused.value.message
+    assert f"pg_drop_replication_slot('{slot}')" in refused.value.resolution
+    _lead_to_port(product, connection.id, port)
+    assert drop_unused_feeds(product.runtime) == 1
+    assert _slots(product) == []
+    _delete_connection(product, connection.id)
+
+
+@ONE_STORE
+def test_a_connection_is_deleted_by_force_with_its_database_gone(followed: tuple[Product, RunningFollower]) -> None:
+    product, follower = followed
+    connection = product.connection()
+    follower.stop()
+    with product.runtime.catalog.transaction() as session:
+        vector_tables.mark_deleted(
+            vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        )
+    assert teardown(product.runtime, product.vector_table_id)
+    _delete_connection(product, connection.id, force=True)
+    with product.runtime.catalog.transaction() as session:
+        assert connections.find(session, connection.id) is None
+        assert change_feeds.find(session, connection.id) is None
+
+
+def _delete_connection(product: Product, connection_id: str, *, force: bool = False) -> None:
+    with product.runtime.catalog.transaction() as session:
+        connections.delete(session, product.environment_id, connection_id, force=force)
+
+
+def _lead_to_port(product: Product, connection_id: str, port: int) -> None:
+    with product.runtime.catalog.transaction() as session:
+        connection = connections.get(session, product.environment_id, connection_id, lock=True)
+        connection.settings = {**connection.settings, "port": port}
+
+
+@ONE_STORE
 def test_what_a_dead_follower_left_is_dropped_without_one(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
     follower.stop()
@@ -562,6 +616,28 @@ def _another(product: Product, source_table: str) -> Product:
             source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
         )
         return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)
+
+
+@ONE_STORE
+def test_a_table_that_waits_for_a_transaction_says_so(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot join the log while somebody who has written to it may yet commit; the others go on."""
+    monkeypatch.setattr(follow, "_HELD_OUT_SECONDS", 0.5)
+    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 0.2)
+    product, follower = followed
+    held = _another(product, "held")
+    with psycopg.connect(product.database_url) as writer:
+        writer.execute("INSERT INTO held VALUES (1, 'written', 'and not committed', 'red', 1)")
+        eventually(lambda: "is open for long" in (held.table().last_error or ""))
+        assert held.table().followed_since is None
+        product.sql(INSERT, 9700)
+        eventually(lambda: 9700 in product.points())
+    eventually(lambda: _is_followed(held))
+    held.run()
+    assert held.table().last_error is None
+    assert list(held.points()) == [1]
+    assert follower.error is None
 
 
 @ONE_STORE

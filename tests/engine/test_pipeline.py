@@ -36,6 +36,7 @@ def pipeline() -> RowPipeline:
         reuse_from=[],
         memory=TextMemory(),
         patiently=lambda action: action(),
+        as_owner=lambda write: write(),
     )
 
 
