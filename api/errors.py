@@ -70,6 +70,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "rate_limit_exceeded": ErrorCode(429, "Too many requests with this key; `Retry-After` says how long to wait."),
     "internal_error": ErrorCode(500, "A fault of ours. The service's log has more under the request id."),
     "too_many_queries": ErrorCode(503, "Too many queries are under way; `Retry-After` says how long to wait."),
+    "server_busy": ErrorCode(503, "Too many requests wait for slow databases or providers; see `Retry-After`."),
     "embedding_failed": ErrorCode(502, "The embedding provider failed or refuses; the message says how."),
     "source_unavailable": ErrorCode(503, "The source database does not answer, or cannot do what was asked."),
     "vector_store_unavailable": ErrorCode(503, "The vector store does not answer, or cannot do what was asked."),

@@ -33,6 +33,14 @@ class QueriesUnderWay:
     """Answered and waiting; changed in the event loop alone."""
 
 
+@dataclass(slots=True)
+class OutsideRequests:
+    """Requests at this moment that wait for somebody else's system; see `api/outside.py`."""
+
+    number: int = 0
+    """Changed in the event loop alone."""
+
+
 @dataclass(frozen=True, slots=True)
 class ApiState:
     """Settings, access to everything, and what works behind the requests."""
@@ -44,6 +52,7 @@ class ApiState:
     rate_limiter: RateLimiter
     metrics: Metrics
     queries: QueriesUnderWay
+    outside: OutsideRequests = field(default_factory=OutsideRequests)
     _estimators: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "estimate"))
 
     @classmethod

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Path, Query
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Attempt, Once, answers_once
+from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import ConnectionId
 from api.schemas.connections import (
@@ -34,7 +35,8 @@ router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 @router.post(
     "/providers/postgresql/connections",
     status_code=201,
-    responses=answers_once(201, "permission_denied", "name_conflict"),
+    dependencies=OUTSIDE,
+    responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
 )
 def create_postgresql_connection(body: PostgresqlConnectionCreate, caller: Writer, attempt: Once) -> ConnectionAnswer:
     """Create a connection to a PostgreSQL database. It is tested at once: see `status` and `last_error`."""
@@ -87,7 +89,9 @@ def _get(caller: Caller, connection_id: str) -> Connection:
 
 
 @router.put(
-    "/connections/{connection_id}", responses=answers("permission_denied", "connection_not_found", "name_conflict")
+    "/connections/{connection_id}",
+    dependencies=OUTSIDE,
+    responses=answers("permission_denied", "connection_not_found", "name_conflict", "server_busy"),
 )
 def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, caller: Writer) -> ConnectionAnswer:
     """Rename a connection, or give it other credentials, which are tested at once."""
@@ -106,13 +110,23 @@ def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, calle
     status_code=204,
     responses=answers("permission_denied", "connection_not_found", "connection_conflict"),
 )
-def delete_connection(connection_id: ConnectionId, caller: Writer) -> None:
+def delete_connection(
+    connection_id: ConnectionId,
+    caller: Writer,
+    force: Annotated[
+        bool, Query(description="Also where what followed its changes is still in its database, and cannot be removed")
+    ] = False,
+) -> None:
     """Delete a connection that no vector table uses."""
     with caller.state.runtime.catalog.transaction() as session:
-        connections.delete(session, caller.environment.id, connection_id)
+        connections.delete(session, caller.environment.id, connection_id, force=force)
 
 
-@router.post("/connections/{connection_id}/test", responses=answers("permission_denied", "connection_not_found"))
+@router.post(
+    "/connections/{connection_id}/test",
+    dependencies=OUTSIDE,
+    responses=answers("permission_denied", "connection_not_found", "server_busy"),
+)
 def check_connection(connection_id: ConnectionId, caller: Writer) -> TestAnswer:
     """Test a connection, and keep the outcome as its `status`. A failed test is a 200 with `status: failed`."""
     return _test(caller, _get(caller, connection_id))[0]
@@ -141,8 +155,13 @@ def _test(
 
 @router.get(
     "/connections/{connection_id}/tables",
+    dependencies=OUTSIDE,
     responses=answers(
-        "connection_not_found", "connection_not_ready", "source_table_access_denied", "source_unavailable"
+        "connection_not_found",
+        "connection_not_ready",
+        "source_table_access_denied",
+        "source_unavailable",
+        "server_busy",
     ),
 )
 def list_source_tables(

@@ -11,6 +11,7 @@ from fastapi import APIRouter
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
+from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
@@ -35,7 +36,12 @@ router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], 
 _TEST_TIMEOUT_SECONDS: Final = 10.0
 
 
-@router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
+@router.post(
+    "",
+    status_code=201,
+    dependencies=OUTSIDE,
+    responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
+)
 def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
     """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
     runtime = caller.state.runtime
@@ -108,7 +114,8 @@ def _get(caller: Caller, embedding_provider_id: str) -> EmbeddingProvider:
 
 @router.put(
     "/{embedding_provider_id}",
-    responses=answers("permission_denied", "embedding_provider_not_found", "name_conflict"),
+    dependencies=OUTSIDE,
+    responses=answers("permission_denied", "embedding_provider_not_found", "name_conflict", "server_busy"),
 )
 def update_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, body: EmbeddingProviderUpdate, caller: Writer
@@ -139,7 +146,11 @@ def delete_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller
         embedding_providers.delete(session, caller.environment.id, embedding_provider_id)
 
 
-@router.post("/{embedding_provider_id}/test", responses=answers("permission_denied", "embedding_provider_not_found"))
+@router.post(
+    "/{embedding_provider_id}/test",
+    dependencies=OUTSIDE,
+    responses=answers("permission_denied", "embedding_provider_not_found", "server_busy"),
+)
 def check_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, caller: Writer, body: EmbeddingProviderTest | None = None
 ) -> TestAnswer:

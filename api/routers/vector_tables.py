@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
+from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
@@ -36,7 +37,7 @@ router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=
 
 _ADMISSION = (
     "permission_denied", "source_table_access_denied", "source_table_not_found", "name_conflict",
-    "connection_not_ready", "source_unavailable", "vector_store_unavailable",
+    "connection_not_ready", "source_unavailable", "vector_store_unavailable", "server_busy",
 )  # fmt: skip
 
 
@@ -44,6 +45,7 @@ _ADMISSION = (
     "",
     status_code=201,
     response_model_exclude_unset=True,
+    dependencies=OUTSIDE,
     responses=answers_once(201, *_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
 )
 def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) -> VectorTableAnswer:
@@ -93,6 +95,7 @@ def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTa
 @router.put(
     "/{vector_table_id}",
     response_model_exclude_unset=True,
+    dependencies=OUTSIDE,
     responses=answers(*_ADMISSION, "vector_table_not_found"),
 )
 def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
@@ -206,8 +209,13 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
 
 @router.get(
     "/{vector_table_id}/schema",
+    dependencies=OUTSIDE,
     responses=answers(
-        "vector_table_not_found", "source_table_not_found", "source_table_access_denied", "source_unavailable"
+        "vector_table_not_found",
+        "source_table_not_found",
+        "source_table_access_denied",
+        "source_unavailable",
+        "server_busy",
     ),
 )
 def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceSchemaAnswer:
@@ -224,6 +232,7 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
 
 @router.post(
     "/{vector_table_id}/estimate",
+    dependencies=OUTSIDE,
     responses=answers(
         "permission_denied",
         "vector_table_not_found",
@@ -231,6 +240,7 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
         "source_table_access_denied",
         "source_unavailable",
         "vector_store_unavailable",
+        "server_busy",
     ),
 )
 def estimate_backfill(vector_table_id: VectorTableId, caller: Writer) -> EstimateAnswer:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -14,6 +16,7 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
+from api import outside
 from embedd_dagster.stores import pgvector_database
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
@@ -83,6 +86,24 @@ def test_a_hung_source(built: Built, hung: Hung) -> None:
     # what only asks for an estimate goes on without
     with _within(5):
         assert tenant.post(f"{built.path}/backfill").status_code == 200
+
+
+def test_hung_sources_leave_threads_to_others(tenant: Tenant, hung: Hung, app_with: Callable[..., TestClient]) -> None:
+    """As many tests of connections as may be, and some more; whoever asks for anything else is answered at once."""
+    tenant.client = app_with(request_timeout_seconds=3.0)
+    connection_id = tenant.connection()["id"]
+    tenant.put(f"/v1/connections/{connection_id}", {"credentials": {**tenant.credentials, "port": hung.port}})
+    asked = outside.AT_ONCE + 8
+    with ThreadPoolExecutor(asked) as clients:
+        answers = [clients.submit(tenant.post, f"/v1/connections/{connection_id}/test") for _ in range(asked)]
+        refused = [answer.result() for answer in islice(as_completed(answers), 8)]
+        for one in refused:
+            _unavailable(one, 503, "server_busy")
+        with _within(2):
+            assert tenant.get("/v1/connections").status_code == 200
+        assert sum(answer.done() for answer in answers) == 8, "all of this was answered while the slow ones waited"
+    assert {answer.result().status_code for answer in answers} == {200, 503}
+    assert tenant.post(f"/v1/connections/{connection_id}/test").status_code == 200
 
 
 def test_a_hung_provider(built: Built, server: RunningServer) -> None:
