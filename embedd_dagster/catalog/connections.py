@@ -105,15 +105,21 @@ def page(session: Session, environment_id: str, limit: int, after: Position | No
     )
 
 
-def delete(session: Session, environment_id: str, connection_id: str) -> None:
-    """Removes a connection that nothing uses. Raises NotFound, Conflict."""
+def delete(session: Session, environment_id: str, connection_id: str, *, force: bool = False) -> None:
+    """Removes a connection that nothing uses. Raises NotFound, Conflict.
+
+    What followed its changes is dropped from its database first, in the background: left behind, a slot fills the server's
+    disk. With `force`, nothing is waited for; that is for a database that does not come back.
+    """
     connection = get(session, environment_id, connection_id)
     must_be_unused(session, "connection", connection, VectorTable.connection_id)
     feed = session.get(ChangeFeed, connection_id)
-    if feed is not None and feed.last_error is None:
+    if feed is not None and not force:
+        trouble = f" {feed.last_error}" if feed.last_error else ""
         raise Conflict(
-            f"What followed the changes of {connection.name!r} is being removed from its database.",
+            f"What followed the changes of {connection.name!r} is still to be removed from its database.{trouble}",
             code="connection_conflict",
-            resolution="Try again in some seconds.",
+            resolution="Try again in some seconds. Where the database does not come back, delete with ?force=true; if it"
+            f" does after all, run there: SELECT pg_drop_replication_slot('{feed.name}'); DROP PUBLICATION {feed.name};",
         )
     session.delete(connection)

@@ -265,6 +265,9 @@ def check_followable(connection: psycopg.Connection[Any], followed: FollowedTabl
     published = connection.execute(_PUBLISHED, [relation.schema, relation.name]).fetchone() == (True,)
     if not published and not state.is_owned and state.table.kind in "rp":
         problems.append(owner_problem(state, server))
-    problems += prerequisites.problems(server, for_publication=not published, for_slot=True)
+    # nobody has told us the name of the slot yet: one of ours in this database is taken for it
+    problems += prerequisites.problems(
+        server, for_publication=not published, for_slot=not prerequisites.has_slot_of_ours
+    )
     if problems:
         raise rejected(f"table {relation.label}", problems)

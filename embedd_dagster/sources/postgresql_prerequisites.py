@@ -47,6 +47,8 @@ class Prerequisites:
     has_rds_role: bool
     may_create: bool
     slot_is_free: bool
+    has_slot_of_ours: bool
+    """Of whichever connection."""
 
     def problems(self, server: Server, *, for_publication: bool, for_slot: bool) -> list[Problem]:
         """What is missing to read a slot; and to make a publication, or a slot, where that has to be done."""
@@ -79,7 +81,6 @@ class Prerequisites:
         return found
 
 
-# Where nobody has told us the name of the slot yet, one of ours in this database is taken for it.
 PREREQUISITES: Final = """
 SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('wal_level'),
        r.rolsuper OR r.rolreplication OR EXISTS (
@@ -88,8 +89,8 @@ SELECT pg_catalog.pg_is_in_recovery(), pg_catalog.current_setting('wal_level'),
        EXISTS (SELECT FROM pg_catalog.pg_roles g WHERE g.rolname = 'rds_replication'),
        pg_catalog.has_database_privilege(pg_catalog.current_database(), 'CREATE'),
        (SELECT pg_catalog.count(*) < pg_catalog.current_setting('max_replication_slots')::pg_catalog.int8
-               OR COALESCE(pg_catalog.bool_or(s.slot_name::pg_catalog.text ^@ 'embedd_'
-                                              AND s.database = pg_catalog.current_database()), false)
-        FROM pg_catalog.pg_replication_slots s)
+        FROM pg_catalog.pg_replication_slots),
+       EXISTS (SELECT FROM pg_catalog.pg_replication_slots
+               WHERE slot_name::pg_catalog.text ^@ 'embedd_' AND database = pg_catalog.current_database())
 FROM pg_catalog.pg_roles r WHERE r.rolname = CURRENT_USER
 """

@@ -445,6 +445,11 @@ class TestServers:
                         admin.execute("SELECT pg_drop_replication_slot('taken')")
                         assert feed.attach([T], None).joined == {T}
                     source.check_followable(T)  # the one that is taken is ours
+                    with (
+                        source.change_feed("embedd_y") as another,
+                        pytest.raises(SourceRejected, match="max_replication_slots"),
+                    ):
+                        another.attach([T], None)
 
     def test_a_standby(self, standby: str) -> None:
         with open_source("postgresql", credentials_of(standby)) as source:
