@@ -31,6 +31,7 @@ from embedd_dagster.settings import Settings
 from embedd_dagster.sources.base import Selection
 from embedd_dagster.stores.base import Store
 from embedd_dagster.stores.pgvector import view_name
+from tests.support.following import RunningFollower, eventually, follower_of, is_followed, make_cdc, settled, slots_of
 from tests.support.openai_server import RunningServer, running_openai_server
 
 DIMENSIONS = 16
@@ -256,3 +257,33 @@ def product(request: pytest.FixtureRequest, settings: Settings, openai_server: R
     )
     yield made
     runtime.close()
+
+
+@pytest.fixture
+def cdc_product(product: Product) -> Iterator[Product]:
+    """A cdc table, nothing built yet."""
+    make_cdc(product)
+    product.runtime.settings.__dict__.update(follow_poll_seconds=0.05, follow_patience_seconds=1.5)
+    yield product
+    product.sql(
+        """SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots
+           WHERE database = current_database() AND active_pid IS NOT NULL"""
+    )
+    eventually(lambda: not slots_of(product) or _drop_slots(product))
+
+
+def _drop_slots(product: Product) -> bool:
+    product.sql(
+        """SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots
+           WHERE database = current_database() AND NOT active"""
+    )
+    return not slots_of(product)
+
+
+@pytest.fixture
+def followed(cdc_product: Product) -> Iterator[tuple[Product, RunningFollower]]:
+    """A built table that is followed, with nothing owed."""
+    cdc_product.run()
+    with follower_of(cdc_product) as follower:
+        eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+        yield cdc_product, follower

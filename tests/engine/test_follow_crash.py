@@ -9,8 +9,7 @@ import pytest
 from embedd_dagster.catalog import change_feeds
 from embedd_dagster.core.vector_table import Mode
 from tests.engine.conftest import Product
-from tests.engine.test_follow import _is_followed, _is_owed, _is_true, _settled, product  # noqa: F401
-from tests.support.following import RunningFollower, eventually
+from tests.support.following import RunningFollower, eventually, is_followed, is_owed, is_true, settled
 from tests.support.killing import kill_at
 
 VICTIM = Path(__file__).parents[1] / "support" / "follow_and_die.py"
@@ -35,39 +34,39 @@ VICTIM = Path(__file__).parents[1] / "support" / "follow_and_die.py"
     ],
     indirect=["product"],
 )
-def test_a_killed_follower_loses_nothing(product: Product, point: str, nth: int) -> None:  # noqa: F811
-    product.runtime.settings.__dict__.update(stale_after_seconds=0.5)
-    product.run()
-    connection_id = product.table().connection_id
+def test_a_killed_follower_loses_nothing(cdc_product: Product, point: str, nth: int) -> None:
+    cdc_product.runtime.settings.__dict__.update(stale_after_seconds=0.5)
+    cdc_product.run()
+    connection_id = cdc_product.table().connection_id
     if point.partition(":")[2] not in ("attach", "record"):
         # followed before, so that only what changes from here on is at stake
-        with RunningFollower(product.runtime, connection_id):
-            eventually(lambda: _is_followed(product) and _settled(product))
-    product.sql(
+        with RunningFollower(cdc_product.runtime, connection_id):
+            eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+    cdc_product.sql(
         """UPDATE products SET body = 'rewritten' WHERE id <= 40; DELETE FROM products WHERE id > 490;
         INSERT INTO products VALUES (1000, 'new', 'row', 'red', 1)"""
     )
-    before = product.provider.stats()["texts"]
-    kill_at(product.runtime.settings, VICTIM, connection_id, "victim", point, str(nth))
-    assert _owner(product, connection_id) == "victim"
-    eventually(lambda: _follows_to_the_end(product, connection_id))
-    product.assert_true_to_source()
-    assert product.provider.stats()["texts"] - before <= 2 * 41
+    before = cdc_product.provider.stats()["texts"]
+    kill_at(cdc_product.runtime.settings, VICTIM, connection_id, "victim", point, str(nth))
+    assert _owner(cdc_product, connection_id) == "victim"
+    eventually(lambda: _follows_to_the_end(cdc_product, connection_id))
+    cdc_product.assert_true_to_source()
+    assert cdc_product.provider.stats()["texts"] - before <= 2 * 41
 
 
-def _owner(product: Product, connection_id: str) -> str | None:  # noqa: F811
+def _owner(product: Product, connection_id: str) -> str | None:
     with product.runtime.catalog.transaction() as session:
         feed = change_feeds.find(session, connection_id)
         return feed.dagster_run_id if feed else None
 
 
-def _follows_to_the_end(product: Product, connection_id: str) -> bool:  # noqa: F811
+def _follows_to_the_end(product: Product, connection_id: str) -> bool:
     """Whether a follower could take over: until the victim's silence is long enough, it ends at once."""
     with RunningFollower(product.runtime, connection_id) as follower:
         eventually(lambda: follower.reason is not None or _owner(product, connection_id) == follower.run_id)
         if follower.reason is not None:
             return False
-        eventually(lambda: _is_followed(product) and _settled(product))
-        eventually(_is_true(product))
-        assert not _is_owed(product)
+        eventually(lambda: is_followed(product) and settled(product))
+        eventually(is_true(product))
+        assert not is_owed(product)
     return True

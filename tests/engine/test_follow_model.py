@@ -24,8 +24,7 @@ from embedd_dagster.errors import Conflict, VectorStoreUnavailable
 from embedd_dagster.stores.pgvector import PgvectorStore
 from embedd_dagster.stores.qdrant import QdrantStore
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
-from tests.engine.test_follow import _is_followed, _make_cdc, _run_owed, _settled, _thread, product  # noqa: F401
-from tests.support.following import RunningFollower, eventually
+from tests.support.following import Meanwhile, RunningFollower, eventually, is_followed, make_cdc, run_owed, settled
 
 ROWS = 40
 KEYS = st.integers(1, ROWS + 10)
@@ -49,7 +48,7 @@ STEPS = st.one_of(
 class Follower:
     """A follower that is replaced when it dies, as the sensor would."""
 
-    def __init__(self, product: Product) -> None:  # noqa: F811
+    def __init__(self, product: Product) -> None:
         self._product = product
         self._running: RunningFollower | None = None
         self.start()
@@ -80,7 +79,7 @@ class Follower:
 
 
 @contextmanager
-def _outage(product: Product, method: str) -> Iterator[None]:  # noqa: F811
+def _outage(product: Product, method: str) -> Iterator[None]:
     owner: Any = QdrantStore if product.mode == "managed" else PgvectorStore
 
     def down(*_args: Any, **_kwargs: Any) -> Any:
@@ -91,7 +90,7 @@ def _outage(product: Product, method: str) -> Iterator[None]:  # noqa: F811
         yield
 
 
-def _run(product: Product, *, sync: bool) -> None:  # noqa: F811
+def _run(product: Product, *, sync: bool) -> None:
     live = product.table().live_version
     if sync and live is None:
         return
@@ -102,7 +101,7 @@ def _run(product: Product, *, sync: bool) -> None:  # noqa: F811
         return
 
 
-def _set_paused(product: Product, *, paused: bool) -> None:  # noqa: F811
+def _set_paused(product: Product, *, paused: bool) -> None:
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
@@ -120,14 +119,14 @@ STATEMENTS = {
 }
 
 
-def _write(product: Product, name: str, key: int = 0, value: Any = None) -> None:  # noqa: F811
+def _write(product: Product, name: str, key: int = 0, value: Any = None) -> None:
     with psycopg.connect(product.database_url, autocommit=True) as connection:
         title = None if value == "" else "t"
         for statement in STATEMENTS[name].split("; "):
             connection.execute(statement, {"key": key, "value": value, "title": title})
 
 
-def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None:  # noqa: F811
+def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None:
     if step[0] in STATEMENTS:
         _write(product, *step)
         return
@@ -136,7 +135,7 @@ def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None: 
             product.reconfigure(columns=CONFIGURATIONS[index])
         case ("task", sync):
             product.provider.behave(latency_seconds=0.05)
-            with _thread(lambda: _run(product, sync=sync)) as running:
+            with Meanwhile(lambda: _run(product, sync=sync)) as running:
                 product.sql("UPDATE products SET body = 'meanwhile' WHERE id % 7 = 0")
             assert running.error is None
             product.provider.behave(latency_seconds=0)
@@ -152,15 +151,15 @@ def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None: 
                 time.sleep(0.5)  # longer than its patience
         case ("wait",):
             follower.keep_alive()
-            _run_owed(product)
+            run_owed(product)
 
 
-def _is_at_rest(product: Product, follower: Follower) -> bool:  # noqa: F811
+def _is_at_rest(product: Product, follower: Follower) -> bool:
     follower.keep_alive()
     table = product.table()
     if table.live_version is None or table.sync_status == SyncStatus.PENDING_REBACKFILL:
         _run(product, sync=False)
-    if not (_settled(product) and _is_followed(product) and product.table().changes_pending == 0):
+    if not (settled(product) and is_followed(product) and product.table().changes_pending == 0):
         return False
     without = {row[0] for row in product.sql("SELECT id FROM products WHERE title IS NULL AND body = ''")}
     product.assert_true_to_source(without=without)
@@ -169,24 +168,24 @@ def _is_at_rest(product: Product, follower: Follower) -> bool:  # noqa: F811
 
 @given(steps=st.lists(STEPS, min_size=3, max_size=12))
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
-def test_everything_ends_in_the_truth(product: Product, steps: list[tuple[Any, ...]]) -> None:  # noqa: F811
-    product.runtime.settings.__dict__.update(stale_after_seconds=0.3, follow_patience_seconds=0.3)
-    product.provider.reset()
-    product.provider.behave(counts_texts=True)
-    product.sql("TRUNCATE products")
-    product.sql(f"INSERT INTO products SELECT n, 'product ' || n, 'b', 'red', n FROM generate_series(1, {ROWS}) n")
-    product.renew()
-    _make_cdc(product)
-    product.reconfigure(dimensions=DIMENSIONS)
-    follower = Follower(product)
+def test_everything_ends_in_the_truth(cdc_product: Product, steps: list[tuple[Any, ...]]) -> None:
+    cdc_product.runtime.settings.__dict__.update(stale_after_seconds=0.3, follow_patience_seconds=0.3)
+    cdc_product.provider.reset()
+    cdc_product.provider.behave(counts_texts=True)
+    cdc_product.sql("TRUNCATE products")
+    cdc_product.sql(f"INSERT INTO products SELECT n, 'product ' || n, 'b', 'red', n FROM generate_series(1, {ROWS}) n")
+    cdc_product.renew()
+    make_cdc(cdc_product)
+    cdc_product.reconfigure(dimensions=DIMENSIONS)
+    follower = Follower(cdc_product)
     try:
         for step in steps:
-            _take(product, follower, step)
-        _set_paused(product, paused=False)
-        eventually(lambda: _is_at_rest(product, follower), within=60)
-        done = product.run(TaskType.SYNC, full=True)
+            _take(cdc_product, follower, step)
+        _set_paused(cdc_product, paused=False)
+        eventually(lambda: _is_at_rest(cdc_product, follower), within=60)
+        done = cdc_product.run(TaskType.SYNC, full=True)
         assert (done.rows_embedded, done.rows_rewritten, done.rows_deleted) == (0, 0, 0)
-        _assert_paid_once(product.provider.stats()["text_counts"], steps)
+        _assert_paid_once(cdc_product.provider.stats()["text_counts"], steps)
     finally:
         follower.stop()
 

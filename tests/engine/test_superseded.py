@@ -14,9 +14,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.run import run_task
 from embedd_dagster.errors import RunSuperseded
 from tests.engine.conftest import Product
-from tests.engine.test_follow import _is_followed, _is_true, _settled
-from tests.engine.test_follow import product as cdc_product  # noqa: F401
-from tests.support.following import RunningFollower, eventually
+from tests.support.following import RunningFollower, eventually, is_followed, is_true, settled
 
 _ANSWER_SECONDS = 5.0
 
@@ -68,13 +66,13 @@ def test_a_sync_that_was_replaced_writes_nothing(product: Product) -> None:
     product.assert_true_to_source()
 
 
-def test_a_follower_that_was_replaced_writes_nothing(cdc_product: Product) -> None:  # noqa: F811
+def test_a_follower_that_was_replaced_writes_nothing(cdc_product: Product) -> None:
     product = cdc_product
     product.run()
     connection_id = product.table().connection_id
     product.runtime.settings.__dict__.update(heartbeat_seconds=600)
     with RunningFollower(product.runtime, connection_id) as replaced:
-        eventually(lambda: _is_followed(product) and _settled(product))
+        eventually(lambda: is_followed(product) and settled(product))
         before = product.provider.stats()["requests"]
         product.provider.behave(latency_seconds=_ANSWER_SECONDS)
         product.sql("UPDATE products SET body = 'yesterday' WHERE id = 1")
@@ -82,7 +80,7 @@ def test_a_follower_that_was_replaced_writes_nothing(cdc_product: Product) -> No
         product.runtime.settings.__dict__.update(follow_renew_seconds=0.01)
         with RunningFollower(product.runtime, connection_id):
             product.sql("UPDATE products SET body = 'today' WHERE id = 1")
-            eventually(_is_true(product))
+            eventually(is_true(product))
             assert replaced.reason is None, "its provider was to answer after its successor's"
             replaced.join()
             product.assert_true_to_source()

@@ -1,17 +1,33 @@
-"""A follower in a thread, as a run of it would be: with its log, its reports, and an end when it is told to."""
+"""A follower in a thread, as a run of it would be, and what tests of following ask about the table that it follows."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
+import pytest
+
+from embedd_dagster.catalog import change_feeds, environments, resyncs, tasks, vector_tables
+from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.follow import follow
 from embedd_dagster.engine.follow_reports import FollowReport
 from embedd_dagster.engine.runtime import Runtime
+
+if TYPE_CHECKING:
+    from tests.engine.conftest import Product
+
+ONE_STORE = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
+"""Of what has nothing to do with stores."""
+INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
 
 
 class RunningFollower:
@@ -74,3 +90,102 @@ def eventually(holds: Callable[[], object], within: float = 30) -> None:
         if time.monotonic() > until:
             raise failure or AssertionError("it does not come true")
         time.sleep(0.05)
+
+
+def make_cdc(product: Product) -> None:
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.find(session, product.vector_table_id, lock=True)
+        assert table is not None
+        table.sync_mode = SyncMode.CDC.value
+
+
+def slots_of(product: Product) -> list[tuple[Any, ...]]:
+    return product.sql("SELECT slot_name FROM pg_replication_slots WHERE database = current_database()")
+
+
+def follower_of(product: Product) -> RunningFollower:
+    return RunningFollower(product.runtime, product.table().connection_id)
+
+
+def feed_of(product: Product) -> ChangeFeed | None:
+    with product.runtime.catalog.transaction() as session:
+        return change_feeds.find(session, product.table().connection_id)
+
+
+def is_true(product: Product) -> Callable[[], bool]:
+    def holds() -> bool:
+        product.assert_true_to_source()
+        return True
+
+    return holds
+
+
+def is_followed(product: Product) -> bool:
+    return product.table().followed_since is not None
+
+
+def run_owed(product: Product) -> int:
+    """Runs the syncs that are owed, as the reconcile sensor would; how many."""
+    with product.runtime.catalog.transaction() as session:
+        owed = resyncs.owed(session, 10)
+    for one in owed:
+        product.run(TaskType.SYNC, **one.options, reason=one.reason)
+    return len(owed)
+
+
+def is_owed(product: Product) -> bool:
+    table = product.table()
+    return table.resync_wanted > table.resync_done
+
+
+def settled(product: Product) -> bool:
+    """Nothing is owed any more; what a sync has to do is done here."""
+    run_owed(product)
+    return not is_owed(product)
+
+
+class Meanwhile:
+    """Runs something meanwhile, and waits for it at the end."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.error: BaseException | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self._action()
+        except BaseException as error:
+            self.error = error
+
+    def __enter__(self) -> Meanwhile:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+
+
+@contextmanager
+def under_a_sync(product: Product) -> Iterator[None]:
+    """A sync is at work, and does nothing; completed at the end."""
+    task_id = product.add_task(TaskType.SYNC)
+    with product.runtime.catalog.transaction() as session:
+        tasks.claim(session, task_id, "run of the sync")
+    yield
+    with product.runtime.catalog.transaction() as session:
+        tasks.complete(session, task_id, "run of the sync", tasks.EMPTY_PROGRESS)
+
+
+def another_table(product: Product, source_table: str) -> Product:
+    """A second cdc table of the same connection, nothing built yet."""
+    product.sql(f"CREATE TABLE {source_table} (LIKE products INCLUDING ALL)")
+    with product.runtime.catalog.transaction() as session:
+        table = vector_tables.find(session, product.vector_table_id)
+        assert table is not None
+        configuration = replace(table.configuration, source_table=source_table)
+        environment = environments.get(session, table.org_id, table.environment_id)
+        new = NewVectorTable(
+            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+        )
+        return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)
