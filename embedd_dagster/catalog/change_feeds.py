@@ -189,7 +189,7 @@ def states(session: Session, vector_table_ids: Collection[str]) -> dict[str, Tab
     latest = (
         select(Task.id, Task.task_type, Task.status)
         .where(Task.target_id == VectorTable.id)
-        .order_by(Task.created_at.desc(), Task.id.desc())
+        .order_by(Task.status.in_(_LIVE).desc(), Task.created_at.desc(), Task.id.desc())
         .limit(1)
         .lateral()
     )

@@ -14,6 +14,7 @@ from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
+from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.errors import Conflict, NotFound
 
 SECRET_FIELDS: Final = frozenset({"password", "private_key", "passphrase"})
@@ -109,9 +110,21 @@ def delete(session: Session, environment_id: str, connection_id: str, *, force: 
     """Removes a connection that nothing uses. Raises NotFound, Conflict.
 
     What followed its changes is dropped from its database first, in the background: left behind, a slot fills the server's
-    disk. With `force`, nothing is waited for; that is for a database that does not come back.
+    disk. So are the vectors of deleted vector tables. With `force`, nothing is waited for; that is for a database that does
+    not come back.
     """
     connection = get(session, environment_id, connection_id)
+    leaving = _leaving(session, connection)
+    if force:
+        for table in leaving:
+            session.delete(table)
+        session.flush()
+    elif leaving:
+        raise Conflict(
+            f"The vectors of {leaving[0].name!r}, which was deleted, are still to be removed from its database.",
+            code="connection_conflict",
+            resolution="Try again in some seconds. Where the database does not come back, delete with ?force=true.",
+        )
     must_be_unused(session, "connection", connection, VectorTable.connection_id)
     feed = session.get(ChangeFeed, connection_id)
     if feed is not None and not force:
@@ -123,3 +136,13 @@ def delete(session: Session, environment_id: str, connection_id: str, *, force: 
             f" does after all, run there: SELECT pg_drop_replication_slot('{feed.name}'); DROP PUBLICATION {feed.name};",
         )
     session.delete(connection)
+
+
+def _leaving(session: Session, connection: Connection) -> list[VectorTable]:
+    """Vector tables that were deleted, and whose vectors are in the connection's own database until that has answered."""
+    statement = select(VectorTable).where(
+        VectorTable.connection_id == connection.id,
+        VectorTable.deleted_at.is_not(None),
+        VectorTable.mode == Mode.PLATFORM.value,
+    )
+    return list(session.scalars(statement))

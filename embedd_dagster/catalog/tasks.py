@@ -18,7 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
-from embedd_dagster.catalog.clock import new_id, now
+from embedd_dagster.catalog.clock import database_now, new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core import ids
@@ -61,7 +61,7 @@ def create(
         attempts=0,
         max_attempts=max_attempts,
         cancel_requested=False,
-        created_at=now(),
+        created_at=database_now(session),  # of whichever process: what is later must look later
     )
     try:
         with session.begin_nested():

@@ -133,23 +133,32 @@ def check_metadata_length(length: int) -> None:
         )
 
 
+def _truth(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueOutOfRange("A value is neither true nor false, as filter_type `boolean` requires.")
+    return value
+
+
 def _finite_number(value: Any) -> float | None:
-    number = float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        raise ValueOutOfRange("A value is no number, as filter_type `float` requires.") from None
     return number if math.isfinite(number) else None
 
 
 def _whole_number(value: Any) -> int | None:
     if isinstance(value, float | Decimal) and not math.isfinite(value):
         return None
-    whole = int(value)
-    if whole != value or not -MAX_INTEGER - 1 <= whole <= MAX_INTEGER:
+    whole = int(value) if isinstance(value, int | float | Decimal) else None
+    if whole is None or whole != value or not -MAX_INTEGER - 1 <= whole <= MAX_INTEGER:
         raise ValueOutOfRange("A value is no whole number of at most 64 bits, as filter_type `integer` requires.")
     return whole
 
 
 _METADATA_READERS: Final[dict[FilterType, Callable[[Any], MetadataValue]]] = {
     FilterType.KEYWORD: render_value,
-    FilterType.BOOLEAN: bool,
+    FilterType.BOOLEAN: _truth,
     FilterType.FLOAT: _finite_number,
     FilterType.INTEGER: _whole_number,
 }

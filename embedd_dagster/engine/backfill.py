@@ -75,7 +75,11 @@ def _went_live_before(work: Work, live: VectorSetRow) -> bool:
 
 def _begin(work: Work, reader: TableReader, live: VectorSetRow | None) -> tuple[VectorSetRow, bool]:
     unfinished = work.record(lambda session: vector_sets.find_unfinished(session, work.table.id))
-    if unfinished is not None and unfinished.config_version == work.table.config_version:
+    if (
+        unfinished is not None
+        and unfinished.config_version == work.table.config_version
+        and unfinished.key_type == reader.key_type
+    ):
         work.log(f"Going on with version {unfinished.version}, which an earlier run began.")
         work.progress.total_rows = unfinished.row_count or 0
         return unfinished, True
@@ -83,7 +87,7 @@ def _begin(work: Work, reader: TableReader, live: VectorSetRow | None) -> tuple[
     row_count = work.patiently(reader.count)
     digest = work.patiently(lambda: reader.digest(digest_bits(row_count)))
     refuse_mass_delete(work, live, digest.row_count)
-    if live is not None and unfinished is not None:
+    if live is not None and unfinished is not None and work.has_set(live):
         # what is given up now may have been published before its run died; dropped, it would take the name along
         work.as_owner(lambda: work.store.publish(work.vector_set(live)))
     ranges = work.patiently(lambda: reader.split(work.settings.shard_count))
@@ -97,7 +101,7 @@ def _begin(work: Work, reader: TableReader, live: VectorSetRow | None) -> tuple[
 def _reusable_sets(work: Work, row: VectorSetRow, live: VectorSetRow | None, *, resumed: bool) -> list[VectorSet]:
     """Sets in which a row's vector may be found: the live one if its model is the same, and after a death this one."""
     sets = [work.vector_set(row)] if resumed else []
-    if live is not None:
+    if live is not None and work.has_set(live):
         old, new = VectorConfiguration.from_json(live.configuration), VectorConfiguration.from_json(row.configuration)
         if (old.embedding_model, old.embedding_dimensions) == (new.embedding_model, new.embedding_dimensions):
             sets.append(work.vector_set(live))

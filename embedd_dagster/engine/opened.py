@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -19,6 +19,7 @@ from embedd_dagster.engine.patience import with_patience
 from embedd_dagster.engine.pipeline import RowPipeline
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import RunCancelled
 from embedd_dagster.sources.base import Selection, Source, TableReader
 from embedd_dagster.stores.base import Store
 
@@ -69,15 +70,22 @@ class Opened:
         def write_if_owned() -> T:
             asked_at = time.clock_gettime(_CLOCK)
             if asked_at - self._owned_at > _OWNED_SECONDS:
-                with self._fenced():
-                    self._owned_at = asked_at
+                # one that was asked to end owns it still, and what it has paid for is kept
+                with suppress(RunCancelled), self._fenced():
+                    pass
+                self._owned_at = asked_at
             return write()
 
         return self.patiently(write_if_owned)
 
     def reader(self, configuration: VectorConfiguration) -> TableReader:
         """A reader of the configured table."""
-        selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
+        selection = Selection(
+            configuration.source_table,
+            configuration.primary_key_column,
+            configuration.column_names,
+            configuration.filter_types,
+        )
         return self.patiently(lambda: self.source.reader(selection))
 
     def pipeline(

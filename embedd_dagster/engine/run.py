@@ -112,10 +112,10 @@ def _end(runtime: Runtime, task_id: str, run_id: str, error: BaseException) -> N
             task = tasks.find(session, task_id, lock=True)
             if task is None or task.dagster_run_id != run_id or task.ended_at is not None:
                 return
-            if isinstance(error, RunCancelled | KeyboardInterrupt | SystemExit) or _is_interrupt(error):
-                reason = describe(error) if isinstance(error, EmbeddError) else "The run was ended."
-                # an interrupt alone is the end of a process, not a wish: Dagster sends one for a wish, which is heard
-                asked_for = isinstance(error, RunCancelled) or task.cancel_requested
+            # an interrupt alone is the end of a process, not a wish: Dagster sends one for a wish, which is heard
+            asked_for = isinstance(error, RunCancelled) or task.cancel_requested
+            if asked_for or _is_interrupt(error):
+                reason = "The run was ended." if _is_interrupt(error) else describe(error)
                 tasks.cancel(session, task, reason, asked_for=asked_for)
             else:
                 # a bug is tried again too: it may have been the moment's; attempts are few

@@ -20,8 +20,9 @@ from embedd_dagster.core.changes import ChangePlan, plan_changes
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
+from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
-from embedd_dagster.errors import MassDeleteRefused, RunSuperseded
+from embedd_dagster.errors import MassDeleteRefused, RunSuperseded, SourceRejected, VectorStoreRejected
 from embedd_dagster.sources.base import PAGE_BYTES, TableReader
 
 if TYPE_CHECKING:
@@ -214,10 +215,12 @@ def sync(work: Work) -> RowCounts:
     vector_set = work.vector_set(live)
     pipeline = work.pipeline(live, [vector_set])
     reader = work.reader(pipeline.configuration)
+    _require_key_type(work, reader, live)
+    is_whole = _is_whole(work, vector_set, live)
     with work.stage("digest"):
         digest, following = _take_digests(work, reader, vector_sets.stored_digest(live))
     refuse_mass_delete(work, live, digest.row_count)
-    buckets = _buckets_to_compare(work, vector_set, digest, vector_sets.stored_digest(live))
+    buckets = _buckets_to_compare(work, vector_set, digest, vector_sets.stored_digest(live)) if is_whole else None
     counts = RowCounts()
     if buckets is None or buckets:
         work.log(
@@ -244,6 +247,39 @@ def sync(work: Work) -> RowCounts:
 
     work.record(save)
     return counts
+
+
+def _require_key_type(work: Work, reader: TableReader, live: VectorSetRow) -> None:
+    """Raises SourceRejected where the set keeps its keys in a column of another type than the source's by now."""
+    if work.table.mode == Mode.PLATFORM and live.key_type not in (None, reader.key_type):
+        raise SourceRejected(
+            f"Primary key column {work.table.primary_key_column!r} is of type {reader.key_type} by now, and the vectors are"
+            f" kept by {live.key_type}.",
+            resolution="Start a backfill: it keeps them by the new type, and reuses what it can.",
+        )
+
+
+def _is_whole(work: Work, vector_set: VectorSet, live: VectorSetRow) -> bool:
+    """Whether the set has as many points as the last sync left. Raises VectorStoreRejected where there is no set.
+
+    A store may have lost some, or have come back from a backup: digests tell of the source alone. Of a followed table the
+    number changes between two syncs.
+    """
+    point_count = work.patiently(lambda: work.store.count(vector_set))
+    if not point_count and not work.has_set(live):
+        raise VectorStoreRejected(
+            f"The vectors of {work.table.name!r} are gone from the store.",
+            resolution="Start a backfill: it builds them anew.",
+        )
+    digest = vector_sets.stored_digest(live)
+    if digest is None or work.table.sync_mode == SyncMode.CDC:
+        return True
+    with work.runtime.catalog.transaction() as session:
+        failed_count = vector_sets.count_failures(session, live.vector_table_id, live.version)
+    expected = digest.row_count - (live.skipped_count or 0) - failed_count
+    if point_count != expected:
+        work.log(f"The store has {point_count} points where the last sync left {expected}.")
+    return point_count == expected
 
 
 def _take_digests(work: Work, reader: TableReader, earlier: TableDigest | None) -> tuple[TableDigest, TableDigest]:

@@ -168,6 +168,10 @@ class Work:
         """What the store must know of a version of this vector table."""
         return vector_sets.as_vector_set(row, self.table.storage_name)
 
+    def has_set(self, row: VectorSetRow) -> bool:
+        """Whether the store has this version: one that lost its data has not."""
+        return row.version in self.patiently(lambda: self.store.versions(row.vector_table_id))
+
     def pipeline(self, row: VectorSetRow, reuse_from: list[VectorSet]) -> RowPipeline:
         """The pipeline into a version, by the configuration that version is built from."""
         return self._opened.pipeline(

@@ -8,8 +8,8 @@ for `fingerprints`, which may be one scan that lasts as long as its iteration.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -56,6 +56,8 @@ class Selection:
     table: str
     primary_key_column: str
     columns: tuple[str, ...]
+    filter_types: Mapping[str, FilterType] = field(default_factory=dict)
+    """What metadata columns are to be kept as; those whose type can by now not be are refused."""
 
 
 class TableReader(Protocol):

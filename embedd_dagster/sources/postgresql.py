@@ -5,7 +5,7 @@ Only reads, without locks, temporary tables or writes, so a read-only replica an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Self
 import psycopg
 from psycopg.sql import SQL
 
+from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.sources.base import Selection, SourceTable
 from embedd_dagster.sources.changes import FollowedTable
@@ -110,12 +111,27 @@ class PostgresSource:
             key = relation.key(selection.primary_key_column)
             columns = relation.find_columns(selection.columns)
             relation.require_readable([key, *columns], server)
+        _require_filter_types(relation, columns, selection.filter_types)
         return PostgresTableReader(self._connections, relation, key, columns)
 
     @contextmanager
     def _connection(self, table: str | None = None) -> Iterator[psycopg.Connection[Any]]:
         with translated(self._connections.server, relation=table), self._connections.borrow() as connection:
             yield connection
+
+
+def _require_filter_types(
+    relation: Relation, columns: Sequence[ColumnInfo], filter_types: Mapping[str, FilterType]
+) -> None:
+    """Raises SourceRejected for a column that has taken a type whose values its filter_type cannot hold."""
+    for column in columns:
+        wanted = filter_types.get(column.name)
+        if wanted is not None and wanted not in column.filter_types:
+            raise SourceRejected(
+                f"Column {column.name!r} of {relation.label} is of type {column.declared_type} by now, whose values"
+                f" filter_type `{wanted}` cannot hold.",
+                resolution="Give it another filter_type with PUT /v1/vector-tables/{id}, or the column its type back.",
+            )
 
 
 # An index on this column alone, over all rows, that holds at every instant: not one still being built, not a partial or

@@ -130,10 +130,11 @@ class PgvectorStore:
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""
         key_type, table = self._key_type(vector_set), self._table(vector_set).identifier
+        keys = [key for key in keys if key_type.can_hold(key)]
         for start in range(0, len(keys), _KEYS_PER_STATEMENT):
-            part = list(keys[start : start + _KEYS_PER_STATEMENT])
+            part = keys[start : start + _KEYS_PER_STATEMENT]
             self._database.retrying_conflicts(
-                lambda connection, part=part: _delete(connection, table, key_type, part)  # type: ignore[misc]
+                lambda connection, part=part: _delete(connection, table, key_type, part, exactly=True)  # type: ignore[misc]
             )
 
     def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
@@ -169,6 +170,7 @@ class PgvectorStore:
             array=sql.SQL(key_type.base_name),
         )
         found: dict[Key, tuple[int, Vectors]] = {}
+        keys = [key for key in keys if key_type.can_hold(key)]
         with self._database.transaction() as connection, connection.cursor(binary=True) as cursor:
             for start in range(0, len(keys), _KEYS_PER_STATEMENT):
                 cursor.execute(query, [list(keys[start : start + _KEYS_PER_STATEMENT])])
@@ -341,6 +343,13 @@ def _key_column(key_type: KeyType) -> sql.SQL:
     return sql.SQL("pk_value::text" if key_type.is_read_as_text else "pk_value")
 
 
-def _delete(connection: Connection, table: sql.Identifier, key_type: KeyType, keys: list[Key]) -> None:
-    array = sql.SQL(key_type.base_name)
-    connection.execute(sql.SQL("DELETE FROM {} WHERE pk_value = ANY(%s::{}[])").format(table, array), [keys])
+def _delete(
+    connection: Connection, table: sql.Identifier, key_type: KeyType, keys: list[Key], *, exactly: bool = False
+) -> None:
+    """Removes the rows whose keys the type holds for equal to these; `exactly`: not `ABC` of a citext for `abc`."""
+    statement = sql.SQL("DELETE FROM {} WHERE pk_value = ANY(%s::{}[])").format(table, sql.SQL(key_type.base_name))
+    parameters = [keys]
+    if exactly and key_type.is_read_as_text:
+        statement += sql.SQL(' AND pk_value::text COLLATE "C" = ANY(%s::text[])')
+        parameters *= 2
+    connection.execute(statement, parameters)

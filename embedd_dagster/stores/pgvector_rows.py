@@ -46,6 +46,7 @@ _DUMPERS: Final[dict[str, Dump]] = {
     "timestamp without time zone": lambda value: cast("bytes", DatetimeNoTzBinaryDumper(datetime).dump(value)),
     "timestamp with time zone": lambda value: cast("bytes", DatetimeBinaryDumper(datetime).dump(value)),
 }
+_NOT_OF_THE_TYPE: Final = (struct.error, AttributeError, TypeError, ValueError, ArithmeticError)
 _TEXTS: Final = frozenset({"text", "character varying", "bpchar", "name"})
 
 
@@ -58,6 +59,14 @@ class KeyType:
     """Of a domain its base type, else the same: what arrays are made of and what values are read as."""
     is_read_as_text: bool
     dump: Dump
+
+    def can_hold(self, key: Key) -> bool:
+        """Whether it could be the key of a row; one of before the source's column took another type may not."""
+        try:
+            self.dump(key)
+        except _NOT_OF_THE_TYPE:
+            return False
+        return isinstance(key, str) == (self.dump is _encode_text)
 
 
 def resolve_key_type(connection: Connection[Any], name: str | None) -> KeyType:
@@ -109,8 +118,11 @@ def copy_body(points: PointBatch, key_type: KeyType) -> bytes:
     """
     try:
         keys = [key_type.dump(key) for key in points.keys]
-    except (struct.error, AttributeError, TypeError, ValueError, ArithmeticError):
-        raise VectorStoreRejected(f"A primary key is no {key_type.sql_name}.") from None
+    except _NOT_OF_THE_TYPE:
+        raise VectorStoreRejected(
+            f"A primary key is no {key_type.sql_name}, as the vectors are kept by.",
+            resolution="If its column has taken another type, start a backfill: it keeps them by that.",
+        ) from None
     heads, texts, documents = _row_heads(points), _text_bytes(points.texts), _json_bytes(points.metadata)
     parts = [_HEADER]
     for index in _last_of_each(points.keys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -100,6 +102,19 @@ class Product:
         self, task_id: str, *, run_id: str | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> RunReport:
         return run_task(self.runtime, task_id, run_id or uuid4().hex, log=self.log.append, should_stop=should_stop)
+
+    @contextmanager
+    def caught(self, task_id: str) -> Iterator[Future[RunReport]]:
+        """The task's run, which waits for its provider as long as the block lasts, and then goes on."""
+        self.provider.behave(held=True)
+        with ThreadPoolExecutor(1) as pool:
+            running = pool.submit(self.run_task, task_id)
+            try:
+                eventually(lambda: running.done() or self.provider.stats()["in_flight"] > 0)
+                assert not running.done(), running.exception()
+                yield running
+            finally:
+                self.provider.behave(held=False)
 
     def table(self) -> VectorTable:
         with self.runtime.catalog.transaction() as session:

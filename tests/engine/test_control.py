@@ -5,10 +5,6 @@ The provider holds its answers, so each run is caught while it embeds; what is d
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from uuid import uuid4
 
@@ -17,9 +13,15 @@ import pytest
 from embedd_dagster.catalog import connections, embedding_providers, tasks, vector_tables
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.engine.run import RunReport
 from embedd_dagster.engine.teardown import teardown
-from embedd_dagster.errors import Conflict, EmbeddError, RunCancelled, SourceUnavailable
+from embedd_dagster.errors import (
+    Conflict,
+    EmbeddError,
+    EmbeddingRejected,
+    RunCancelled,
+    SourceUnavailable,
+    VectorStoreUnavailable,
+)
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
 from tests.support.openai_server import running_openai_server
 
@@ -27,27 +29,6 @@ one_store = pytest.mark.parametrize("product", [Mode.PLATFORM], ids=["pgvector"]
 """For outcomes that the catalog alone decides."""
 
 ITEM_COLUMNS = (replace(COLUMNS[0], name_prefix="item: "), *COLUMNS[1:])
-
-
-@contextmanager
-def caught(product: Product, task_id: str) -> Iterator[Future[RunReport]]:
-    """The task's run, which waits for its provider as long as the block lasts, and then goes on."""
-    product.provider.behave(held=True)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(product.run_task, task_id)
-        try:
-            _wait_for(lambda: running.done() or product.provider.stats()["in_flight"] > 0)
-            assert not running.done(), running.exception()
-            yield running
-        finally:
-            product.provider.behave(held=False)
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def begin_sync(product: Product) -> str:
@@ -105,7 +86,7 @@ def prefixes(product: Product) -> set[str]:
 @one_store
 def test_a_configuration_changed_during_a_sync_is_built_after_it(product: Product) -> None:
     product.run()
-    with caught(product, begin_sync(product)) as running:
+    with product.caught(begin_sync(product)) as running:
         product.reconfigure(columns=ITEM_COLUMNS)
         assert status(product) is SyncStatus.PENDING_REBACKFILL
         with pytest.raises(Conflict):
@@ -122,7 +103,7 @@ def test_a_configuration_changed_during_a_sync_is_built_after_it(product: Produc
 @one_store
 def test_a_configuration_changed_during_a_sync_that_fails_is_built_all_the_same(product: Product) -> None:
     product.run()
-    with caught(product, begin_sync(product)) as running:
+    with product.caught(begin_sync(product)) as running:
         product.reconfigure(columns=ITEM_COLUMNS)
         product.provider.behave(api_key="another")
     assert isinstance(running.exception(), EmbeddError)
@@ -136,7 +117,7 @@ def test_a_configuration_changed_during_a_sync_that_fails_is_built_all_the_same(
 
 @one_store
 def test_a_configuration_changed_during_a_backfill_is_built_after_it(product: Product) -> None:
-    with caught(product, product.add_task()):
+    with product.caught(product.add_task()):
         product.reconfigure(columns=ITEM_COLUMNS)
         product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
         assert status(product) is SyncStatus.BACKFILLING
@@ -162,7 +143,7 @@ def test_a_name_changed_during_a_sync_changes_nothing_else(product: Product) -> 
     product.run()
     before = product.table()
     with (
-        caught(product, begin_sync(product)) as running,
+        product.caught(begin_sync(product)) as running,
         product.runtime.catalog.transaction() as session,
     ):
         vector_tables.rename(session, vector_tables.get(session, product.environment_id, before.id, lock=True), "new")
@@ -178,7 +159,7 @@ def test_a_name_changed_during_a_sync_changes_nothing_else(product: Product) -> 
 
 @one_store
 def test_a_pause_during_a_backfill_lets_it_finish(product: Product) -> None:
-    with caught(product, product.add_task()):
+    with product.caught(product.add_task()):
         pause(product)
         assert status(product) is SyncStatus.BACKFILLING
     assert (status(product), product.table().synced_rows) == (SyncStatus.PAUSED, 500)
@@ -190,7 +171,7 @@ def test_a_pause_during_a_backfill_lets_it_finish(product: Product) -> None:
 @one_store
 def test_a_pause_during_a_sync_lets_it_finish(product: Product) -> None:
     product.run()
-    with caught(product, begin_sync(product)):
+    with product.caught(begin_sync(product)):
         pause(product)
         assert status(product) is SyncStatus.PAUSED
     assert status(product) is SyncStatus.PAUSED
@@ -202,7 +183,7 @@ def test_a_pause_during_a_sync_lets_it_finish(product: Product) -> None:
 def test_a_pause_and_a_resume_during_a_run_leave_no_trace(product: Product, task_type: TaskType) -> None:
     product.run()
     product.sql("UPDATE products SET body = 'rewritten ' || id WHERE id <= 20")
-    with caught(product, product.add_task(task_type)):
+    with product.caught(product.add_task(task_type)):
         pause(product)
         resume(product)
     assert status(product) is SyncStatus.SYNCED
@@ -212,7 +193,7 @@ def test_a_pause_and_a_resume_during_a_run_leave_no_trace(product: Product, task
 @one_store
 def test_a_run_that_fails_while_its_table_is_paused_shows_when_it_is_resumed(product: Product) -> None:
     product.run()
-    with caught(product, begin_sync(product)):
+    with product.caught(begin_sync(product)):
         pause(product)
         product.provider.behave(api_key="another")
     assert status(product) is SyncStatus.PAUSED
@@ -259,7 +240,7 @@ def test_while_one_runs_another_is_refused(product: Product, running_type: TaskT
     if running_type is TaskType.SYNC:
         product.run()
     task_id = begin_sync(product) if running_type is TaskType.SYNC else product.add_task()
-    with caught(product, task_id) as running:
+    with product.caught(task_id) as running:
         before = status(product)
         with pytest.raises(Conflict) as refused:
             product.add_task(asked)
@@ -278,7 +259,7 @@ def test_while_one_runs_another_is_refused(product: Product, running_type: TaskT
 def test_a_sync_cancelled_in_the_middle_loses_nothing(product: Product) -> None:
     product.run()
     task_id = begin_sync(product)
-    with caught(product, task_id) as running:
+    with product.caught(task_id) as running:
         cancel(product, task_id)
         assert product.task(task_id).status == TaskStatus.RUNNING
     assert isinstance(running.exception(), RunCancelled)
@@ -301,7 +282,7 @@ def test_a_cancelled_rebackfill_waits_until_it_is_asked_for(product: Product, ho
         with pytest.raises(RunCancelled):
             product.run_task(task_id, should_stop=lambda: True)
     else:
-        with caught(product, task_id):
+        with product.caught(task_id):
             cancel(product, task_id)
     assert product.task(task_id).status == TaskStatus.CANCELLED
     assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, False)
@@ -331,7 +312,7 @@ def test_a_rebackfill_cancelled_for_a_newer_configuration_does_not_hold_that_one
     product.run()
     product.reconfigure(columns=ITEM_COLUMNS)
     task_id = product.add_task(TaskType.REBACKFILL)
-    with caught(product, task_id):
+    with product.caught(task_id):
         product.reconfigure(columns=ITEM_COLUMNS, dimensions=24)
         cancel(product, task_id)
     assert (status(product), is_awaiting_rebackfill(product)) == (SyncStatus.PENDING_REBACKFILL, True)
@@ -415,7 +396,7 @@ def test_a_delete_ends_the_run_and_then_nothing_is_left(product: Product, task_t
     with product.runtime.catalog.transaction() as session:
         endpoints = vector_tables.load_endpoints(session, product.vector_table_id)
     assert endpoints is not None
-    with caught(product, task_id) as running:
+    with product.caught(task_id) as running:
         delete(product)
         assert not teardown(product.runtime, product.vector_table_id), "its run could write again"
     assert isinstance(running.exception(), RunCancelled)
@@ -435,7 +416,7 @@ def test_a_delete_ends_the_run_and_then_nothing_is_left(product: Product, task_t
 @one_store
 def test_a_provider_changed_during_a_run_is_used_by_the_next(product: Product) -> None:
     with running_openai_server(default_dimensions=DIMENSIONS) as other:
-        with caught(product, product.add_task()), product.runtime.catalog.transaction() as session:
+        with product.caught(product.add_task()), product.runtime.catalog.transaction() as session:
             table = vector_tables.get(session, product.environment_id, product.vector_table_id)
             provider = embedding_providers.get(session, product.environment_id, table.embedding_provider_id or "")
             credentials = {"api_key": "sk-new", "base_url": other.base_url}
@@ -448,7 +429,7 @@ def test_a_provider_changed_during_a_run_is_used_by_the_next(product: Product) -
 
 @one_store
 def test_a_connection_changed_during_a_run_is_used_by_the_next(product: Product) -> None:
-    with caught(product, product.add_task()) as running, product.runtime.catalog.transaction() as session:
+    with product.caught(product.add_task()) as running, product.runtime.catalog.transaction() as session:
         table = vector_tables.get(session, product.environment_id, product.vector_table_id)
         connection = connections.get(session, product.environment_id, table.connection_id)
         credentials = connections.open_credentials(connection, product.runtime.box)
@@ -459,3 +440,45 @@ def test_a_connection_changed_during_a_run_is_used_by_the_next(product: Product)
     with pytest.raises(EmbeddError, match="nowhere"):
         product.run(TaskType.SYNC)
     assert status(product) is SyncStatus.ERROR
+
+
+@one_store
+def test_what_is_cancelled_while_its_provider_fails_is_cancelled(product: Product) -> None:
+    """The run fails before it hears of the wish: it must not begin again by itself all the same."""
+    product.run()
+    product.runtime.settings.__dict__.update(heartbeat_seconds=600)
+    product.reconfigure(columns=ITEM_COLUMNS)
+    task_id = product.add_task(TaskType.REBACKFILL)
+    with product.caught(task_id) as running:
+        cancel(product, task_id)
+        product.provider.behave(api_key="sk-another")
+    with pytest.raises((EmbeddingRejected, RunCancelled)):
+        running.result(60)
+    product.provider.behave(api_key="sk-test")
+    assert product.task(task_id).status == TaskStatus.CANCELLED
+    product.run(TaskType.SYNC)
+    assert not is_awaiting_rebackfill(product)
+
+
+@one_store
+def test_a_connection_is_deleted_by_force_with_the_vectors_in_its_database(product: Product) -> None:
+    """The database never comes back, so what the deleted table has there can never be removed."""
+    product.run()
+    connection_id = product.connection().id
+    with product.runtime.catalog.transaction() as session:
+        connection = connections.get(session, product.environment_id, connection_id, lock=True)
+        connection.settings = {**connection.settings, "port": 1}
+        vector_tables.mark_deleted(
+            vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
+        )
+    with pytest.raises(VectorStoreUnavailable):
+        teardown(product.runtime, product.vector_table_id)
+    with (
+        pytest.raises(Conflict, match="still to be removed from its database"),
+        product.runtime.catalog.transaction() as session,
+    ):
+        connections.delete(session, product.environment_id, connection_id)
+    with product.runtime.catalog.transaction() as session:
+        connections.delete(session, product.environment_id, connection_id, force=True)
+    with product.runtime.catalog.transaction() as session:
+        assert vector_tables.find(session, product.vector_table_id) is None

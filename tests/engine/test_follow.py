@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
+from sqlalchemy import select
 
 from embedd_dagster.catalog import change_feeds, vector_tables
+from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.followed_tables import FollowedTables
 from embedd_dagster.errors import CatalogUnavailable
@@ -287,3 +290,27 @@ def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple
     product.provider.behave(fail_every=0)
     eventually(lambda: settled(product))
     eventually(is_true(product))
+
+
+@ONE_STORE
+def test_a_sync_of_a_machine_whose_clock_is_behind_is_seen(
+    cdc_product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that the API made, a minute ahead, must not hide the one that the daemon makes after it."""
+    product = cdc_product
+    product.run()
+    with follower_of(product):
+        eventually(lambda: is_followed(product) and settled(product))
+    with product.runtime.catalog.transaction() as session:
+        for task in session.scalars(select(Task)):
+            task.created_at += timedelta(minutes=1)
+    product.sql("UPDATE products SET body = 'rewritten ' || id WHERE id <= 20")
+    sync = product.add_task(TaskType.SYNC)
+    with product.caught(sync) as running:
+        product.sql("DELETE FROM products WHERE id <= 20")
+        with follower_of(product):
+            eventually(lambda: product.table().changes_pending >= 20)
+            product.provider.behave(held=False)
+            running.result(60)
+            eventually(lambda: settled(product) and product.table().changes_pending == 0)
+    product.assert_true_to_source()

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
+import httpx
+import numpy as np
 import pytest
 
 from embedd_dagster.catalog import vector_sets
 from embedd_dagster.catalog.tables import VectorSetRow
-from embedd_dagster.core.rows import TableDigest
+from embedd_dagster.core.rows import PointBatch, TableDigest
 from embedd_dagster.core.status import SyncStatus, TaskType
-from embedd_dagster.errors import MassDeleteRefused
+from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.errors import MassDeleteRefused, VectorStoreRejected
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 from tests.engine.conftest import Product
 from tests.support.openai_server import POISON
@@ -65,9 +68,23 @@ def test_a_key_that_changes_is_a_delete_and_an_insert_that_is_not_paid_for(built
 
 
 def _tamper(built: Product) -> None:
-    """Three points are gone, and nothing of ours has done it."""
+    """Three points are of other rows, and nothing of ours has done it."""
+    live = built.live_set()
     with built.open_store() as store:
-        store.delete(built.live_set(), [1, 2, 3])
+        prints = [one for one in store.fingerprints(live, 0, None) if one.key in (1, 2, 3)]
+        found = store.vectors(live, [one.key for one in prints])
+        store.upsert(
+            live,
+            PointBatch(
+                keys=[one.key for one in prints],
+                texts=["tampered with"] * 3,
+                metadata=[{}] * 3,
+                row_hashes=[~one.row_hash for one in prints],
+                text_hashes=[0] * 3,
+                buckets=[one.bucket for one in prints],
+                vectors=np.stack([found[one.key][1] for one in prints]),
+            ),
+        )
 
 
 def test_a_full_sync_heals_a_store_that_was_tampered_with(built: Product) -> None:
@@ -195,3 +212,31 @@ def test_a_table_that_grew_much_gets_a_larger_digest(built: Product) -> None:
     built.sql("UPDATE products SET title = 'changed' WHERE id = 10500")
     assert built.run(TaskType.SYNC).rows_embedded == 1
     built.assert_true_to_source()
+
+
+def _drop_live_set(product: Product) -> None:
+    name = product.live_set().versioned_name
+    if product.mode is Mode.PLATFORM:
+        product.sql(f'DROP TABLE "embedd_{name}" CASCADE')
+    else:
+        httpx.delete(f"{product.runtime.settings.qdrant_url}/collections/{name}").raise_for_status()
+
+
+def test_a_set_that_is_gone_is_told_and_built_anew(built: Product) -> None:
+    """A store that lost its volume; a connection that leads to a copy of the database without our tables."""
+    _drop_live_set(built)
+    with pytest.raises(VectorStoreRejected, match="are gone from the store"):
+        built.run(TaskType.SYNC)
+    assert built.table().sync_status == SyncStatus.ERROR
+    built.run()
+    built.assert_true_to_source()
+    assert len(built.search("product 1")) == 10
+
+
+def test_points_that_the_store_has_lost_come_back_with_the_next_sync(built: Product) -> None:
+    """As after a restore of an older backup; the source has not changed, so its digest tells nothing."""
+    with built.open_store() as store:
+        store.delete(built.live_set(), [1, 2, 3])
+    assert built.run(TaskType.SYNC).rows_embedded == 3
+    built.assert_true_to_source()
+    assert built.run(TaskType.SYNC).rows_read == 0
