@@ -185,6 +185,8 @@ class Follower:
             return "No table of this connection is to be followed any more."
         attachment = self._feed.attach(self._tables.sources, self._position)
         self._joined.update(attachment.joined)
+        for key in self._tables.ids(self._joined):
+            self._tables.by_id[key].forget_reader()
         self._record(attachment)
         self._joined.clear()
         return None

@@ -12,6 +12,7 @@ import pytest
 from embedd_dagster.catalog import change_feeds, connections, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.core.status import SyncStatus
+from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceUnavailable
@@ -346,3 +347,23 @@ def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple
     follower.join()
     assert "was changed" in (follower.reason or "")
     assert slots_of(product) == []
+
+
+@pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
+def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader of the old type takes the new keys for impossible: they must not count as gone."""
+    product, _follower = followed
+    product.sql("UPDATE products SET price = 5 WHERE id = 1")
+    eventually(is_true(product))
+    with monkeypatch.context() as patched:
+        patched.setattr(follow, "_ATTACH_SECONDS", 3600)  # the changes are read before anybody sees the new type
+        product.sql("ALTER TABLE products ALTER COLUMN id TYPE text USING 'p' || id")
+        product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
+        eventually(lambda: "p1" in product.points())
+    eventually(lambda: is_owed(product))
+    eventually(lambda: settled(product))
+    product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")
+    eventually(is_true(product))
+    assert product.table().sync_status == SyncStatus.SYNCED
