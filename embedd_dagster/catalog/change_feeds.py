@@ -6,10 +6,10 @@ behind the one that the source was told: so a feed that somebody else moved is n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -219,31 +219,37 @@ def states(session: Session, vector_table_ids: Collection[str]) -> dict[str, Tab
 
 
 def set_followed(
-    session: Session, connection_id: str, followed_ids: Collection[str], joined: Iterable[str]
+    session: Session, connection_id: str, shapes: Mapping[str, dict[str, Any]], joined: Collection[str]
 ) -> list[str]:
     """Records which tables of the connection are followed without a gap; gives those for which that begins only now.
 
-    Those that have joined, and those that were not followed before, whatever was published of them meanwhile.
+    Those that have joined, and those that were not followed before, whatever was published of them meanwhile. `shapes`: of
+    all that are followed. Writes only what has changed.
     """
     gone = select(VectorTable.id).where(
         VectorTable.connection_id == connection_id,
         VectorTable.followed_since.is_not(None),
-        VectorTable.id.not_in(followed_ids),
+        VectorTable.id.not_in(shapes),
     )
     gone_ids = list(session.scalars(gone))
     if gone_ids:
         resyncs.keep_freshness(session, gone_ids)
-        session.execute(update(VectorTable).where(VectorTable.id.in_(gone_ids)).values(followed_since=None))
-    begins = VectorTable.followed_since.is_(None) | VectorTable.id.in_(set(joined))
-    anew = list(session.scalars(select(VectorTable.id).where(VectorTable.id.in_(followed_ids), begins)))
-    if anew:
-        session.execute(update(VectorTable).where(VectorTable.id.in_(anew)).values(followed_since=now()))
+        session.execute(
+            update(VectorTable).where(VectorTable.id.in_(gone_ids)).values(followed_since=None, followed_shape=None)
+        )
+    anew = []
+    for table in session.scalars(select(VectorTable).where(VectorTable.id.in_(shapes)).order_by(VectorTable.id)):
+        if table.followed_shape != shapes[table.id]:
+            table.followed_shape = shapes[table.id]
+        if table.followed_since is None or table.id in joined:
+            table.followed_since = now()
+            anew.append(table.id)
     return anew
 
 
 def stop_following(session: Session, connection_id: str, error: str) -> None:
     """None of the connection's tables can be followed until somebody acts: they say so, and are compared afterwards."""
-    set_followed(session, connection_id, [], [])
+    set_followed(session, connection_id, {}, [])
     for row in followed(session, connection_id):
         vector_tables.refuse(session, row.table.id, error)
 

@@ -230,6 +230,8 @@ class VectorTable(Base):
     resync_not_before: Mapped[datetime | None]
     followed_since: Mapped[datetime | None]
     """Since when its changes are followed without a gap; None while they are not."""
+    followed_shape: Mapped[dict[str, Any] | None]
+    """What the source table was like when it was last known to be followed without a gap, in the feed's own terms."""
     changes_pending: Mapped[int] = mapped_column(default=0, server_default="0")
     """Changes that were read and are not yet applied."""
     last_error: Mapped[str | None]

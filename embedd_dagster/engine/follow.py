@@ -33,7 +33,7 @@ from embedd_dagster.errors import (
     SourceUnavailable,
     TransientError,
 )
-from embedd_dagster.sources.changes import Attachment, ChangeFeed, FollowedTable
+from embedd_dagster.sources.changes import Attachment, ChangeFeed
 
 _KEYS_A_BATCH: Final = 1_000
 _ATTACH_SECONDS: Final = 5.0
@@ -114,8 +114,6 @@ class Follower:
         self._reports = Reports(report)
         self._tables = FollowedTables(Following(self._opened, lease.fenced, lease.check, log), lease, self._reports)
         self._position = lease.known_position
-        self._joined: set[FollowedTable] = set()
-        """Tables that joined since that was last recorded: the source tells it once."""
         self._held_out_since: dict[str, float] = {}
         """Tables that cannot join yet, and since when."""
         self._confirmed_at = self._caught_up_at = time.monotonic()
@@ -179,14 +177,14 @@ class Follower:
         self._tables.take_up(rows)
         if not rows:
             with self._lease.fenced() as session:
-                change_feeds.set_followed(session, self._lease.connection_id, [], [])
+                change_feeds.set_followed(session, self._lease.connection_id, {}, [])
                 self._feed.drop()
                 change_feeds.remove(session, self._lease.connection_id)
             return "No table of this connection is to be followed any more."
-        attachment = self._feed.attach(self._tables.sources, self._position)
-        self._joined.update(attachment.joined)
+        attachment = self._feed.attach(self._tables.sources, self._position, self._tables.shapes)
+        for key in self._tables.ids(attachment.joined):
+            self._tables.by_id[key].forget_reader()
         self._record(attachment)
-        self._joined.clear()
         return None
 
     def _leave_server(self) -> None:
@@ -201,13 +199,13 @@ class Follower:
 
     def _record(self, attachment: Attachment) -> None:
         begins_anew = self._position is None or attachment.lost is not None
-        joined = self._tables.ids(self._joined)
+        joined = self._tables.ids(attachment.joined)
+        shapes = {key: shape for source, shape in attachment.shapes.items() for key in self._tables.ids([source])}
         refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
-        kept = [key for key in self._tables.by_id if key not in refused]
         instant = time.monotonic()
         held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
-            anew = change_feeds.set_followed(session, self._lease.connection_id, kept, joined)
+            anew = change_feeds.set_followed(session, self._lease.connection_id, shapes, joined)
             states = change_feeds.states(session, anew)
             # before it was ever built there is nothing to compare, unless that is being done at this moment
             owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]

@@ -48,6 +48,8 @@ class TableFollower:
         self._following = following
         self._row = row
         self._reader: TableReader | None = None
+        self._key_types: set[type] = set()
+        """Of the keys that the reader was last asked for."""
 
     def takes_over(self, row: FollowedRow) -> bool:
         """Whether this goes on serving the table as it is now; else it is to be made anew."""
@@ -91,6 +93,10 @@ class TableFollower:
             vector_sets.record_failures(session, vector_set, failures)
             self._following.log(f"{self.id}: {len(failures)} rows failed: {failures[0].code}.")
 
+    def forget_reader(self) -> None:
+        """The next rows are read by what the table is like then."""
+        self._reader = None
+
     def write(self, keys: Sequence[Key]) -> RowCounts:
         """Reads these rows again and writes them into the live set; those that are gone are deleted. Idempotent.
 
@@ -98,11 +104,15 @@ class TableFollower:
         """
         live = self._row.live_set
         assert live is not None  # noqa: S101 - nothing is applied to a table without a live set
+        key_types = {type(key) for key in keys}
+        if key_types != self._key_types:  # a reader of the column's former type would take the new keys for gone
+            self.forget_reader()
+            self._key_types = key_types
         try:
             return self._write(live, keys)
         except (SourceTableNotFound, SourceRejected):
             # the reader knows the table as it was; asked anew, it names what is missing, or the table was made anew
-            self._reader = None
+            self.forget_reader()
             return self._write(live, keys)
 
     def _write(self, live: VectorSetRow, keys: Sequence[Key]) -> RowCounts:

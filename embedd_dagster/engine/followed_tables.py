@@ -29,7 +29,7 @@ from embedd_dagster.errors import (
     SourceUnavailable,
     TransientError,
 )
-from embedd_dagster.sources.changes import ChangeBatch, FollowedTable
+from embedd_dagster.sources.changes import ChangeBatch, FollowedTable, Shape
 
 _TABLES_AT_ONCE: Final = 4
 _OF_ALL_TABLES: Final = (RunSuperseded, RunCancelled, LogTooLong, CatalogUnavailable)
@@ -45,6 +45,7 @@ class FollowedTables:
         self._reports = reports
         self._tables: dict[str, TableFollower] = {}
         self._by_source: dict[FollowedTable, list[str]] = {}
+        self._shapes: dict[FollowedTable, Shape | None] = {}
         self._noted = NotedKeys()
         self._workers = ThreadPoolExecutor(_TABLES_AT_ONCE, thread_name_prefix="table")
 
@@ -62,6 +63,11 @@ class FollowedTables:
         """The source tables, each once."""
         return list(self._by_source)
 
+    @property
+    def shapes(self) -> Mapping[FollowedTable, Shape | None]:
+        """Of the source tables that were followed until now, as last kept."""
+        return self._shapes
+
     def ids(self, sources: Iterable[FollowedTable]) -> list[str]:
         """The vector tables that are made from these."""
         return [key for source in sources for key in self._by_source.get(source, ())]
@@ -75,12 +81,17 @@ class FollowedTables:
     def take_up(self, rows: Iterable[FollowedRow]) -> None:
         """From now on these are followed; what was noted of others is owed to them."""
         before, self._tables, self._by_source = self._tables, {}, {}
+        shapes: dict[FollowedTable, list[Shape | None]] = {}
         for row in rows:
             table = before.get(row.table.id)
             if table is None or not table.takes_over(row):
                 table = TableFollower(self._following, row)
             self._tables[table.id] = table
             self._by_source.setdefault(table.source, []).append(table.id)
+            if row.table.followed_since is not None:
+                shapes.setdefault(table.source, []).append(row.table.followed_shape)
+        # where vector tables of one source do not agree, it is to join again: so all of them are compared
+        self._shapes = {source: kept[0] for source, kept in shapes.items() if all(one == kept[0] for one in kept)}
         left = [key for key in self._noted.tables() if key not in self._tables]
         if left:
             with self._lease.fenced() as session:

@@ -11,10 +11,13 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 from embedd_dagster.core.keys import Key
 from embedd_dagster.errors import EmbeddError
+
+Shape = dict[str, Any]
+"""What a table is like, apart from its rows, as JSON: by it a feed sees what no event has told. Only for the feed to read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,8 @@ class Attachment:
     """Everything committed from here on is given by `read`."""
     joined: frozenset[FollowedTable]
     """Followed from now on only: what changed in them before may have been missed. Empty where nothing was missed."""
+    shapes: Mapping[FollowedTable, Shape]
+    """Those that are followed, as they are now: to be kept once the joined ones are sure to be compared."""
     refused: Mapping[FollowedTable, EmbeddError]
     """Those that cannot be followed, each with what to do about it; the others are followed all the same."""
     lost: str | None = None
@@ -59,13 +64,19 @@ class ChangeBatch:
 class ChangeFeed(Protocol):
     """One position in a source's log. Used by one thread; `lag_bytes` by any."""
 
-    def attach(self, tables: Sequence[FollowedTable], known_position: int | None) -> Attachment:
+    def attach(
+        self,
+        tables: Sequence[FollowedTable],
+        known_position: int | None,
+        known_shapes: Mapping[FollowedTable, Shape | None],
+    ) -> Attachment:
         """Makes the source keep its log for exactly these tables, from a position on.
 
         Idempotent and cheap, so that it is called again from time to time to notice what others have done to it: tables
-        that were taken out join again, a feed that is gone or was moved beyond `known_position` (the position last
-        passed to `confirm`) begins anew and says so. Raises SourceRejected, with the statements to run, where
-        the database as a whole cannot be followed.
+        whose shape has changed join again, a feed that is gone or was moved beyond `known_position` (the position last
+        passed to `confirm`) begins anew and says so. `known_shapes`: of the tables that were followed until now, as
+        last kept; None where none was. Raises SourceRejected, with the statements to run, where the database as a
+        whole cannot be followed.
         """
         ...
 

@@ -3,9 +3,7 @@
 The driver speaks no replication protocol. Instead the slot is peeked at from the confirmed position on, as far as the
 log reached when a read began, and advanced when that has been applied: what is not confirmed is given again.
 
-What the log does not tell is seen by `attach` where it happened while this feed was open: a table that was written anew
-(ALTER TABLE … USING), a partition that was attached, detached, dropped or truncated by itself, a table that was taken
-out of the publication and put in again. Such a table joins again.
+What the log does not tell is seen by `attach` in the tables' shapes (`postgresql_shapes`): such a table joins again.
 """
 
 from __future__ import annotations
@@ -28,14 +26,15 @@ from embedd_dagster.errors import (
     SourceRejected,
     SourceUnavailable,
 )
-from embedd_dagster.sources.changes import Attachment, ChangeBatch, FollowedTable
+from embedd_dagster.sources.changes import Attachment, ChangeBatch, FollowedTable, Shape
 from embedd_dagster.sources.pgoutput import MalformedMessage
 from embedd_dagster.sources.postgresql_change_batches import ChangeBatches, KeyLoaders
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translate, translated
 from embedd_dagster.sources.postgresql_followed import Followed, FollowedTables
 from embedd_dagster.sources.postgresql_prerequisites import PREREQUISITES, Prerequisites, rejected
-from embedd_dagster.sources.postgresql_publisher import Published, Publisher
+from embedd_dagster.sources.postgresql_publisher import Publisher
+from embedd_dagster.sources.postgresql_shapes import is_altered, shape_of, stamp_of
 from embedd_dagster.sources.postgresql_slot import (
     Standing,
     advance_slot,
@@ -81,8 +80,6 @@ class PostgresChangeFeed:
         self._connection: psycopg.Connection[Any] | None = None
         self._publisher = Publisher(name, connections.server)
         self._tables = FollowedTables(connections.server)
-        self._files: dict[FollowedTable, frozenset[tuple[int, int]]] = {}
-        """What the tables were stored in as of the last attach."""
         self._by_oid: dict[int, list[Followed]] | None = None
         self._confirmed = 0
         self._quiet_to = 0
@@ -102,7 +99,12 @@ class PostgresChangeFeed:
         self._disconnect()
         self._connections.close()
 
-    def attach(self, tables: Sequence[FollowedTable], known_position: int | None) -> Attachment:
+    def attach(
+        self,
+        tables: Sequence[FollowedTable],
+        known_position: int | None,
+        known_shapes: Mapping[FollowedTable, Shape | None],
+    ) -> Attachment:
         """See the Protocol. Some six short queries where nothing has changed.
 
         A table that an open transaction has written to joins when that has ended: until then it is refused for now.
@@ -118,7 +120,8 @@ class PostgresChangeFeed:
                 # Before anything is mended: should we die in between, the next one begins anew as well.
                 self._drop_slot(connection)
             wanted, refused = self._tables.find_fit(connection, list(dict.fromkeys(tables)))
-            published = self._publisher.publish(connection, wanted, into_slot=not begins)
+            known_stamps = {table: stamp_of(shape) for table, shape in known_shapes.items()}
+            published = self._publisher.publish(connection, wanted, known_stamps, into_slot=not begins)
             refused.update(published.refused)
             wanted = [one for one in wanted if one.table not in refused]
             if published.is_new and not begins:
@@ -128,13 +131,18 @@ class PostgresChangeFeed:
                 position, self._quiet_to = create_slot(connection, self._name, self._server), 0
             else:
                 position = (standing.slot.confirmed if standing.slot else None) or 0
-            joined = self._joined(wanted, published, everything=begins or known_position is None)
+            shapes = {
+                one.table: shape_of(one, published.stamps[one.table], known_shapes.get(one.table)) for one in wanted
+            }
+            altered = {table for table, shape in shapes.items() if is_altered(known_shapes.get(table), shape)}
+            everything = begins or known_position is None
+            joined = frozenset(shapes if everything else altered | (published.joined & shapes.keys()))
             by_oid: dict[int, list[Followed]] = {}
             for one in wanted:
                 for oid in one.oids:
                     by_oid.setdefault(oid, []).append(one)
             self._by_oid, self._confirmed = by_oid, position
-            return Attachment(position, joined, refused, lost if known_position is not None else None)
+            return Attachment(position, joined, shapes, refused, lost if known_position is not None else None)
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
         """See the Protocol. One round trip where nothing has been logged.
@@ -214,14 +222,6 @@ class PostgresChangeFeed:
         with self._slot_errors(connection):
             drop_slot(connection, self._name)
 
-    def _joined(
-        self, wanted: Sequence[Followed], published: Published, *, everything: bool
-    ) -> frozenset[FollowedTable]:
-        files = {one.table: one.state.files for one in wanted}
-        rewritten = {table for table, now in files.items() if self._files.get(table, now) != now}
-        self._files = files
-        return frozenset(files) if everything else frozenset(rewritten | (published.joined & files.keys()))
-
     def _require_followed(self, connection: psycopg.Connection[Any], standing: Standing) -> None:
         if standing.end is None:
             self._require_prerequisites(connection, standing, begins=False)
@@ -247,7 +247,7 @@ class PostgresChangeFeed:
             loaders = KeyLoaders(connection, may_hold_invalid_text=self._connections.may_hold_invalid_text)
             by_oid = self._by_oid or {}
             for one in itertools.chain.from_iterable(by_oid.values()):
-                loaders.add(one.state.type_oids[one.key.name], one.key)
+                loaders.add(one.state.columns[one.key.name][1], one.key)
             batches = ChangeBatches(by_oid, loaders, max_keys=max_keys, given=given)
             for batch in batches.of(peek_slot(connection, self._name, upto=end, limit=limit)):
                 put(batch)

@@ -68,8 +68,8 @@ class TableState:
     """The partitioned tables that it is a partition of."""
     schemas: frozenset[int]
     """Of itself and its ancestors."""
-    type_oids: dict[str, int]
-    """Of those columns that were asked for."""
+    columns: dict[str, list[int]]
+    """Number, type and type modifier of each: other ones where a column was altered, or another took its name."""
     is_inherited: bool
     """Whether other tables inherit from it, not as partitions: its rows are theirs too."""
 
@@ -89,7 +89,7 @@ SELECT w.oid::pg_catalog.int8, m.oid::pg_catalog.int8, n.nspname, c.relname, c.r
        c.relpersistence::pg_catalog.text, c.relfilenode::pg_catalog.int8, c.relreplident::pg_catalog.text,
        COALESCE(i.identity, '{}'), COALESCE(i.primary_key, '{}'), COALESCE(g.stored, '{}'), COALESCE(g.virtual, '{}'),
        pg_catalog.pg_has_role(c.relowner, 'USAGE'), pg_catalog.pg_get_userbyid(c.relowner),
-       u.oids, u.schemas, k.types,
+       u.oids, u.schemas, k.names, k.entries,
        c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits h WHERE h.inhparent = c.oid)
 FROM pg_catalog.unnest(%(oids)s::pg_catalog.oid[]) AS w(oid)
 CROSS JOIN LATERAL (
@@ -122,19 +122,18 @@ LEFT JOIN LATERAL (
       AND (p.oid = w.oid OR p.oid IN (SELECT s.relid FROM pg_catalog.pg_partition_ancestors(w.oid) AS s(relid)))
 ) AS u ON true
 LEFT JOIN LATERAL (
-    SELECT pg_catalog.jsonb_object_agg(a.attname, a.atttypid::pg_catalog.int8) AS types
+    SELECT pg_catalog.array_agg(a.attname::pg_catalog.text) AS names,
+           pg_catalog.array_agg(ARRAY[a.attnum::pg_catalog.int8, a.atttypid::pg_catalog.int8, a.atttypmod]) AS entries
     FROM pg_catalog.pg_attribute a
-    WHERE m.oid = w.oid AND a.attrelid = w.oid AND a.attnum > 0 AND a.attname = ANY (%(columns)s::pg_catalog.text[])
+    WHERE m.oid = w.oid AND a.attrelid = w.oid AND a.attnum > 0 AND NOT a.attisdropped
 ) AS k ON true
 ORDER BY w.oid, m.oid <> w.oid, m.oid
 """
 
 
-def table_states(
-    connection: psycopg.Connection[Any], oids: Iterable[int], columns: Iterable[str]
-) -> dict[int, TableState]:
-    """The tables of these OIDs that there are, in one round trip; with the types of the columns of these names."""
-    rows = connection.execute(_STATES, {"oids": sorted(set(oids)), "columns": sorted(set(columns))}).fetchall()
+def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> dict[int, TableState]:
+    """The tables of these OIDs that there are, in one round trip."""
+    rows = connection.execute(_STATES, {"oids": sorted(set(oids))}).fetchall()
     members: dict[int, list[Member]] = {}
     heads: dict[int, Sequence[Any]] = {}
     for row in rows:
@@ -148,8 +147,8 @@ def table_states(
             owner=row[13],
             ancestors=tuple(row[14] or ()),
             schemas=frozenset(row[15] or ()),
-            type_oids=row[16] or {},
-            is_inherited=row[17],
+            columns=dict(zip(row[16] or (), row[17] or (), strict=True)),
+            is_inherited=row[18],
         )
         for oid, row in heads.items()
     }
@@ -258,7 +257,7 @@ def check_followable(connection: psycopg.Connection[Any], followed: FollowedTabl
     key = relation.key(followed.primary_key_column)
     row = connection.execute(PREREQUISITES).fetchone()
     prerequisites = Prerequisites(*(row or ()))
-    state = table_states(connection, [relation.oid], [key.name]).get(relation.oid)
+    state = table_states(connection, [relation.oid]).get(relation.oid)
     if state is None:
         raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=followed.table)
     problems = table_problems(connection, state, key.name, version)

@@ -55,8 +55,8 @@ class FollowedTables:
             try:
                 relation = find_relation(connection, table.table, self._server)
                 key = relation.key(table.primary_key_column)
-                state = table_states(connection, [relation.oid], [key.name]).get(relation.oid)
-                if state is None or key.name not in state.type_oids:
+                state = table_states(connection, [relation.oid]).get(relation.oid)
+                if state is None or key.name not in state.columns:
                     raise SourceTableNotFound(
                         f"Table {relation.label} was dropped or altered just now.", table=table.table
                     )
@@ -77,13 +77,13 @@ def _states(connection: psycopg.Connection[Any], known: Iterable[Followed]) -> d
     known = list(known)
     if not known:
         return {}
-    return table_states(connection, [one.relation.oid for one in known], [one.key.name for one in known])
+    return table_states(connection, [one.relation.oid for one in known])
 
 
 def _is_same(one: Followed, state: TableState) -> bool:
     before, now, key = one.state.table, state.table, one.key.name
     is_same_table = (before.schema, before.name, before.kind) == (now.schema, now.name, now.kind)
-    return is_same_table and one.state.type_oids.get(key) == state.type_oids.get(key)
+    return is_same_table and one.state.columns.get(key) == state.columns.get(key)
 
 
 def _renamed(

@@ -17,7 +17,7 @@ from embedd_dagster.sources.postgresql_followed import Followed
 _FILTERS: Final = 150000  # row filters, column lists and schemas of publications
 GENERATED: Final = 180000
 
-Stamp = tuple[int, int]
+Stamp = list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Publication:
     """A publication as it stands."""
 
     oid: int
+    version: int
+    """Another one whenever its settings were changed, were it back to what they had been."""
     is_ours: bool
     """Whether we may change it."""
     all_tables: bool
@@ -53,12 +55,12 @@ class Publication:
         own = self.tables.get(oid)
         if own is not None:
             is_whole = not own.is_filtered and (own.columns is None or followed.key.number in own.columns)
-            return (oid, own.row) if is_whole else None
+            return [oid, own.row, self.version] if is_whole else None
         if self.all_tables or self.schemas & followed.state.schemas:
-            return oid, self.oid
+            return [oid, self.oid, self.version]
         above = [self.tables[oid] for oid in followed.state.ancestors if oid in self.tables]
         if above and not any(one.is_filtered or one.columns is not None for one in above):
-            return oid, above[0].row
+            return [oid, above[0].row, self.version]
         return None
 
     def lacks(self, followed: Iterable[Followed]) -> list[str]:
@@ -76,8 +78,8 @@ class Publication:
 
 
 _PUBLICATION: Final = """
-SELECT p.oid::pg_catalog.int8, pg_catalog.pg_has_role(p.pubowner, 'USAGE'), p.puballtables, p.pubviaroot,
-       p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate, {generated}, {schemas}
+SELECT p.oid::pg_catalog.int8, p.xmin::pg_catalog.text::pg_catalog.int8, pg_catalog.pg_has_role(p.pubowner, 'USAGE'),
+       p.puballtables, p.pubviaroot, p.pubinsert AND p.pubupdate AND p.pubdelete AND p.pubtruncate, {generated}, {schemas}
 FROM pg_catalog.pg_publication p WHERE p.pubname = %s
 """
 _SCHEMAS: Final = SQL(
@@ -108,9 +110,9 @@ def read_publication(connection: psycopg.Connection[Any], name: str) -> Publicat
         oid: Membership(own, schema, table, is_filtered, None if columns is None else frozenset(columns))
         for oid, own, schema, table, is_filtered, columns in connection.execute(statement, [row[0]]).fetchall()
     }
-    oid, is_ours, all_tables, via_root, publishes_all, publishes_generated, in_schemas = row
+    oid, version, is_ours, all_tables, via_root, publishes_all, publishes_generated, in_schemas = row
     return Publication(
-        oid, is_ours, all_tables, via_root, publishes_all, publishes_generated, frozenset(in_schemas), tables
+        oid, version, is_ours, all_tables, via_root, publishes_all, publishes_generated, frozenset(in_schemas), tables
     )
 
 

@@ -6,7 +6,7 @@ A publication that an administrator made is used as it is, and changed only wher
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -42,6 +42,8 @@ class Published:
     joined: set[FollowedTable] = field(default_factory=set)
     """Tables of which changes may not have been published until now."""
     refused: dict[FollowedTable, EmbeddError] = field(default_factory=dict)
+    stamps: dict[FollowedTable, Stamp | None] = field(default_factory=dict)
+    """By what each is published now; None where it was taken out at this moment."""
 
 
 class Publisher:
@@ -54,14 +56,20 @@ class Publisher:
         self._name = name
         self._identifier = sql.Identifier(name)
         self._server = server
-        self._stamps: dict[FollowedTable, Stamp] | None = None
-        """Of the tables that were last found to be published; None before the first time."""
         self._held_up: dict[int, frozenset[str]] = {}
         """Tables that could not join, and the transactions that they wait for."""
 
-    def publish(self, connection: psycopg.Connection[Any], wanted: Sequence[Followed], *, into_slot: bool) -> Published:
+    def publish(
+        self,
+        connection: psycopg.Connection[Any],
+        wanted: Sequence[Followed],
+        known: Mapping[FollowedTable, Stamp | None],
+        *,
+        into_slot: bool,
+    ) -> Published:
         """Publishes these tables, which must be fit for it, and no others as far as we may.
 
+        `known`: of those that were published until now, by what; None where that is not known, and taken to be unchanged.
         `into_slot`: whether there is a slot to go on with. One that is made later waits for all that is open by itself.
         """
         publication = read_publication(connection, self._name)
@@ -69,21 +77,19 @@ class Publisher:
         if publication is None:
             self._create(connection)
             publication = self._read_again(connection)
-        if self._stamps is None:  # what was published by an earlier run is taken to have been all the while
-            self._stamps = _stamps(publication, wanted)
         publication = self._drop_unwanted(connection, publication, {one.relation.oid for one in wanted})
         if lacking := publication.lacks(wanted):
             self._mend(connection, publication, wanted, lacking, done)
-        done.joined.update(
-            table for table, stamp in _stamps(publication, wanted).items() if self._stamps.get(table) != stamp
-        )
+        unchanged = {table for table, stamp in known.items() if stamp is None}
+        stamps = {one.table: publication.stamp(one) for one in wanted if one.table not in unchanged}
+        done.joined.update(table for table, stamp in stamps.items() if stamp and known.get(table) != stamp)
         done.joined -= done.refused.keys()
         self._add_missing(connection, publication, wanted, done)
         if done.joined:
             if into_slot and not done.is_new:
                 self._await_writers(connection, wanted, done)
             publication = self._read_again(connection)
-        self._stamps = _stamps(publication, [one for one in wanted if one.table not in done.refused])
+        done.stamps = {one.table: publication.stamp(one) for one in wanted}
         return done
 
     def drop(self, connection: psycopg.Connection[Any]) -> None:
@@ -129,7 +135,6 @@ class Publisher:
         done: Published,
     ) -> None:
         if publication.is_ours:
-            self._stamps = {}  # all join, also where we fail before that is told
             connection.execute(self._alter("SET ({})", _listed(lacking)))
             done.joined.update(one.table for one in wanted)
             return
@@ -212,11 +217,6 @@ class Publisher:
 
     def _alter(self, action: str, *parts: sql.Composable) -> sql.Composed:
         return SQL("ALTER PUBLICATION {} ").format(self._identifier) + SQL(action).format(*parts)
-
-
-def _stamps(publication: Publication, wanted: Iterable[Followed]) -> dict[FollowedTable, Stamp]:
-    found = {one.table: publication.stamp(one) for one in wanted}
-    return {table: stamp for table, stamp in found.items() if stamp is not None}
 
 
 def _listed(options: list[str]) -> SQL:

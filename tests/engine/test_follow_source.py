@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 from uuid import uuid4
@@ -12,6 +13,7 @@ import pytest
 from embedd_dagster.catalog import change_feeds, connections, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.core.status import SyncStatus
+from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceUnavailable
@@ -323,10 +325,10 @@ def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_a
     product, _follower = followed
     original, away = change_feeds.set_followed, iter([True])
 
-    def set_followed(session: Any, connection_id: str, kept: Any, joined: Any) -> Any:
+    def set_followed(session: Any, connection_id: str, shapes: Any, joined: Any) -> Any:
         if joined and next(away, False):
             raise CatalogUnavailable("The catalog database does not answer.")
-        return original(session, connection_id, kept, joined)
+        return original(session, connection_id, shapes, joined)
 
     monkeypatch.setattr(change_feeds, "set_followed", set_followed)
     publication = product.sql("SELECT pubname FROM pg_publication")[0][0]
@@ -346,3 +348,88 @@ def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple
     follower.join()
     assert "was changed" in (follower.reason or "")
     assert slots_of(product) == []
+
+
+@ONE_STORE
+def test_a_column_that_is_swapped_for_another_by_renaming_is_compared(
+    followed: tuple[Product, RunningFollower],
+) -> None:
+    """The last step of every expand-and-contract migration; no event tells of it."""
+    product, follower = followed
+    product.sql("ALTER TABLE products ADD COLUMN new_title text; UPDATE products SET new_title = 'better ' || id")
+    eventually(lambda: settled(product))
+    product.sql(
+        "BEGIN; ALTER TABLE products RENAME title TO old_title; ALTER TABLE products RENAME new_title TO title; COMMIT"
+    )
+    eventually(lambda: is_owed(product))
+    eventually(lambda: settled(product))
+    product.assert_true_to_source()
+    assert follower.error is None
+    assert product.table().sync_status == SyncStatus.SYNCED
+
+
+@ONE_STORE
+def test_a_table_that_is_rewritten_while_no_follower_runs_is_compared(cdc_product: Product) -> None:
+    product = cdc_product
+    product.run()
+    with follower_of(product):
+        eventually(lambda: is_followed(product) and settled(product))
+    product.sql("ALTER TABLE products ALTER COLUMN body TYPE text USING 'migrated ' || id")
+    with follower_of(product):
+        eventually(lambda: is_owed(product))
+        eventually(lambda: settled(product))
+        product.assert_true_to_source()
+
+
+@ONE_STORE
+def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, follower = followed
+    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 0.05)
+    before = product.table().followed_shape
+    version = "SELECT xmin::text FROM vector_tables WHERE id = %s"
+    # whatever else is written to the row is written when there are changes
+    written = product.sql(version, product.vector_table_id)
+    time.sleep(1)
+    assert product.sql(version, product.vector_table_id) == written
+    product.sql("ALTER TABLE products ADD COLUMN note text")
+    eventually(lambda: product.table().followed_shape != before)
+    assert not is_owed(product)
+    with product.runtime.catalog.transaction() as session:
+        vector_tables.pause(session, vector_tables.get(session, product.environment_id, product.vector_table_id))
+    eventually(lambda: follower.reason is not None)
+    assert product.table().followed_since is None
+    assert product.table().followed_shape is None
+
+
+@ONE_STORE
+def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Product, RunningFollower]) -> None:
+    product, first = followed
+    first.stop()
+    product.sql("UPDATE vector_tables SET followed_shape = NULL")
+    with follower_of(product):
+        eventually(lambda: product.table().followed_shape is not None)
+        product.sql(INSERT, 6600)
+        eventually(is_true(product))
+        assert not is_owed(product)
+
+
+@pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
+def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader of the old type takes the new keys for impossible: they must not count as gone."""
+    product, _follower = followed
+    product.sql("UPDATE products SET price = 5 WHERE id = 1")
+    eventually(is_true(product))
+    with monkeypatch.context() as patched:
+        patched.setattr(follow, "_ATTACH_SECONDS", 3600)  # the changes are read before anybody sees the new type
+        product.sql("ALTER TABLE products ALTER COLUMN id TYPE text USING 'p' || id")
+        product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
+        eventually(lambda: "p1" in product.points())
+    eventually(lambda: is_owed(product))
+    eventually(lambda: settled(product))
+    product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")
+    eventually(is_true(product))
+    assert product.table().sync_status == SyncStatus.SYNCED

@@ -199,7 +199,7 @@ class TestChanges:
         admin.execute("INSERT INTO t VALUES (5)")
         with source.change_feed(name) as again:
             other = Follower(again, T)
-            other.position = follower.position
+            other.position, other.shapes = follower.position, follower.shapes
             attachment = other.attach()
             assert (attachment.joined, attachment.lost) == (set(), None)
             assert other.keys() == [4, 5]
@@ -459,6 +459,59 @@ class TestChangedTables:
         assert follower.attach().joined == {T}
         assert follower.attach().joined == set()
 
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "ALTER TABLE t ALTER COLUMN v TYPE text USING upper(v)",
+            "ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4); ALTER PUBLICATION {name} ADD TABLE t",
+            (
+                "ALTER PUBLICATION {name} SET (publish = 'delete'); INSERT INTO t VALUES (4);"
+                "ALTER PUBLICATION {name} SET (publish = 'insert, update, delete, truncate')"
+            ),
+            "ALTER TABLE t ADD COLUMN w text; BEGIN; ALTER TABLE t RENAME v TO o; ALTER TABLE t RENAME w TO v; COMMIT",
+            "ALTER TABLE t DROP COLUMN v, ADD COLUMN v text DEFAULT 'new'",
+            "ALTER TABLE t ALTER COLUMN v TYPE varchar",
+        ],
+        ids=["rewritten", "taken out", "published in part", "swapped", "dropped and added", "altered"],
+    )
+    @pytest.mark.parametrize("is_open", [True, False])
+    def test_what_no_event_tells_joins_the_table_again_also_where_nobody_followed_it(
+        self, admin: Admin, source: Source, follower: Follower, name: str, change: str, is_open: bool
+    ) -> None:
+        assert follower.attach().joined == set()
+        if not is_open:
+            follower.feed.close()
+        for statement in change.format(name=name).split(";"):
+            admin.execute(statement)
+        with source.change_feed(name) as again:
+            if not is_open:
+                follower.feed = again
+            shapes = follower.shapes
+            assert follower.attach().joined == {T}
+            follower.shapes = shapes  # killed before they were kept
+            assert follower.attach().joined == {T}
+            assert follower.attach().joined == set()
+
+    def test_a_column_that_comes_or_goes_is_no_reason_to_join_again_but_one_that_takes_its_name_is(
+        self, admin: Admin, follower: Follower
+    ) -> None:
+        for statement in ("ADD COLUMN w text", "RENAME v TO o", "RENAME o TO v", "DROP COLUMN v"):
+            admin.execute(f"ALTER TABLE t {statement}")
+            assert follower.attach().joined == set()
+        admin.execute("ALTER TABLE t RENAME w TO v")
+        assert follower.attach().joined == {T}
+        assert follower.attach().joined == set()
+
+    def test_a_table_whose_shape_was_never_kept_is_taken_to_be_unchanged(
+        self, admin: Admin, source: Source, follower: Follower, name: str
+    ) -> None:
+        """As of an installation that kept none until now."""
+        follower.shapes = {T: None}
+        assert follower.attach().joined == set()
+        admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t")
+        follower.shapes = {T: None}
+        assert follower.attach().joined == {T}
+
     def test_tables_come_and_go(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute("CREATE TABLE u (id int PRIMARY KEY)")
         u = FollowedTable("u", "id")
@@ -469,7 +522,7 @@ class TestChangedTables:
         batches = follower.read()
         assert batches[-1].keys == {T: [4], u: [2]}
         follower.tables = (u,)
-        assert follower.attach() == Attachment(follower.position, frozenset(), {})
+        assert follower.attach() == Attachment(follower.position, frozenset(), follower.shapes, {})
         assert published(admin, name) == {"u"}
         admin.execute("INSERT INTO t VALUES (5); INSERT INTO u VALUES (3)")
         assert follower.keys(u) == [3]

@@ -81,7 +81,7 @@ class TestLost:
         assert re.search(says, attachment.lost)
         admin.execute("INSERT INTO t VALUES (6)")
         assert follower.keys() == [6]
-        assert follower.attach() == Attachment(follower.position, frozenset(), {})
+        assert follower.attach() == Attachment(follower.position, frozenset(), follower.shapes, {})
 
     def test_a_slot_that_is_gone_cannot_be_confirmed(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
@@ -129,7 +129,7 @@ class TestLost:
 
     def test_a_server_that_was_restored(self, follower: Follower) -> None:
         assert follower.position is not None
-        attachment = follower.feed.attach([T], follower.position + 2**40)
+        attachment = follower.feed.attach([T], follower.position + 2**40, follower.shapes)
         assert attachment.joined == {T}
         assert "restored" in (attachment.lost or "")
 
@@ -236,7 +236,7 @@ class TestLost:
                 follower.attach()
         follower.feed.close()
         with source.change_feed(name) as again:
-            attachment = again.attach([T], follower.position)
+            attachment = again.attach([T], follower.position, follower.shapes)
             assert attachment.joined == {T}
             assert attachment.lost is not None
 
@@ -362,7 +362,7 @@ class TestRights:
             ]
             with limited.change_feed(name) as feed:
                 with pytest.raises(SourceRejected, match="no right to replicate") as caught:
-                    feed.attach([T], None)
+                    feed.attach([T], None, {})
                 assert "GRANT CREATE ON DATABASE" in caught.value.resolution
             admin.execute(statements_of(error))
             limited.check_followable(T)
@@ -429,7 +429,7 @@ class TestServers:
                     assert "wal_level" in error.message
                     assert "restart" in error.resolution
                     with source.change_feed("embedd_x") as feed, pytest.raises(SourceRejected, match="wal_level"):
-                        feed.attach([T], None)
+                        feed.attach([T], None, {})
                     admin.execute(statements_of(error))
 
     def test_no_slot_is_left(self) -> None:
@@ -441,21 +441,21 @@ class TestServers:
                     assert "max_replication_slots" in refusal(source, T).message
                     with source.change_feed("embedd_x") as feed:
                         with pytest.raises(SourceRejected, match="max_replication_slots"):
-                            feed.attach([T], None)
+                            feed.attach([T], None, {})
                         admin.execute("SELECT pg_drop_replication_slot('taken')")
-                        assert feed.attach([T], None).joined == {T}
+                        assert feed.attach([T], None, {}).joined == {T}
                     source.check_followable(T)  # the one that is taken is ours
                     with (
                         source.change_feed("embedd_y") as another,
                         pytest.raises(SourceRejected, match="max_replication_slots"),
                     ):
-                        another.attach([T], None)
+                        another.attach([T], None, {})
 
     def test_a_standby(self, standby: str) -> None:
         with open_source("postgresql", credentials_of(standby)) as source:
             assert "standby" in refusal(source, T).message
             with source.change_feed("embedd_x") as feed, pytest.raises(SourceRejected, match="standby"):
-                feed.attach([T], None)
+                feed.attach([T], None, {})
 
     @pytest.fixture
     def standby(self) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psycopg
@@ -14,7 +14,7 @@ from embedd_dagster.errors import (
     EmbeddError,
 )
 from embedd_dagster.sources.base import Source
-from embedd_dagster.sources.changes import Attachment, ChangeBatch, ChangeFeed, FollowedTable
+from embedd_dagster.sources.changes import Attachment, ChangeBatch, ChangeFeed, FollowedTable, Shape
 
 Admin = psycopg.Connection[Any]
 T = FollowedTable("t", "id")
@@ -33,15 +33,17 @@ def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
 
 
 class Follower:
-    """A feed with the position that a consumer keeps."""
+    """A feed with the position and the shapes that a consumer keeps."""
 
     def __init__(self, feed: ChangeFeed, *tables: FollowedTable) -> None:
         self.feed = feed
         self.tables = tables
         self.position: int | None = None
+        self.shapes: Mapping[FollowedTable, Shape] = {}
 
     def attach(self) -> Attachment:
-        attachment = self.feed.attach(self.tables, self.position)
+        attachment = self.feed.attach(self.tables, self.position, self.shapes)
+        self.shapes = attachment.shapes
         if self.position is None or attachment.lost:
             self.position = attachment.position
         return attachment

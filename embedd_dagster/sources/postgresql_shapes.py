@@ -1,0 +1,33 @@
+"""The shape of a followed table: all that changes what its rows hold without an event of the log that tells of it.
+
+Where they are stored: it was written anew (ALTER TABLE … USING), or a partition was attached, detached, dropped or truncated
+by itself. By what it is published: it was taken out for a while. Its columns: another one took a column's name.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+from embedd_dagster.sources.changes import Shape
+from embedd_dagster.sources.postgresql_followed import Followed
+from embedd_dagster.sources.postgresql_publication import Stamp
+
+
+def shape_of(followed: Followed, stamp: Stamp | None, before: Shape | None) -> Shape:
+    """The table as it is now, with the columns of before that are gone: what takes the name of one is not that one."""
+    files = blake2b(repr(sorted(followed.state.files)).encode(), digest_size=8).hexdigest()
+    columns = {**(before["columns"] if before else {}), **followed.state.columns}
+    return {"files": files, "stamp": stamp, "columns": columns}
+
+
+def stamp_of(shape: Shape | None) -> Stamp | None:
+    """By what the table was published; None where that is not known."""
+    return shape["stamp"] if shape else None
+
+
+def is_altered(before: Shape | None, now: Shape) -> bool:
+    """Whether rows may hold something else now, or events were left out; a column that came or went is no reason."""
+    if before is None:
+        return False
+    is_same_column = (now["columns"][name] == entry for name, entry in before["columns"].items())
+    return before["files"] != now["files"] or before["stamp"] != now["stamp"] or not all(is_same_column)
