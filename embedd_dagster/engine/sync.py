@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -20,7 +21,7 @@ from embedd_dagster.core.changes import ChangePlan, plan_changes
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
-from embedd_dagster.core.vector_table import Mode, SyncMode
+from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded, SourceRejected, VectorStoreRejected
 from embedd_dagster.sources.base import PAGE_BYTES, TableReader
@@ -216,17 +217,16 @@ def sync(work: Work) -> RowCounts:
     pipeline = work.pipeline(live, [vector_set])
     reader = work.reader(pipeline.configuration)
     _require_key_type(work, reader, live)
-    is_whole = _is_whole(work, vector_set, live)
     with work.stage("digest"):
         digest, following = _take_digests(work, reader, vector_sets.stored_digest(live))
     refuse_mass_delete(work, live, digest.row_count)
-    buckets = _buckets_to_compare(work, vector_set, digest, vector_sets.stored_digest(live)) if is_whole else None
+    buckets = _buckets_to_compare(work, vector_set, digest, vector_sets.stored_digest(live))
     counts = RowCounts()
     if buckets is None or buckets:
         work.log(
             "Comparing every row." if buckets is None else f"Comparing {len(buckets)} of {1 << digest.bits} buckets."
         )
-        with work.stage("sync"):
+        with work.stage("sync"), _naming_a_set_that_is_gone(work, live):
             counts = apply_changes(work, reader, pipeline, vector_set, digest, buckets, live)
         work.progress.add(counts)
     point_count = work.patiently(lambda: work.store.count(vector_set)) if counts.read or counts.deleted else None
@@ -259,27 +259,18 @@ def _require_key_type(work: Work, reader: TableReader, live: VectorSetRow) -> No
         )
 
 
-def _is_whole(work: Work, vector_set: VectorSet, live: VectorSetRow) -> bool:
-    """Whether the set has as many points as the last sync left. Raises VectorStoreRejected where there is no set.
-
-    A store may have lost some, or have come back from a backup: digests tell of the source alone. Of a followed table the
-    number changes between two syncs.
-    """
-    point_count = work.patiently(lambda: work.store.count(vector_set))
-    if not point_count and not work.has_set(live):
+@contextmanager
+def _naming_a_set_that_is_gone(work: Work, live: VectorSetRow) -> Iterator[None]:
+    """A store that has lost the live set says so in its own terms; here it is said what to do about it."""
+    try:
+        yield
+    except VectorStoreRejected:
+        if work.has_set(live):
+            raise
         raise VectorStoreRejected(
             f"The vectors of {work.table.name!r} are gone from the store.",
             resolution="Start a backfill: it builds them anew.",
-        )
-    digest = vector_sets.stored_digest(live)
-    if digest is None or work.table.sync_mode == SyncMode.CDC:
-        return True
-    with work.runtime.catalog.transaction() as session:
-        failed_count = vector_sets.count_failures(session, live.vector_table_id, live.version)
-    expected = digest.row_count - (live.skipped_count or 0) - failed_count
-    if point_count != expected:
-        work.log(f"The store has {point_count} points where the last sync left {expected}.")
-    return point_count == expected
+        ) from None
 
 
 def _take_digests(work: Work, reader: TableReader, earlier: TableDigest | None) -> tuple[TableDigest, TableDigest]:

@@ -224,7 +224,10 @@ class PgvectorStore:
         try:
             rows = find_nearest(self._database, query)
         except TableMissing as error:
-            raise VectorStoreUnavailable(f"The vectors that were asked were just replaced: {error.message}") from None
+            raise VectorStoreUnavailable(
+                f"The vectors that were asked are not in the store: {error.message}",
+                resolution="They were just replaced, then ask again; or the store has lost them, then start a backfill.",
+            ) from None
         hits = (
             Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
             for key, distance, metadata, text in rows

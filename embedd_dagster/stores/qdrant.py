@@ -163,7 +163,10 @@ class QdrantStore:
         try:
             points = self._nearest(vector_set, vector, limit, where)
         except SetMissing as error:
-            raise VectorStoreUnavailable(f"The vectors that were asked were just replaced: {error.message}") from None
+            raise VectorStoreUnavailable(
+                f"The vectors that were asked are not in the store: {error.message}",
+                resolution="They were just replaced, then ask again; or the store has lost them, then start a backfill.",
+            ) from None
         hits = [
             Hit(
                 key=read_key(point["payload"]["pk"]),
