@@ -75,6 +75,8 @@ class TransientError(EmbeddError):
     """An outside system failed in a way that passes by itself."""
 
     default_resolution = "Nothing to do: it is tried again."
+    is_attempt: ClassVar[bool] = True
+    """Whether a run that ends by it has tried what it was to do."""
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)

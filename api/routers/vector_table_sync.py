@@ -21,7 +21,7 @@ from api.schemas.vector_table_sync import (
     SyncStatusAnswer,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
 from embedd_dagster.core.keys import decode_key, render_key
@@ -70,6 +70,8 @@ def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnsw
     """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        resyncs.keep_freshness(session, [row.id])
+        session.refresh(row)
         vector_tables.pause(session, row)
         return _shown(session, row)
 

@@ -13,7 +13,7 @@ from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.materialization import data_version, describe_report
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import stop_signal
-from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, NAME_TAG, OUTCOME_TAG, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
@@ -88,6 +88,7 @@ def vector_table(
             context.log.info("Nothing to do: the vector table is paused, and nobody asked for this by hand.")
             instance.add_run_tags(run_id, {OUTCOME_TAG: "paused"})
             return
+        instance.add_run_tags(run_id, _tags_for_people(opened, task_id))
         with stop_signal(cancelled) as should_stop:
             report = run_task(opened, task_id, run_id, log=context.log.info, should_stop=should_stop)
     except RunSuperseded as superseded:
@@ -151,6 +152,15 @@ def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, con
         task_id = task.id
     context.instance.add_run_tags(context.run.run_id, {TASK_TAG: task_id})
     return task_id
+
+
+def _tags_for_people(runtime: Runtime, task_id: str) -> dict[str, str]:
+    with runtime.catalog.transaction() as session:
+        task = tasks.find(session, task_id)
+        table = vector_tables.find(session, task.target_id) if task is not None else None
+    if task is None or table is None:
+        return {}
+    return {NAME_TAG: table.name, TASK_TYPE_TAG: task.task_type}
 
 
 def _mode(context: dg.AssetExecutionContext, config: VectorTableConfig) -> RunMode:

@@ -36,6 +36,8 @@ def describe_report(report: RunReport, api_url: str | None) -> dict[str, dg.Meta
         "cost_usd": dg.MetadataValue.float(float(report.cost_usd)),
         "rows_per_second": dg.MetadataValue.float(float(report.rows_per_second)),
         **{f"seconds/{stage}": dg.MetadataValue.float(float(spent)) for stage, spent in report.seconds.items()},
+        "name": dg.MetadataValue.text(report.name),
+        "source_table": dg.MetadataValue.text(report.source_table),
         "task_type": dg.MetadataValue.text(report.task_type),
         "task_id": dg.MetadataValue.text(report.task_id),
         "embedding_model": dg.MetadataValue.text(report.model),

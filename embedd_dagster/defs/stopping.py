@@ -13,7 +13,12 @@ from embedd_dagster.errors import TransientError
 
 
 class WorkerStopped(TransientError):
-    """The run's process was told to stop, as in a restart; nobody asked for the task to end, so it is done again."""
+    """The run's process was told to stop, as in a restart; nobody asked for the task to end, so it is done again.
+
+    However often: any number of deployments may fall into one long backfill, which goes on where it was.
+    """
+
+    is_attempt = False
 
 
 @contextmanager

@@ -11,6 +11,12 @@ OUTCOME_TAG: Final = "embedd/outcome"
 """On a run that materialized nothing, though nothing is wrong: `superseded` where it found its task done, or another
 run's; `paused` where its vector table is, and nobody asked for it by hand."""
 
+NAME_TAG: Final = "embedd/name"
+"""The vector table's name when the run began, for people: the partition is its id."""
+
+TASK_TYPE_TAG: Final = "embedd/task_type"
+"""`backfill`, `rebackfill` or `sync`."""
+
 MODE_TAG: Final = "embedd/mode"
 """`sync` or `backfill`, on runs whose config nobody can write: those of automation conditions."""
 

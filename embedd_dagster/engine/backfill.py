@@ -9,9 +9,10 @@ checkpoints are, so a run may die anywhere.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, Executor, ThreadPoolExecutor, wait
+from collections.abc import Collection, Iterator
+from concurrent.futures import FIRST_EXCEPTION, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from datetime import timedelta
 
 from sqlalchemy.orm import Session
 
@@ -34,6 +35,7 @@ from embedd_dagster.sources.base import PAGE_BYTES, TableReader
 _PAGE_ROWS = 2_000
 _MAX_BYTES_IN_FLIGHT = 64 * 2**20
 _CHECKPOINT_SECONDS = 1.0
+_TELL_SECONDS = 10.0
 _CATCH_UP_ROUNDS = 5
 _VERIFY_ROUNDS = 3
 _FAILED_ROWS_A_TRY = 1_000
@@ -141,12 +143,25 @@ def _load(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: Ve
             readers.submit(_load_shard, work, reader, pipeline, vector_set, shard, workers, len(open_shards))
             for shard in open_shards
         ]
-        done, _unfinished = wait(futures, return_when=FIRST_EXCEPTION)
+        done = _wait_and_tell(work, futures)
         failed = next((error for future in done if (error := future.exception()) is not None), None)
         if failed is not None:
             work.stop_others(failed)
             wait(futures)
             raise failed
+
+
+def _wait_and_tell(work: Work, futures: Collection[Future[None]]) -> set[Future[None]]:
+    """The futures that are done once all are, or one has failed; how far the load is by then is in the log now and then."""
+    begun, rows_before = time.monotonic(), work.progress.counts.read
+    while True:
+        done, unfinished = wait(futures, timeout=_TELL_SECONDS, return_when=FIRST_EXCEPTION)
+        if not unfinished or any(future.exception() for future in done):
+            return done
+        rows, total = work.progress.counts.read, max(work.progress.total_rows, work.progress.counts.read)
+        rate = (rows - rows_before) / (time.monotonic() - begun)
+        left = f"about {timedelta(seconds=round((total - rows) / rate))} left" if rate else "waiting"
+        work.log(f"{rows:,} of {total:,} rows, {rate:,.0f} rows/s, {left}.")
 
 
 def _load_shard(

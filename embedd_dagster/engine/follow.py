@@ -108,6 +108,7 @@ class Follower:
             connection,
             check=lease.check,
             fenced=lease.fenced,
+            log=log,
             patience_seconds=self._settings.follow_patience_seconds,
         )
         self._feed: ChangeFeed = self._opened.source.change_feed(lease.feed_name)

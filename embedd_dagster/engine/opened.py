@@ -39,12 +39,14 @@ class Opened:
         *,
         check: Callable[[], None],
         fenced: Callable[[], AbstractContextManager[Session]],
+        log: Callable[[str], None],
         patience_seconds: float,
     ) -> None:
         """`check` is called while something is waited for, and ends the wait by raising; `fenced` raises in a lost run."""
         self._runtime = runtime
         self._check = check
         self._fenced = fenced
+        self._log = log
         self._owned_at = float("-inf")
         self._patience_seconds = patience_seconds
         self._resources = ExitStack()
@@ -58,7 +60,7 @@ class Opened:
 
     def patiently(self, action: Callable[[], T]) -> T:
         """The result of an idempotent action on an outside system, waited for while that is down."""
-        return with_patience(action, patience_seconds=self._patience_seconds, check=self._check)
+        return with_patience(action, patience_seconds=self._patience_seconds, check=self._check, log=self._log)
 
     def as_owner(self, write: Callable[[], T]) -> T:
         """The result of an idempotent write to the store, waited for while that is down; none of a run that was replaced.

@@ -16,11 +16,18 @@ _LONGEST_WAIT_SECONDS = 10.0
 _SLICE_SECONDS = 0.25
 
 
-def with_patience(action: Callable[[], T], *, patience_seconds: float, check: Callable[[], None]) -> T:
+def with_patience(
+    action: Callable[[], T],
+    *,
+    patience_seconds: float,
+    check: Callable[[], None],
+    log: Callable[[str], None] = lambda _line: None,
+) -> T:
     """The action's result; while it raises TransientError it is tried again, with backoff and full jitter.
 
     Gives up with the last error `patience_seconds` after the first one, however long the action was at work before that.
-    `check` is called several times a second while it waits, and ends the wait by raising. The action must be idempotent.
+    `check` is called several times a second while it waits, and ends the wait by raising; `log` is told when it begins. The
+    action must be idempotent.
     """
 
     def pause(seconds: float) -> None:
@@ -40,7 +47,11 @@ def with_patience(action: Callable[[], T], *, patience_seconds: float, check: Ca
     def has_run_out(state: RetryCallState) -> bool:
         nonlocal first_failed_at
         failed_at = state.outcome_timestamp or 0.0
-        first_failed_at = failed_at if first_failed_at is None else first_failed_at
+        if first_failed_at is None:
+            first_failed_at = failed_at
+            error = state.outcome.exception() if state.outcome else None
+            if patience_seconds > 0:
+                log(f"{error} Waiting for it, up to {patience_seconds:g} seconds.")
         return failed_at - first_failed_at >= patience_seconds
 
     retrying = Retrying(

@@ -28,6 +28,8 @@ class RunReport:
     """What a run did to its vector table, and what is live after it."""
 
     vector_table_id: str
+    name: str
+    source_table: str
     task_id: str
     task_type: str
     version: int
@@ -120,7 +122,12 @@ def _end(runtime: Runtime, task_id: str, run_id: str, error: BaseException) -> N
             else:
                 # a bug is tried again too: it may have been the moment's; attempts are few
                 permanent = isinstance(error, EmbeddError) and not isinstance(error, TransientError)
-                tasks.fail(session, task, describe(error), retry=not permanent)
+                if isinstance(error, TransientError) and not error.is_attempt:
+                    task.attempts -= 1
+                told = describe(error)
+                if isinstance(error, TransientError) and task.attempts >= task.max_attempts:
+                    told = f"{error.message} Tried {task.attempts} times: start it again once that is mended."
+                tasks.fail(session, task, told, retry=not permanent)
 
     with_patience(end, patience_seconds=_CATALOG_PATIENCE_SECONDS, check=lambda: None)
 
@@ -141,6 +148,8 @@ def _report(work: Work, counts: RowCounts, seconds: float) -> RunReport:
     is_sync = work.task.task_type == TaskType.SYNC.value
     return RunReport(
         vector_table_id=table.id,
+        name=table.name,
+        source_table=table.source_table,
         task_id=work.task.id,
         task_type=work.task.task_type,
         version=live.version,

@@ -89,6 +89,7 @@ class Work:
             endpoints.connection,
             check=self.check,
             fenced=self.fenced,
+            log=log,
             patience_seconds=self.settings.outage_patience_seconds,
         )
         self.source, self.store = self._opened.source, self._opened.store

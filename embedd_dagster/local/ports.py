@@ -6,8 +6,12 @@ import random
 import socket
 from pathlib import Path
 
+import structlog
+
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import files
+
+_log = structlog.get_logger(__name__)
 
 LOOPBACK = "127.0.0.1"
 # Below the range from which systems take the ports of outgoing connections: above, a passing connection of anybody
@@ -26,6 +30,8 @@ class Ports:
         remembered = files.read_json(self._path)
         port = remembered.get(name)
         if not isinstance(port, int) or not is_free(port):
+            if port is not None:
+                _log.warning("port_taken", service=name, port=port, hint="another one is taken, and kept from now on")
             port = _find_free(exclude={value for value in remembered.values() if isinstance(value, int)})
             files.write_json(self._path, {**remembered, name: port})
         return port

@@ -14,9 +14,10 @@ from embedd_dagster.sources.postgresql_publication import Stamp
 
 
 def shape_of(followed: Followed, stamp: Stamp | None, before: Shape | None) -> Shape:
-    """The table as it is now, with the columns of before that are gone: what takes the name of one is not that one."""
+    """The table as it is now, with the columns of before that are gone, as empty: what takes the name of one is another."""
     files = blake2b(repr(sorted(followed.state.files)).encode(), digest_size=8).hexdigest()
-    columns = {**(before["columns"] if before else {}), **followed.state.columns}
+    gone: dict[str, list[int]] = {name: [] for name in (before["columns"] if before else ())}
+    columns = {**gone, **followed.state.columns}
     return {"files": files, "stamp": stamp, "columns": columns}
 
 
@@ -26,7 +27,7 @@ def stamp_of(shape: Shape | None) -> Stamp | None:
 
 
 def is_altered(before: Shape | None, now: Shape) -> bool:
-    """Whether rows may hold something else now, or events were left out; a column that came or went is no reason."""
+    """Whether rows may hold something else now, or events were left out; a column that came is no reason."""
     if before is None:
         return False
     is_same_column = (now["columns"][name] == entry for name, entry in before["columns"].items())

@@ -7,14 +7,16 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import func, text, update
 
 from api import state
-from embedd_dagster.catalog import tasks
-from embedd_dagster.catalog.tables import Task
+from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.tables import ChangeFeed, Task
 from tests.api.tenants import COLUMNS, Tenant, code_of, unique
 
 
@@ -149,6 +151,21 @@ def _wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_a_pause_does_not_set_back_until_when_a_followed_table_was_true(tenant: Tenant) -> None:
+    made = tenant.table()
+    path = f"/v1/vector-tables/{made['id']}/sync"
+    with tenant.catalog.transaction() as session:
+        row = vector_tables.find(session, made["id"], lock=True)
+        assert row is not None
+        row.sync_mode, row.followed_since = "cdc", now() - timedelta(hours=1)
+        row.last_sync_at = now() - timedelta(hours=2)
+        session.add(
+            ChangeFeed(connection_id=made["connection_id"], name="f", failures=0, created_at=now(), caught_up_at=now())
+        )
+    before = tenant.get(f"{path}/status").json()["last_sync_at"]
+    assert tenant.post(f"{path}/pause").json()["last_sync_at"] == before
 
 
 def test_pause_and_resume(tenant: Tenant) -> None:

@@ -76,6 +76,8 @@ class Engine:
             tasks.complete(session, task_id, run_id, task.progress)
         return RunReport(
             vector_table_id=task.target_id,
+            name="recipes",
+            source_table="public.recipes",
             task_id=task_id,
             task_type=task.task_type,
             version=1,

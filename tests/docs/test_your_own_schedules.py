@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,6 +55,14 @@ def location(product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     yield module
     resources._process_runtime.cache_clear()
     get_settings.cache_clear()
+
+
+def test_a_code_server_loads_it(location: ModuleType) -> None:
+    """As `embedd up --code-location` and the compose file have it loaded: by the module's name."""
+    path = Path(str(location.__file__))
+    command = [sys.executable, "-m", "dagster", "definitions", "validate", "--module-name", path.stem]
+    done = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture

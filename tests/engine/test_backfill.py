@@ -13,6 +13,7 @@ from embedd_dagster.catalog import tasks, vector_sets, vector_tables
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
+from embedd_dagster.defs.stopping import WorkerStopped
 from embedd_dagster.engine import backfill
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.teardown import drop_retired_sets, teardown
@@ -20,6 +21,7 @@ from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import (
     CatalogUnavailable,
     EmbeddingRejected,
+    EmbeddingUnavailable,
     MassDeleteRefused,
     NotReady,
     RunCancelled,
@@ -240,7 +242,41 @@ def test_a_catalog_that_is_away_for_a_moment_costs_no_attempt(
     monkeypatch.setattr(vector_sets, "checkpoint_shard", checkpoint)
     product.run()
     assert product.latest_task().attempts == 1
+    assert "The catalog database does not answer. Waiting for it, up to 20 seconds." in product.log
     product.assert_true_to_source()
+
+
+def test_any_number_of_restarts_costs_no_attempt(product: Product) -> None:
+    """However many deployments fall into one long build: each time it goes on where it was."""
+
+    def told_to_stop() -> bool:
+        raise WorkerStopped("The process of the run was told to stop.")
+
+    task_id = product.add_task()
+    for _ in range(4):
+        with pytest.raises(WorkerStopped):
+            product.run_task(task_id, should_stop=told_to_stop)
+        assert (product.task(task_id).status, product.task(task_id).attempts) == (TaskStatus.PENDING, 0)
+    product.run_task(task_id)
+    product.assert_true_to_source()
+
+
+def test_what_is_given_up_does_not_say_that_it_is_tried_again(product: Product) -> None:
+    product.runtime.settings.__dict__.update(outage_patience_seconds=0)
+    product.provider.behave(fail_every=1, fail_status=503)
+    task_id = product.add_task()
+    for _ in range(3):
+        with pytest.raises(EmbeddingUnavailable):
+            product.run_task(task_id)
+    assert product.task(task_id).status == TaskStatus.FAILED
+    assert (product.table().last_error or "").endswith("Tried 3 times: start it again once that is mended.")
+
+
+def test_a_long_load_says_how_far_it_is(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("embedd_dagster.engine.backfill._TELL_SECONDS", 0.2)
+    product.provider.behave(latency_seconds=0.5)
+    product.run()
+    assert any(" of 500 rows, " in line for line in product.log)
 
 
 def test_a_swap_that_is_cancelled_between_its_halves_is_taken_back(

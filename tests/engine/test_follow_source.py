@@ -16,7 +16,7 @@ from embedd_dagster.core.status import SyncStatus
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
-from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceUnavailable
+from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceTableNotFound, SourceUnavailable
 from tests.engine.conftest import Product
 from tests.support.following import (
     INSERT,
@@ -29,19 +29,28 @@ from tests.support.following import (
     is_followed,
     is_owed,
     is_true,
+    run_owed,
     settled,
     slots_of,
 )
 
 
 @ONE_STORE
-def test_a_configured_column_that_is_dropped_is_named(followed: tuple[Product, RunningFollower]) -> None:
+@pytest.mark.parametrize("is_written_to", [True, False])
+def test_a_configured_column_that_is_dropped_is_named(
+    followed: tuple[Product, RunningFollower], is_written_to: bool
+) -> None:
     product, _follower = followed
     product.sql("ALTER TABLE products ADD COLUMN note text DEFAULT 'x'; ALTER TABLE products DROP COLUMN note")
     product.sql(INSERT, 6000)
     eventually(is_true(product))
     product.sql("ALTER TABLE products DROP COLUMN body")
-    product.sql("UPDATE products SET price = 5 WHERE id = 1")
+    if is_written_to:
+        product.sql("UPDATE products SET price = 5 WHERE id = 1")
+    else:  # nothing tells of it but what the table is like
+        eventually(lambda: is_owed(product))
+        with pytest.raises(SourceTableNotFound, match="'body'"):
+            run_owed(product)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
     assert "'body'" in (product.table().last_error or "")
     assert product.search("product 1"), "what is live stays live"

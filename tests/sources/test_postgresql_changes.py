@@ -394,6 +394,7 @@ class TestChangedTables:
         admin.execute("ALTER TABLE t DROP COLUMN a; INSERT INTO t VALUES (3, 0, 'x')")
         admin.execute("BEGIN; INSERT INTO t VALUES (4); ALTER TABLE t DROP COLUMN b; INSERT INTO t VALUES (5); COMMIT")
         assert follower.keys() == [1, 2, 3, 4, 5]
+        assert follower.attach().joined == {T}  # no event tells of a drop, and it may be one that is configured
         assert follower.attach().joined == set()
 
     def test_the_key_column_is_renamed(self, admin: Admin, follower: Follower) -> None:
@@ -492,15 +493,15 @@ class TestChangedTables:
             assert follower.attach().joined == {T}
             assert follower.attach().joined == set()
 
-    def test_a_column_that_comes_or_goes_is_no_reason_to_join_again_but_one_that_takes_its_name_is(
+    def test_a_column_that_goes_is_a_reason_to_join_again_and_so_is_one_that_takes_its_name(
         self, admin: Admin, follower: Follower
     ) -> None:
-        for statement in ("ADD COLUMN w text", "RENAME v TO o", "RENAME o TO v", "DROP COLUMN v"):
-            admin.execute(f"ALTER TABLE t {statement}")
-            assert follower.attach().joined == set()
-        admin.execute("ALTER TABLE t RENAME w TO v")
-        assert follower.attach().joined == {T}
+        admin.execute("ALTER TABLE t ADD COLUMN w text")
         assert follower.attach().joined == set()
+        for statement in ("RENAME v TO o", "RENAME o TO v", "DROP COLUMN v", "RENAME w TO v"):
+            admin.execute(f"ALTER TABLE t {statement}")
+            assert follower.attach().joined == {T}
+            assert follower.attach().joined == set()
 
     def test_a_table_whose_shape_was_never_kept_is_taken_to_be_unchanged(
         self, admin: Admin, source: Source, follower: Follower, name: str
