@@ -161,7 +161,9 @@ class SourceTableNotFound(PermanentError):
 
     default_code = "source_table_not_found"
     default_resolution = (
-        "Check the spelling against GET /v1/connections/{id}/tables; names follow the database's own case rules."
+        "Check the spelling against GET /v1/connections/{id}/tables; names follow the database's own case rules. "
+        "Was it renamed? Name the new columns with PATCH /v1/vector-tables/{id}; a table needs its old name, or a view "
+        "that has it."
     )
 
 

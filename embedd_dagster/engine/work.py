@@ -58,8 +58,7 @@ class Work:
     """Everything a run needs for one task; a context manager that gives back what it opened.
 
     Every catalog write goes through `fenced`, every write to the store through `as_owner`, every wait and every batch
-    through `check`: so a run that lost its task,
-    or was asked to end, writes nothing more.
+    through `check`: so a run that lost its task, or was asked to end, writes nothing more.
     """
 
     def __init__(

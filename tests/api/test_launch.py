@@ -55,7 +55,7 @@ def dagster() -> Iterator[FakeDagster]:
 
 
 def _eventually(condition: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if found := condition():
             return found

@@ -80,7 +80,7 @@ def embedd(stack: Stack, api: httpx.Client, provider: RunningServer) -> Iterator
 def eventually() -> Callable[..., Any]:
     """Waits until a condition holds: `eventually(lambda: …)`; the value, or an AssertionError with the last one."""
 
-    def wait(condition: Callable[[], Any], *, within: float = 60.0) -> Any:
+    def wait(condition: Callable[[], Any], *, within: float = 180.0) -> Any:
         deadline = time.monotonic() + within
         while True:
             last = condition()

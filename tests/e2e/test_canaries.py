@@ -99,7 +99,7 @@ def test_no_canary_gets_out(
     }
     tasks = {vector_table_id: embedd.backfill(vector_table_id) for vector_table_id in expected}
     for vector_table_id, status in expected.items():
-        task = embedd.wait_for_task(tasks[vector_table_id], within=150)
+        task = embedd.wait_for_task(tasks[vector_table_id])
         assert task["status"] == status, task
         run_id = task["dagster_run_id"]
         eventually(lambda run_id=run_id: embedd.run_status(run_id) in {"SUCCESS", "FAILURE"})

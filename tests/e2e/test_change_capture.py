@@ -52,7 +52,7 @@ def followed(request: pytest.FixtureRequest, embedd: Embedd, eventually: Callabl
     vector_table_id = embedd.create_vector_table(request.param, sync_mode="cdc")
     embedd.build(vector_table_id)
     built_at = datetime.now(UTC)
-    eventually(lambda: _is_followed(embedd, vector_table_id, built_at), within=60)
+    eventually(lambda: _is_followed(embedd, vector_table_id, built_at))
     return vector_table_id
 
 
@@ -63,9 +63,9 @@ def _finds(embedd: Embedd, vector_table_id: str, key: int, text: str) -> bool:
 
 def test_a_change_is_found_and_told(embedd: Embedd, followed: str, eventually: Callable[..., Any]) -> None:
     embedd.sql("INSERT INTO products VALUES (1000, 'new', 'row', 'red', 1)")
-    eventually(lambda: _finds(embedd, followed, 1000, "title: new\nrow"), within=30)
+    eventually(lambda: _finds(embedd, followed, 1000, "title: new\nrow"))
     embedd.sql("DELETE FROM products WHERE id = 1000")
-    eventually(lambda: not _finds(embedd, followed, 1000, "title: new\nrow"), within=30)
+    eventually(lambda: not _finds(embedd, followed, 1000, "title: new\nrow"))
 
     def told() -> bool:
         materializations = embedd.graphql(MATERIALIZATIONS, partition=followed)["assetOrError"]["assetMaterializations"]
@@ -73,7 +73,7 @@ def test_a_change_is_found_and_told(embedd: Embedd, followed: str, eventually: C
         of_following = [one for one in entries if one["task_type"].get("text") == "follow"]
         return bool(of_following) and all("lag_seconds" in one for one in of_following)
 
-    eventually(told, within=20)
+    eventually(told)
     metrics = embedd.api.get("/metrics").text
     assert "embedd_change_log_lag_bytes" in metrics
     assert "embedd_changes_pending" in metrics
@@ -81,9 +81,9 @@ def test_a_change_is_found_and_told(embedd: Embedd, followed: str, eventually: C
     runs = _followers(embedd)
     assert len(runs) == 1
     assert embedd.api.delete(f"/v1/vector-tables/{followed}").status_code == 204
-    eventually(lambda: embedd.run_status(runs[0]) == "SUCCESS", within=40)
+    eventually(lambda: embedd.run_status(runs[0]) == "SUCCESS")
     slots = "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
-    eventually(lambda: embedd.sql(slots) == [], within=20)
+    eventually(lambda: embedd.sql(slots) == [])
     assert embedd.sql("SELECT pubname FROM pg_publication") == []
     assert _followers(embedd, "STARTED", "STARTING", "QUEUED") == []
 
@@ -95,8 +95,8 @@ def test_a_killed_follower_is_replaced_and_nothing_lost(
     run_id = _followers(embedd)[0]
     os.kill(worker_of(run_id).pid, signal.SIGKILL)
     embedd.sql("UPDATE products SET title = 'while nobody followed', body = NULL WHERE id = 7")
-    eventually(lambda: embedd.run_status(run_id) == "FAILURE", within=60)
-    eventually(lambda: _finds(embedd, followed, 7, "title: while nobody followed"), within=60)
+    eventually(lambda: embedd.run_status(run_id) == "FAILURE")
+    eventually(lambda: _finds(embedd, followed, 7, "title: while nobody followed"))
     assert [run for run in _followers(embedd) if run != run_id]
 
 
@@ -106,9 +106,9 @@ def test_a_server_that_restarts_is_followed_on(embedd: Embedd, followed: str, ev
     embedd.stack.stop_child("postgres")
     time.sleep(3)
     embedd.stack.start_child("postgres")
-    eventually(lambda: embedd.api.get("/ready").status_code == 200, within=60)
+    eventually(lambda: embedd.api.get("/ready").status_code == 200)
     embedd.sql("UPDATE products SET title = 'after the restart', body = NULL WHERE id = 7")
-    eventually(lambda: _finds(embedd, followed, 7, "title: after the restart"), within=60)
+    eventually(lambda: _finds(embedd, followed, 7, "title: after the restart"))
 
     def the_same_run_goes_on() -> bool:
         with suppress(httpx.HTTPStatusError):  # Dagster's webserver meets its own lost connections first

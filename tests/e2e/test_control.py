@@ -85,4 +85,4 @@ def test_a_delete_during_a_sync(embedd: Embedd, eventually: Callable[..., Any]) 
         names = [entry["name"] for entry in embedd.qdrant("GET", "/collections")["collections"]]
         return any(vector_table_id in name for name in names)
 
-    eventually(lambda: not is_stored(), within=40)
+    eventually(lambda: not is_stored())

@@ -100,8 +100,8 @@ def test_a_changed_configuration_is_swapped_in_without_a_failed_query(
         columns = [{**COLUMNS[0], "name_prefix": "item: "}, *COLUMNS[1:]]
         response = embedd.api.put(f"/v1/vector-tables/{vector_table_id}", json={"columns": columns})
         assert response.json()["sync_status"] == "pending_rebackfill"
-        eventually(lambda: embedd.table(vector_table_id)["sync_status"] == "synced", within=60)
-        eventually(lambda: "new" in seen, within=10)
+        eventually(lambda: embedd.table(vector_table_id)["sync_status"] == "synced")
+        eventually(lambda: "new" in seen)
     finally:
         stop.set()
         for thread in threads:
@@ -182,8 +182,8 @@ def test_a_deleted_vector_table_leaves_nothing(embedd: Embedd, mode: str, eventu
     assert embedd.api.delete(f"/v1/vector-tables/{vector_table_id}").status_code == 204
     assert embedd.api.get(f"/v1/vector-tables/{vector_table_id}").status_code == 404
     # two sensors see to it, in either order: one removes the partition, the other what is in the store
-    eventually(lambda: vector_table_id not in _partitions(embedd), within=40)
-    eventually(lambda: _left_over(embedd, mode, vector_table_id) == [], within=40)
+    eventually(lambda: vector_table_id not in _partitions(embedd))
+    eventually(lambda: _left_over(embedd, mode, vector_table_id) == [])
 
 
 def _left_over(embedd: Embedd, mode: str, vector_table_id: str) -> list[str]:

@@ -38,7 +38,7 @@ def test_the_tour_with_curl(stack: Stack, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=180,
+        timeout=600,
         env={**os.environ},
     )
     assert pasted.returncode == 0, pasted.stdout + pasted.stderr
@@ -64,7 +64,7 @@ def test_the_demo() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=280,
+        timeout=840,
     )
     assert demo.returncode == 0, demo.stdout + demo.stderr
     assert demo.stdout.count("shutil.copytree") >= 2

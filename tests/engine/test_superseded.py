@@ -61,7 +61,7 @@ def test_a_sync_that_was_replaced_writes_nothing(product: Product) -> None:
     product.sql("UPDATE products SET body = 'today' WHERE id = 1")
     product.run_task(replaced.task_id)
     assert replaced.is_alive(), "its provider was to answer after its successor's"
-    replaced.join(30)
+    replaced.join(90)
     assert isinstance(replaced.error, RunSuperseded)
     product.assert_true_to_source()
 

@@ -43,7 +43,7 @@ class Server:
         command = [sys.executable, "-m", "embedd_dagster.local.qdrant_server"]
         command += ["--data", str(self._data), "--port", str(self._port)]
         self.process = subprocess.Popen(command, env=self._environment)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             assert self.process.poll() is None
             try:
@@ -55,7 +55,7 @@ class Server:
 
     def end(self, how: signal.Signals) -> int:
         self.process.send_signal(how)
-        return self.process.wait(20)
+        return self.process.wait(60)
 
     def client(self) -> QdrantClient:
         return QdrantClient(url=self.url, prefer_grpc=False, timeout=30)

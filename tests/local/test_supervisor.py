@@ -30,7 +30,7 @@ def child(tmp_path, name="child", code=SLEEP, is_ready=lambda: True, **others):
     )
 
 
-def until(condition, timeout_seconds=15):
+def until(condition, timeout_seconds=60):
     deadline = time.monotonic() + timeout_seconds
     while not (result := condition()):
         assert time.monotonic() < deadline, "it did not come about"

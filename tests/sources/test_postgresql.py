@@ -72,7 +72,7 @@ def role(admin: psycopg.Connection[Any]) -> Iterator[tuple[str, str]]:
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -39,6 +39,14 @@ def find_chromium() -> str:
     pytest.skip(message)
 
 
+class DevToolsError(Exception):
+    """The browser refused a command."""
+
+
+_SERVER_ERROR = -32000
+"""Its code for, among other things, a page that was left while an expression was being evaluated in it."""
+
+
 class Tab:
     """The browser's one tab."""
 
@@ -58,7 +66,8 @@ class Tab:
             if "id" not in message:
                 self.events.append(message)
             if message.get("id") == number:
-                assert "error" not in message, message
+                if "error" in message:
+                    raise DevToolsError(message["error"]["code"], message["error"]["message"])
                 result: dict[str, Any] = message["result"]
                 return result
 
@@ -71,15 +80,23 @@ class Tab:
         answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         return answer["result"].get("value")
 
-    def wait_for(self, expression: str, *, within: float = 20.0) -> Any:
-        """The expression's value once it is true."""
+    def wait_for(self, expression: str, *, within: float = 60.0) -> Any:
+        """The expression's value once it is true, of whatever page is there by then."""
         deadline = time.monotonic() + within
-        while not (value := self.evaluate(expression)):
+        while not (value := self._evaluate_unless_left(expression)):
             assert time.monotonic() < deadline, (
                 f"{expression} is not true of:\n{self.evaluate('document.body.innerText')}"
             )
             time.sleep(0.05)
         return value
+
+    def _evaluate_unless_left(self, expression: str) -> Any:
+        try:
+            return self.evaluate(expression)
+        except DevToolsError as error:
+            if error.args[0] != _SERVER_ERROR:
+                raise
+            return None
 
     def screenshot(self, path: Path) -> None:
         """What one would see, as PNG."""
@@ -112,7 +129,7 @@ def open_chromium(profile: Path, *options: str) -> Iterator[Tab]:
 
 
 def _wait_for_port(process: subprocess.Popen[bytes], path: Path) -> int:
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while True:
         if path.exists() and (lines := path.read_text().splitlines()):
             return int(lines[0])

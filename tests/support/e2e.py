@@ -121,7 +121,7 @@ class Embedd:
         task_id: str = self.post(f"/v1/vector-tables/{vector_table_id}/backfill")["task_id"]
         return task_id
 
-    def wait_for_task(self, task_id: str, *, within: float = 90.0) -> dict[str, Any]:
+    def wait_for_task(self, task_id: str, *, within: float = 300.0) -> dict[str, Any]:
         """The task once it has ended, however."""
         deadline = time.monotonic() + within
         while True:

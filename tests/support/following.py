@@ -60,7 +60,7 @@ class RunningFollower:
         self._told.set()
         self.join()
 
-    def join(self, within: float = 60) -> None:
+    def join(self, within: float = 180) -> None:
         """Waits for its end."""
         self._thread.join(within)
         assert not self._thread.is_alive(), "the follower does not end"
@@ -77,7 +77,7 @@ class RunningFollower:
             raise self.error
 
 
-def eventually(holds: Callable[[], object], within: float = 30) -> None:
+def eventually(holds: Callable[[], object], within: float = 90) -> None:
     """Returns once it holds; fails with what it last said."""
     until = time.monotonic() + within
     while True:

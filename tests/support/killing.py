@@ -28,6 +28,6 @@ def kill_at(settings: Settings, victim: Path, *arguments: str) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=90,
+        timeout=300,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
