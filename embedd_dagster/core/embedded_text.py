@@ -29,6 +29,7 @@ from hashlib import blake2b
 from typing import Any, Final
 from uuid import UUID
 
+from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.vector_table import Column, FilterType
 from embedd_dagster.errors import MetadataTooLarge, ValueOutOfRange
 
@@ -144,7 +145,7 @@ def _finite_number(value: Any) -> float | None:
         number = float(value)
     except ValueError:
         raise ValueOutOfRange("A value is no number, as filter_type `float` requires.") from None
-    return number if math.isfinite(number) else None
+    return kept_float(number) if math.isfinite(number) else None
 
 
 def _whole_number(value: Any) -> int | None:

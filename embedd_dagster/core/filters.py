@@ -1,7 +1,8 @@
 """The filter language: JSON → tree, checked against the metadata columns; `matches` is the reference meaning.
 
 Every store must return exactly the rows for which `matches` is true. A null or absent value matches only
-`exists: false`, `neq` and `nin`. Range comparisons are made as IEEE doubles (so Qdrant does), equality exactly.
+`exists: false`, `neq` and `nin`. Range comparisons are made as IEEE doubles (so Qdrant does), equality exactly; a float is
+compared as it is kept (`core.floats`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
+from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ValidationFailed
 
@@ -172,7 +174,7 @@ def _parse_scalar(raw: Any, filter_type: FilterType, where: str) -> Scalar:
         except OverflowError:
             number = math.inf
         if math.isfinite(number):
-            return number
+            return kept_float(number)
     if filter_type is FilterType.INTEGER and is_number and (isinstance(raw, int) or raw.is_integer()):
         if -(2**63) <= raw < 2**63:
             return int(raw)

@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 
 from embedd_dagster.core.filters import Filter
+from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
@@ -171,7 +172,10 @@ class QdrantStore:
             Hit(
                 key=read_key(point["payload"]["pk"]),
                 similarity_score=point["score"],
-                metadata={column_name(key): value for key, value in point["payload"].get("metadata", {}).items()},
+                metadata={
+                    column_name(key): kept_float(value) if type(value) is float else value
+                    for key, value in point["payload"].get("metadata", {}).items()
+                },
                 embedded_text=point["payload"]["embedded_text"],
             )
             for point in points

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from embedd_dagster.core.filters import And, Condition, Filter, Operator, Or
+from embedd_dagster.core.floats import is_kept_exactly
 from embedd_dagster.core.vector_table import FilterType
 
 INDEX_TYPES: Final[dict[FilterType, str]] = {
@@ -112,7 +113,7 @@ def _one_of(path: str, values: tuple[Any, ...], filter_type: FilterType) -> dict
     if not values:
         return _NEVER
     if filter_type is FilterType.FLOAT:  # Qdrant matches no floats
-        return _any_of([{"key": path, "range": {"gte": value, "lte": value}} for value in values])
+        return _any_of([{"key": path, "range": {"gte": low, "lte": high}} for low, high in map(_span, values)])
     if filter_type is FilterType.BOOLEAN:
         return _any_of([{"key": path, "match": {"value": value}} for value in dict.fromkeys(values)])
     if len(values) == 1:
@@ -122,14 +123,23 @@ def _one_of(path: str, values: tuple[Any, ...], filter_type: FilterType) -> dict
 
 def _compare(path: str, operator: Operator, operand: float, filter_type: FilterType) -> dict[str, Any]:
     bound = float(operand)
+    if filter_type is FilterType.FLOAT:
+        low, high = _span(bound)
+        return {"key": path, "range": {operator.value: low if operator in (Operator.GTE, Operator.LT) else high}}
     compared = {"key": path, "range": {operator.value: bound}}
-    if filter_type is not FilterType.INTEGER or abs(bound) < _EXACT_BELOW:
+    if abs(bound) < _EXACT_BELOW:
         return compared
     # Beyond 2^53 several integers share a double, and an index tells them apart where the meaning does not.
     same = {"key": path, "match": {"any": _integers_rounding_to(bound)}}
     if operator in (Operator.GTE, Operator.LTE):
         return {"should": [compared, same]}
     return {"must": [compared], "must_not": [same]}
+
+
+def _span(kept: float) -> tuple[float, float]:
+    """Where Qdrant may have put this double, which no other kept one reaches: they are four units and more apart."""
+    slack = 0.0 if is_kept_exactly(kept) else 2 * math.ulp(kept)
+    return kept - slack, kept + slack
 
 
 def _integers_rounding_to(bound: float) -> list[int]:
