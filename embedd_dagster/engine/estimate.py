@@ -66,7 +66,10 @@ def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Est
         if _same_model(old, configuration):
             with runtime.open_store(Mode(table.mode), endpoints.connection) as store:
                 stored = store.vectors(vector_sets.as_vector_set(live, table.storage_name), list(written))
-            reusable = {key for key, (hashed, _vector) in stored.items() if hashed == text_hash(written[key])}
+            # a store may spell a key as it was when it was written, such as one of type citext
+            reusable = {
+                key for key, (hashed, _vector) in stored.items() if key in written and hashed == text_hash(written[key])
+            }
     share = row_count / len(sample) if sample else 0.0
     model = find_model_by_name(configuration.embedding_model)
     limit = model.max_tokens if model else 8192

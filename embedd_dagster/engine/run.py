@@ -182,10 +182,9 @@ def _sample(work: Work, version: int) -> list[dict[str, Any]]:
         vector_set = work.vector_set(vector_sets.get(session, work.table.id, version))
     try:
         first = next(iter(work.store.fingerprints(vector_set, 0, None)), None)
-        if first is None:
-            return []
-        _hash, vector = work.store.vectors(vector_set, [first.key])[first.key]
-        hits = work.store.search(vector_set, vector, limit=_SAMPLE_ROWS)
+        # not by its key: there is a numeric one, NaN, that does not equal itself
+        found = [] if first is None else list(work.store.vectors(vector_set, [first.key]).values())
+        hits = [hit for _hash, vector in found for hit in work.store.search(vector_set, vector, limit=_SAMPLE_ROWS)]
     except EmbeddError as error:
         work.log(f"No sample: {error}")
         return []

@@ -6,6 +6,7 @@ import pytest
 
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode
+from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import RunCancelled, SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.engine.test_control import cancel
@@ -28,6 +29,8 @@ def test_keys_that_change_their_case_keep_their_points(product: Product) -> None
     _with_citext_keys(product)
     product.run()
     product.sql("UPDATE products SET id = lower(id) WHERE title <> 'product 7'")
+    would_be = estimate(product.runtime, product.table().environment_id, product.vector_table_id)
+    assert (would_be.rows_reused, would_be.rows_to_embed) == (1, 19)
     product.run(TaskType.SYNC, confirm_mass_delete=True)
     product.assert_true_to_source()
 
@@ -40,6 +43,21 @@ def test_keys_that_change_their_case_are_followed(cdc_product: Product) -> None:
         eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
         cdc_product.sql("UPDATE products SET id = lower(id) WHERE id <= 'user15'")
         eventually(is_true(cdc_product))
+
+
+def test_a_key_that_does_not_equal_itself(product: Product) -> None:
+    """NaN is a value of numeric, and to PostgreSQL it equals itself."""
+    product.sql(
+        """DROP TABLE products;
+        CREATE TABLE products (id numeric PRIMARY KEY, title text, body text, category text, price numeric(10,2));
+        INSERT INTO products VALUES ('NaN', 'no number', 'b', 'red', 1)"""
+    )
+    assert product.run().point_count == 1
+    would_be = estimate(product.runtime, product.table().environment_id, product.vector_table_id)
+    assert (would_be.rows, would_be.sampled_rows) == (1, 1)
+    product.sql("UPDATE products SET title = 'none'")
+    assert product.run(TaskType.SYNC).rows_embedded == 1
+    assert product.run(TaskType.SYNC, full=True).rows_embedded == 0
 
 
 def test_an_integer_key_that_outgrows_its_type_costs_no_text(product: Product) -> None:
