@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -131,15 +131,19 @@ def rename(session: Session, row: VectorTable, name: str) -> None:
 def reconfigure(
     row: VectorTable, *, columns: Sequence[Column], embedding_model: str, embedding_dimensions: int
 ) -> bool:
-    """Takes a new configuration; True where it differs, and the vectors have to follow (`pending_rebackfill`).
+    """Takes a new configuration; True where it means another, and the vectors have to follow (`pending_rebackfill`).
 
-    A table that never was live stays `pending`: its first backfill takes the new configuration.
+    One that means the same, as with its columns in another order, leaves everything as it is. A table that never was live
+    stays `pending`: its first backfill takes the new configuration.
     """
-    stored = [column.to_json() for column in columns]
-    wanted = (stored, embedding_model, embedding_dimensions)
-    if wanted == (row.columns, row.embedding_model, row.embedding_dimensions):
+    present = row.configuration
+    wanted = replace(
+        present, columns=tuple(columns), embedding_model=embedding_model, embedding_dimensions=embedding_dimensions
+    )
+    if wanted.meaning == present.meaning:
         return False
-    row.columns, row.embedding_model, row.embedding_dimensions = wanted
+    row.columns = [column.to_json() for column in columns]
+    row.embedding_model, row.embedding_dimensions = embedding_model, embedding_dimensions
     release(row)
     row.config_version += 1
     row.updated_at = now()

@@ -62,7 +62,7 @@ class Column:
             "name": self.name,
             "role": self.role.value,
             "ordinal": self.ordinal,
-            "name_prefix": self.name_prefix,
+            "name_prefix": self.name_prefix or None,
         }
         fields["filter_type"] = self.filter_type.value if self.filter_type else None
         return {name: value for name, value in fields.items() if value is not None}
@@ -112,6 +112,13 @@ class VectorConfiguration:
         """The distinct source columns that a row is read with, embedding columns first."""
         return tuple(dict.fromkeys(column.name for column in (*self.embedding_columns, *self.metadata_columns)))
 
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """What the texts, their vectors and the metadata are made of: equal however it is spelled and in whatever order."""
+        texts = [(column.name, column.name_prefix or "") for column in self.embedding_columns]
+        model = (self.embedding_provider_id, self.embedding_model, self.embedding_dimensions)
+        return (self.source_table, self.primary_key_column, texts, self.filter_types, model)
+
     def to_json(self) -> dict[str, Any]:
         """A JSON form, for the catalog."""
         return {
@@ -151,6 +158,10 @@ def check_columns(columns: Sequence[Column]) -> None:
         if (column.name, column.role) in seen:
             raise ValidationFailed(f"{where}: column {column.name!r} is given twice with role `{column.role}`.")
         seen.add((column.name, column.role))
+        if column.role is ColumnRole.METADATA and column.name == "$or":
+            raise ValidationFailed(
+                f"{where}.name: a filter takes `$or` for its operator: read the column through a view."
+            )
         if column.role is ColumnRole.METADATA and column.filter_type is None:
             accepted = ", ".join(FilterType)
             raise ValidationFailed(f"{where}.filter_type: required for metadata columns; one of {accepted}.")

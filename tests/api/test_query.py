@@ -147,6 +147,9 @@ def test_changes_of_a_live_table(built: Built) -> None:
     assert (table["sync_status"], table["total_rows"], table["synced_rows"]) == ("synced", 30, 30)
     same = {"columns": table["columns"], "embedding_dimensions": 16, "embedding_model": "mine", "name": table["name"]}
     assert tenant.put(path, same).json()["sync_status"] == "synced"
+    title, description, *metadata = table["columns"]
+    respelled = {"columns": [*reversed(metadata), {**description, "ordinal": 7, "name_prefix": ""}, title]}
+    assert tenant.put(path, respelled).json() == table, "it means the same"
     changed = tenant.put(path, {"columns": table["columns"][:1]}).json()
     assert changed["sync_status"] == "pending_rebackfill"
     # the live vectors answer by their own configuration

@@ -34,6 +34,27 @@ def test_a_column_may_stand_in_both_roles_and_is_read_once() -> None:
     assert both.column_names == ("TITLE",)
 
 
+def test_the_meaning_is_in_the_texts_and_the_metadata() -> None:
+    other = Column("BODY", ColumnRole.EMBEDDING, ordinal=2)
+    one = replace(CONFIGURATION, columns=(TITLE, other, PRICE))
+    same = [
+        (PRICE, TITLE, other),
+        (replace(TITLE, ordinal=7), replace(other, ordinal=9), PRICE),
+        (TITLE, replace(other, name_prefix="", ordinal=None), PRICE),
+    ]
+    for columns in same:
+        assert replace(one, columns=columns).meaning == one.meaning
+    others = [
+        (replace(other, ordinal=1), replace(TITLE, ordinal=2), PRICE),
+        (replace(TITLE, name_prefix=None), other, PRICE),
+        (TITLE, other, replace(PRICE, filter_type=FilterType.KEYWORD)),
+        (TITLE, other),
+    ]
+    for columns in others:
+        assert replace(one, columns=columns).meaning != one.meaning
+    assert replace(one, embedding_dimensions=one.embedding_dimensions + 1).meaning != one.meaning
+
+
 def test_a_configuration_survives_the_catalog() -> None:
     assert VectorConfiguration.from_json(CONFIGURATION.to_json()) == CONFIGURATION
 
@@ -47,6 +68,7 @@ def test_a_configuration_survives_the_catalog() -> None:
         ([TITLE, replace(PRICE, filter_type=None)], "columns[1].filter_type"),
         ([replace(TITLE, filter_type=FilterType.FLOAT)], "columns[0].filter_type"),
         ([TITLE, replace(PRICE, name_prefix="x")], "columns[1]"),
+        ([TITLE, replace(PRICE, name="$or")], "columns[1].name"),
         ([replace(TITLE, name=f"c{number}") for number in range(201)], "at most 200 columns"),
     ],
 )
