@@ -1,4 +1,4 @@
-"""JSON bodies, read strictly: no NaN, no bottomless nesting, no text that no database can hold.
+"""JSON bodies, read strictly: no NaN, no name twice, no bottomless nesting, no text that no database can hold.
 
 The body is parsed only when its schema validates it, which is after the caller is known.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from email.message import Message
@@ -82,7 +83,7 @@ def _is_json(content_type: str | None) -> bool:
 def parse_json(content: bytes) -> Any:
     """The value of a JSON text. Raises ValidationFailed that names the place."""
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
         raise ValidationFailed("body: it is not UTF-8.", resolution=_RESOLUTION) from None
     except json.JSONDecodeError as error:
@@ -109,6 +110,17 @@ def _whole(value: Any) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValidationFailed(f"body: {name} is not JSON.", resolution=_RESOLUTION)
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these members. Which of two of one name is meant is not for us to guess."""
+    value = dict(members)
+    if len(value) < len(members):
+        (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
+        raise ValidationFailed(
+            f"body: the name {twice[:_MAX_SHOWN]!r} is given twice in one object.", resolution=_RESOLUTION
+        )
+    return value
 
 
 def _too_deep() -> ValidationFailed:

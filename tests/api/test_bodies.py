@@ -29,6 +29,7 @@ MALFORMED: list[tuple[bytes, str]] = [
     (b'\xef\xbb\xbf{"name": "x"}', "malformed"),
     ('{"name": "x"}'.encode("utf-16"), "UTF-8"),
     (b'{"name": NaN}', "NaN"),
+    (b'{"name": "x", "query": {"a": 1, "b": 2, "a": 3}}', "'a' is given twice"),
     (b'{"name": -Infinity}', "-Infinity"),
     (b'{"name": 1e999}', "name"),
     (b'{"name": ' + b"9" * 5000 + b"}", "too long"),
@@ -60,9 +61,9 @@ def test_another_content_type(tenant: Tenant, kind: str) -> None:
     assert "Content-Type" in response.json()["error"]["message"]
 
 
-def test_a_charset_and_a_repeated_field_are_fine(tenant: Tenant) -> None:
+def test_a_charset_is_fine(tenant: Tenant) -> None:
     headers = {"Content-Type": "application/json; charset=utf-8"}
-    response = tenant.post("/v1/environments", content=b'{"name": "a", "name": "b"}', headers=headers)
+    response = tenant.post("/v1/environments", content=b'{"name": "b"}', headers=headers)
     assert (response.status_code, response.json()["name"]) == (201, "b")
 
 
