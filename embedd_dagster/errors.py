@@ -162,8 +162,8 @@ class SourceTableNotFound(PermanentError):
     default_code = "source_table_not_found"
     default_resolution = (
         "Check the spelling against GET /v1/connections/{id}/tables; names follow the database's own case rules. "
-        "Was it renamed? Name the new columns with PATCH /v1/vector-tables/{id}; a table needs its old name, or a view "
-        "that has it."
+        "A vector table takes a renamed column by PUT /v1/vector-tables/{id}; a renamed table needs its old name back, or a "
+        "view that has it."
     )
 
 

@@ -18,7 +18,7 @@ _NAMED: Final = 3
 
 @contextmanager
 def name_must_be_free(session: Session, noun: str, name: str) -> Iterator[None]:
-    """Flushes at the end; raises Conflict `name_conflict` where the name is taken in this environment.
+    """Flushes at the end; raises Conflict `name_conflict` where the name is taken.
 
     Any other IntegrityError is passed on; the transaction can go on after either.
     """
@@ -30,8 +30,9 @@ def name_must_be_free(session: Session, noun: str, name: str) -> Iterator[None]:
         # of an environment or an organization: uq_<table>_environment_id_name, uq_environments_org_id_name
         if not violated_constraint(error).endswith("_id_name"):
             raise
+        where = "organization" if noun == "environment" else "environment"
         raise Conflict(
-            f"The name {name!r} is taken by another {noun} in this environment.", resolution="Choose another name."
+            f"The name {name!r} is taken by another {noun} in this {where}.", resolution="Choose another name."
         ) from None
 
 

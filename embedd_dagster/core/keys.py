@@ -82,7 +82,7 @@ def render_key(key: Key) -> int | float | str:
         return as_float if Decimal(repr(as_float)) == key else _plain(key)
     if isinstance(key, UUID):
         return str(key)
-    return key.isoformat()
+    return key.isoformat().replace("+00:00", "Z")  # as the API writes every other timestamp
 
 
 def point_id(vector_table_id: str, encoded_key: str) -> UUID:

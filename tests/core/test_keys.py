@@ -62,7 +62,8 @@ def test_other_types_are_no_keys(key: object) -> None:
         (Decimal("0.10000000000000000000001"), "0.10000000000000000000001"),
         (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
         (date(2024, 1, 2), "2024-01-02"),
-        (datetime(2024, 1, 2, 3, tzinfo=UTC), "2024-01-02T03:00:00+00:00"),
+        (datetime(2024, 1, 2, 3, tzinfo=UTC), "2024-01-02T03:00:00Z"),
+        (datetime.fromisoformat("2024-01-02T03:04:05.000600"), "2024-01-02T03:04:05.000600"),
     ],
 )
 def test_a_key_is_shown_in_the_sources_type(key: Key, shown: object) -> None:
