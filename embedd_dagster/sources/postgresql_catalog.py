@@ -225,12 +225,13 @@ WHERE a.attrelid = %(oid)s::pg_catalog.oid
 ORDER BY a.attnum
 """
 
-# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null where nothing is known.
+# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null where nothing was counted.
 _ESTIMATE: Final = """
 SELECT CASE WHEN pg_catalog.bool_and(known) THEN pg_catalog.sum(rows)::pg_catalog.int8 END
 FROM (
-    SELECT c.reltuples >= 0 AND (c.relpages > 0 OR pages = 0 OR c.relkind = 'f') AS known,
-           CASE WHEN c.relpages > 0 AND c.relkind <> 'f' THEN c.reltuples / c.relpages * pages ELSE c.reltuples END AS rows
+    SELECT pages = 0 AND c.relkind <> 'f' OR c.reltuples >= 0 AND (c.relpages > 0 OR c.relkind = 'f') AS known,
+           CASE WHEN c.relkind = 'f' THEN c.reltuples WHEN pages = 0 THEN 0
+                ELSE c.reltuples / nullif(c.relpages, 0) * pages END AS rows
     FROM pg_catalog.pg_class c,
          LATERAL (SELECT pg_catalog.pg_relation_size(c.oid)
                          / pg_catalog.current_setting('block_size')::pg_catalog.int8) AS size(pages)
@@ -244,6 +245,8 @@ _PAGES: Final = """
 SELECT pg_catalog.sum(pg_catalog.pg_relation_size(o) / pg_catalog.current_setting('block_size')::pg_catalog.int8)
 FROM (SELECT %(oid)s::pg_catalog.oid UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s) WHERE isleaf) AS l(o)
 """
+
+_LEAST_PLANNED_PAGES: Final = 10  # PostgreSQL's table_block_relation_estimate_size
 
 _TABLES: Final = """
 SELECT n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
@@ -271,10 +274,16 @@ def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceT
     ]
 
 
-def row_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int | None:
-    """About how many rows the table has, or None where the database does not know."""
+def row_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int:
+    """About how many rows the table has: by what was counted, else by what the planner thinks its pages can hold."""
     row = connection.execute(_ESTIMATE, {"oid": relation.oid}).fetchone()
-    return row[0] if row else None
+    if row and row[0] is not None:
+        return int(row[0])
+    planned = planner_estimate(connection, relation)
+    if relation.kind == "f":
+        return planned
+    # which takes a table that was never vacuumed to be of ten pages at least
+    return round(planned * min(1.0, page_count(connection, relation) / _LEAST_PLANNED_PAGES))
 
 
 def page_count(connection: psycopg.Connection[Any], relation: Relation) -> int:

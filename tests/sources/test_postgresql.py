@@ -178,6 +178,15 @@ class TestNames:
         assert source.describe("p").row_estimate == source.describe("base").row_estimate == 2
         assert source.describe("v").row_estimate is None
 
+    def test_a_table_that_was_never_analyzed_is_reckoned_by_its_pages(self, admin, source: Source) -> None:
+        admin.execute("CREATE TABLE t (id int PRIMARY KEY, v text) WITH (autovacuum_enabled = off)")
+        assert source.describe("t").row_estimate == 0
+        for rows in (30, 5000):
+            admin.execute(
+                "INSERT INTO t SELECT n, repeat('x', 30) FROM generate_series(1, %s) n ON CONFLICT DO NOTHING", [rows]
+            )
+            assert rows / 5 < (source.describe("t").row_estimate or 0) < rows * 5
+
 
 KEYS: dict[str, tuple[str, list[Any]]] = {
     "smallint": ("smallint", [-5, 0, 7]),
