@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -133,20 +133,19 @@ def reconfigure(
 ) -> bool:
     """Takes a new configuration; True where it means another, and the vectors have to follow (`pending_rebackfill`).
 
-    One that means the same, as with its columns in another order, leaves everything as it is. A table that never was live
-    stays `pending`: its first backfill takes the new configuration.
+    One that is only spelled otherwise, as with its columns in another order, is kept as it is given and asks for nothing. A
+    table that never was live stays `pending`: its first backfill takes the new configuration.
     """
-    present = row.configuration
-    wanted = replace(
-        present, columns=tuple(columns), embedding_model=embedding_model, embedding_dimensions=embedding_dimensions
-    )
-    if wanted.meaning == present.meaning:
+    wanted = ([column.to_json() for column in columns], embedding_model, embedding_dimensions)
+    if wanted == (row.columns, row.embedding_model, row.embedding_dimensions):
         return False
-    row.columns = [column.to_json() for column in columns]
-    row.embedding_model, row.embedding_dimensions = embedding_model, embedding_dimensions
+    meaning = row.configuration.meaning
+    row.columns, row.embedding_model, row.embedding_dimensions = wanted
+    row.updated_at = now()
+    if row.configuration.meaning == meaning:
+        return False
     release(row)
     row.config_version += 1
-    row.updated_at = now()
     status = SyncStatus(row.sync_status)
     if row.live_version is not None and status in {SyncStatus.SYNCED, SyncStatus.ERROR}:
         set_status(row, SyncStatus.PENDING_REBACKFILL)

@@ -54,6 +54,7 @@ def backfill(work: Work) -> RowCounts:
         work.as_owner(lambda: work.store.create(vector_set))
     pipeline = work.pipeline(row, _reusable_sets(work, row, live, resumed=resumed))
     if resumed:
+        reader = work.reader(pipeline.configuration)  # its columns may stand in another order by now
         _retry_many_failures(work, reader, pipeline, vector_set)
     with work.stage("load"), bulk_load():
         _load(work, reader, pipeline, vector_set)

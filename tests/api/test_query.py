@@ -149,7 +149,9 @@ def test_changes_of_a_live_table(built: Built) -> None:
     assert tenant.put(path, same).json()["sync_status"] == "synced"
     title, description, *metadata = table["columns"]
     respelled = {"columns": [*reversed(metadata), {**description, "ordinal": 7, "name_prefix": ""}, title]}
-    assert tenant.put(path, respelled).json() == table, "it means the same"
+    kept = tenant.put(path, respelled).json()
+    assert [column["name"] for column in kept["columns"]] == [column["name"] for column in respelled["columns"]]
+    assert kept["sync_status"] == "synced", "it means the same"
     changed = tenant.put(path, {"columns": table["columns"][:1]}).json()
     assert changed["sync_status"] == "pending_rebackfill"
     # the live vectors answer by their own configuration

@@ -165,6 +165,24 @@ def test_a_build_that_failed_rows_stopped_goes_on_once_the_provider_is_mended(pr
     )
 
 
+def test_columns_spelled_in_another_order_stay_with_their_values(product: Product) -> None:
+    """A row hash is over the columns in their order: what was begun, and what is live, keeps its own."""
+    _stopped_by_long_rows(product)
+    title, body, *metadata = COLUMNS
+    product.reconfigure(columns=(*reversed(metadata), title, body))
+    product.provider.behave(max_tokens_per_text=8192)
+    product.run()
+    assert product.table().live_version == 1
+    assert product.provider.stats()["texts"] < 500 + 256
+    product.reconfigure(columns=(body, *metadata, title))
+    product.sql("UPDATE products SET price = 5 WHERE id = 42")
+    assert product.table().sync_status == SyncStatus.SYNCED
+    report = product.run(TaskType.SYNC)
+    assert (report.rows_embedded, report.rows_read) == (0, 1)
+    found = {hit.key: hit.metadata for hit in product.search("product", filters={"price": {"eq": 5}})}
+    assert found == {42: {"category": "red", "price": 5.0}, 50: {"category": "blue", "price": 5.0}}
+
+
 def test_a_build_that_failed_rows_stopped_goes_on_once_the_rows_are_mended_or_gone(product: Product) -> None:
     _stopped_by_long_rows(product)
     with pytest.raises(TooManyFailedRows):
