@@ -86,6 +86,7 @@ class PointBatch:
     metadata: list[dict[str, Any]]
     row_hashes: list[int]
     text_hashes: list[int]
+    """Each text's `core.embedded_text.text_hash`."""
     buckets: list[int]
     vectors: Vectors
 

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 import orjson
 
+from embedd_dagster.core.embedded_text import text_hash
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.keys import Key
@@ -102,10 +103,10 @@ class QdrantStore:
         ids = list(by_id)
         found: dict[Key, tuple[int, Vectors]] = {}
         for start in range(0, len(ids), _IDS_PER_CALL):
-            body = {"ids": ids[start : start + _IDS_PER_CALL], "with_payload": ["text_hash"], "with_vector": True}
+            body = {"ids": ids[start : start + _IDS_PER_CALL], "with_payload": ["embedded_text"], "with_vector": True}
             for point in self._points(vector_set, "POST", (), body):
                 vector = np.asarray(point["vector"], dtype=np.float32)
-                found[by_id[point["id"]]] = (point["payload"]["text_hash"], vector)
+                found[by_id[point["id"]]] = (text_hash(point["payload"]["embedded_text"]), vector)
         return found
 
     def index_buckets(self, vector_set: VectorSet) -> None:

@@ -65,16 +65,14 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
             "pk": stored_key(key, encoded),
             "embedded_text": text,
             "row_hash": row_hash,
-            "text_hash": text_hash,
             "bucket": bucket,
             "metadata": {names[name]: value for name, value in metadata.items() if value is not None},
         }
-        for key, encoded, text, row_hash, text_hash, bucket, metadata in zip(
+        for key, encoded, text, row_hash, bucket, metadata in zip(
             points.keys[part],
             keys,
             points.texts[part],
             points.row_hashes[part],
-            points.text_hashes[part],
             points.buckets[part],
             points.metadata[part],
             strict=True,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from embedd_dagster.core.embedded_text import text_hash, text_hashes
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import PointBatch, VectorSet
@@ -67,12 +68,13 @@ def new_set(
 
 def batch(keys: list[Key], *, dimensions: int = DIMENSIONS, seed: int = 0, **columns: list[object]) -> PointBatch:
     vectors = np.random.default_rng(seed).standard_normal((len(keys), dimensions)).astype(np.float32)
+    texts = [f"text {key}" for key in keys]
     given: dict[str, object] = {
         "keys": keys,
-        "texts": [f"text {key}" for key in keys],
+        "texts": texts,
         "metadata": [{"color": "red" if index % 2 else "blue", "price": index / 2} for index in range(len(keys))],
         "row_hashes": [index * 7 - 3 for index in range(len(keys))],
-        "text_hashes": [-index for index in range(len(keys))],
+        "text_hashes": text_hashes(texts),
         "buckets": [(index * 9973) % 65536 for index in range(len(keys))],
         "vectors": vectors,
     }
@@ -219,8 +221,8 @@ def test_vectors_for_reuse(store: Store) -> None:
     vector_set = loaded(store, points)
     found = store.vectors(vector_set, [3, 1, 77])
     assert found.keys() == {1, 3}
-    text_hash, vector = found[3]
-    assert text_hash == -2
+    hashed, vector = found[3]
+    assert hashed == text_hash("text 3")
     assert (vector.dtype, vector.shape) == (np.float32, (DIMENSIONS,))
     assert cosines(vector[None], points.vectors[2])[0] == pytest.approx(1, abs=1e-6)
 
