@@ -19,8 +19,9 @@ import orjson
 from embedd_dagster import network
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.embedders.cutting import byte_count
+from embedd_dagster.embedders.http_connection import LARGEST_ANSWER
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
-from embedd_dagster.embedders.vetted_transport import LARGEST_ANSWER, VettedTransport, forbidden_host
+from embedd_dagster.embedders.vetted_transport import VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
