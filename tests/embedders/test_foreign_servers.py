@@ -58,3 +58,13 @@ def test_the_last_answer_of_a_server_that_ends_is_read_whole() -> None:
     with running_foreign_server("uvicorn_of_three_requests") as url, _open(url, 1500) as embedder:
         for first in (0, 256, 512):
             _check_answer(embedder, first, 256, 1500)
+
+
+@pytest.mark.parametrize("model", ["text-embedding-3-small", "bge-m3"])
+def test_fields_that_fastapi_refuses_in_a_list_are_left_out(model: str) -> None:
+    with (
+        running_foreign_server("fastapi") as url,
+        OpenAIEmbedder(model=model, dimensions=1536, api_key=None, base_url=f"{url}/v1") as embedder,
+    ):
+        for first in (0, 5):
+            _check_answer(embedder, first, 5, 1536)

@@ -1,7 +1,8 @@
-"""One tiny embeddings API under servers that nobody here wrote: gunicorn, Flask, `http.server` and uvicorn.
+"""One tiny embeddings API under servers that nobody here wrote: gunicorn, Flask, `http.server`, uvicorn and FastAPI.
 
 Each of them ends its connections and its answers in its own way. `running_foreign_server("gunicorn_sync")` starts one in a
-process of its own. A vector says which text it belongs to (`vector_of`), and has as many dimensions as were asked for.
+process of its own. A vector says which text it belongs to (`vector_of`), and has as many dimensions as were asked for, else
+1536.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from wsgiref.types import StartResponse, WSGIEnvironment
 
 import numpy as np
 import orjson
+import pydantic
 
 _REPOSITORY = Path(__file__).parents[2]
 _JSON = [("Content-Type", "application/json")]
@@ -102,6 +104,25 @@ def _serve_flask(port: int) -> None:
     application.run("127.0.0.1", port)
 
 
+class _StrictBody(pydantic.BaseModel, extra="forbid"):
+    model: str
+    input: list[str]
+
+
+def _serve_fastapi(port: int) -> None:
+    """Takes `model` and `input` alone; every other field is refused by pydantic's list of errors."""
+    import uvicorn
+    from fastapi import FastAPI, Response
+
+    application = FastAPI()
+
+    @application.post("/v1/embeddings")
+    def _embeddings(body: _StrictBody) -> Any:
+        return Response(answer(body.model_dump_json().encode()), media_type="application/json")
+
+    uvicorn.run(application, port=port, log_level="error")
+
+
 _GUNICORN = [sys.executable, "-m", "gunicorn", "tests.support.foreign_servers:wsgi_application", "--log-level=error"]
 _UVICORN = [sys.executable, "-m", "uvicorn", "tests.support.foreign_servers:asgi_application", "--log-level=error"]
 _OWN = [sys.executable, "-m", "tests.support.foreign_servers"]
@@ -112,6 +133,7 @@ _COMMANDS: dict[str, Callable[[int], list[str]]] = {
     "gunicorn_gthread": lambda port: [*_GUNICORN, f"--bind=127.0.0.1:{port}", "--threads=4", "--max-requests=3"],
     "flask": lambda port: [*_OWN, "flask", str(port)],
     "http_server": lambda port: [*_OWN, "http_server", str(port)],
+    "fastapi": lambda port: [*_OWN, "fastapi", str(port)],
     # ends after the third answer
     "uvicorn_of_three_requests": lambda port: [*_UVICORN, f"--port={port}", "--limit-max-requests=3"],
 }
@@ -150,4 +172,4 @@ def _is_listening(port: int) -> bool:
 
 
 if __name__ == "__main__":
-    {"flask": _serve_flask, "http_server": _serve_http_server}[sys.argv[1]](int(sys.argv[2]))
+    {"flask": _serve_flask, "http_server": _serve_http_server, "fastapi": _serve_fastapi}[sys.argv[1]](int(sys.argv[2]))
