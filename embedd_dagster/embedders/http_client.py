@@ -19,6 +19,7 @@ import orjson
 
 from embedd_dagster import network
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url, with_path
 from embedd_dagster.embedders.cutting import byte_count
 from embedd_dagster.embedders.http_connection import LARGEST_ANSWER
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
@@ -126,8 +127,7 @@ class HttpEmbedder:
         return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _endpoint(self, path: str) -> httpx.URL:
-        # a query such as Azure's ?api-version=… stays behind the path
-        return self._base_url.copy_with(path=self._base_url.path.rstrip("/") + path)
+        return with_path(self._base_url, path)
 
     def _ask(self, url: httpx.URL, fields: Mapping[str, Any], texts: Sequence[str], optional: Collection[str]) -> bytes:
         """The body of the answer 200. Raises as `Embedder` says, and FieldRefused for one of the fields in `optional`."""
@@ -251,15 +251,12 @@ def _is_loopback(host: str) -> bool:
 
 def _parse_base_url(base_url: str, *, example: str) -> httpx.URL:
     try:
-        url = httpx.URL(base_url.strip())
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.scheme not in {"http", "https"} or not url.host:
+        return parse_base_url(base_url.strip())
+    except UnusableUrl as error:
         raise EmbeddingRejected(
-            "The embedding provider's base_url is not an http(s) address.",
+            f"The embedding provider's base_url is not a usable http(s) address: {error}.",
             resolution=f"Give it like `{example}`, without what follows in the addresses of its calls.",
-        )
-    return url
+        ) from None
 
 
 @lru_cache(maxsize=1)

@@ -33,7 +33,8 @@ _START_SECONDS = 60.0
 def vector_of(text: str, dimensions: int) -> np.ndarray:
     """The vector that the servers give for a text such as "text 17"."""
     vector = np.full(dimensions, 0.5, dtype="<f4")
-    vector[0] = float(text.rsplit(" ", 1)[-1])
+    number = text.rsplit(" ", 1)[-1]
+    vector[0] = float(number) if number.isdigit() else 0.25
     return vector
 
 
