@@ -18,7 +18,7 @@ def _http_url(value: str) -> str:
     try:
         parse_base_url(value)
     except UnusableUrl as error:
-        raise PydanticCustomError("base_url", str(error)) from None  # type: ignore[arg-type]
+        raise PydanticCustomError("base_url", str(error)) from None
     return value
 
 

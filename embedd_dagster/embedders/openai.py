@@ -107,8 +107,8 @@ class OpenAIEmbedder(HttpEmbedder):
                 return Embedded(answer.vectors, estimate_tokens(texts) if answer.tokens is None else answer.tokens)
             dialect = replace(dialect, dimensions=True)
         if refusal:
-            refused, of_dialect = refusal
-            self._check_blame(refused, lambda: self._request([PROBE_TEXT], of_dialect))
+            blamed, of_dialect = refusal
+            self._check_blame(blamed, lambda: self._request([PROBE_TEXT], of_dialect))
         raise self._wrong_dimensions(native_dimensions)
 
     def embed_query(self, text: str) -> Vectors:
