@@ -16,10 +16,10 @@ from sqlalchemy import delete, select
 
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.defs.backfills import ASSET_KEY, JOB_NAME
 from embedd_dagster.defs.checks import vector_table_checks
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.following import follow_job
-from embedd_dagster.defs.observe import ASSET_KEY, JOB_NAME
 from embedd_dagster.defs.partitions import vector_tables
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
