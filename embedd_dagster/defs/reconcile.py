@@ -224,7 +224,7 @@ def _lanes(seen: Observation, limits: Limits) -> tuple[Lane, Lane]:
     tasks = {task.task_id: task for task in seen.tasks}
     for run in seen.runs_in_flight:
         task = tasks.get(run.task_id or "")
-        if task is not None:
+        if task is not None and not (run.status in _WAITING and _why_unwanted(task, seen)):
             place = seen.places.get(task.vector_table_id, QueuePlace())
             lane = small if is_small(task.task_type, place) else large
             lane.add(place, queued=run.status in _WAITING)

@@ -23,7 +23,7 @@ from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.sensors import reconcile
 from embedd_dagster.defs.stopping import WorkerStopped
-from embedd_dagster.engine.run import run_task
+from embedd_dagster.engine.run import _end
 from embedd_dagster.engine.runtime import Runtime
 
 
@@ -142,13 +142,10 @@ def test_any_number_of_restarts_may_fall_into_one_task(
     key = tables.create("a")
     task_id = tables.task(key)
 
-    def told_to_stop() -> bool:
-        raise WorkerStopped("The process of the run was told to stop.")
-
     for _ in range(4):
         run_id = make_run(Status.STARTED, key, task_id)
-        with pytest.raises(WorkerStopped):
-            run_task(runtime, task_id, run_id, log=print, should_stop=told_to_stop)
+        tables.claim(task_id, run_id)
+        _end(runtime, task_id, run_id, WorkerStopped("The process of the run was told to stop."))
         instance.report_run_failed(instance.get_run_by_id(run_id))
         (request,) = tick()
         assert request.run_key == f"{task_id}:{run_id}"
