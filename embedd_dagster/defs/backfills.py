@@ -62,10 +62,10 @@ def read_backfills(instance: dg.DagsterInstance, done: Iterable[str] = ()) -> Ba
             targeted |= keys
         if backfill.backfill_id in done:
             continue
-        runs = instance.get_runs(dg.RunsFilter(tags={BACKFILL_TAG: backfill.backfill_id}))
         if backfill.status is BulkActionStatus.REQUESTED:
-            cancelled += _cancelled_alone(instance, backfill.backfill_id, runs)
+            cancelled += _cancelled_alone(instance, backfill.backfill_id)
         elif backfill.status in GIVEN_UP_BACKFILL:
+            runs = instance.get_runs(dg.RunsFilter(tags={BACKFILL_TAG: backfill.backfill_id}))
             begun = {run.tags.get(PARTITION_TAG) for run in runs if not _was_cancelled_with_its_backfill(run)}
             given_up += [_work(backfill, key) for key in sorted(keys - begun)]
             if backfill.status is BulkActionStatus.FAILED and all(run.is_finished for run in runs):
@@ -95,8 +95,9 @@ def target_keys(backfill: PartitionBackfill) -> frozenset[str]:
     return frozenset(target.partitions_subsets_by_asset_key[ASSET_KEY].get_partition_keys())
 
 
-def _cancelled_alone(instance: dg.DagsterInstance, backfill_id: str, runs: Iterable[dg.DagsterRun]) -> list[str]:
-    found = [run.run_id for run in runs if _was_cancelled_with_its_backfill(run)]
+def _cancelled_alone(instance: dg.DagsterInstance, backfill_id: str) -> list[str]:
+    ended = dg.RunsFilter(tags={BACKFILL_TAG: backfill_id}, statuses=[dg.DagsterRunStatus.CANCELED])
+    found = [run.run_id for run in instance.get_runs(ended) if _was_cancelled_with_its_backfill(run)]
     if not found:
         return []
     # it was given up maybe between the two reads: only while it goes on, Dagster itself has cancelled none of its runs
