@@ -84,7 +84,9 @@ def _check_limits(kind: str, limits: EmbeddingLimits) -> None:
         return
     for name in ("request_timeout_seconds", "max_input_tokens"):
         if getattr(limits, name) is not None:
-            raise ValidationFailed(f"limits.{name}: the local provider has a fixed model and no requests; leave it out.")
+            raise ValidationFailed(
+                f"limits.{name}: the local provider has a fixed model and no requests; leave it out."
+            )
 
 
 def _check_address(caller: Caller, base_url: str) -> None:

@@ -183,11 +183,14 @@ class BatchRun:
                 usable = self._send(texts)
                 if is_second or usable.mask is None or usable.mask.any():
                     return usable
-                raise _unusable(len(texts), usable.vectors)
+                raise _unusable(len(texts))
             except EmbeddingRejected as error:
                 if suspicion.is_probing or failure_of(error) is not Failure.REFUSED:
                     raise
                 last = error
+                if is_second:
+                    # such as vectors of another length: others of the same answer were usable
+                    raise _TextsFail(_unusable(len(texts)), suspicion.strikes) from None
                 if suspicion.texts_failed(Failure.REFUSED):
                     raise _TextsFail(error, suspicion.strikes) from None
             except EmbeddingUnavailable as error:
@@ -243,7 +246,7 @@ class BatchRun:
                 resolution="Check the vector table's embedding_model and the account behind the embedding provider.",
             ) from None
         if usable.mask is not None:
-            raise _unusable(1, usable.vectors)
+            raise _unusable(1)
         self.tokens += usable.tokens
 
 
@@ -252,11 +255,11 @@ def _halves(indexes: Indexes) -> tuple[Indexes, Indexes]:
     return indexes[:middle], indexes[middle:]
 
 
-def _unusable(text_count: int, vectors: Vectors) -> EmbeddingUnavailable:
-    whom = "a vector" if text_count == 1 else f"{text_count} vectors"
+def _unusable(text_count: int) -> EmbeddingUnavailable:
+    given = "a vector" if text_count == 1 else f"{text_count} vectors"
     return EmbeddingUnavailable(
-        f"The provider gave {whom} without a direction (only zeros, numbers that are not finite, or another length than "
-        f"the {vectors.shape[1]} numbers of the model).",
+        f"The provider gave {given} without a direction: only zeros, numbers that are not finite, or another length than "
+        "the model's.",
         resolution="Check what the model behind the embedding provider gives.",
         failure=Failure.UNUSABLE,
     )

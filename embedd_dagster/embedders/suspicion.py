@@ -12,7 +12,7 @@ from typing import Final
 from embedd_dagster.errors import EmbeddError
 
 _FAILURES_BEFORE_PROBE: Final = 2
-_FAILURES_OF_A_GUILTY_TEXT: Final = 5
+_FAILURES_OF_A_GUILTY_TEXT: Final = 4
 """Of requests that held it. With fewer, an overloaded provider that fails every third request would cost rows."""
 _TIMEOUTS_OF_A_GUILTY_TEXT: Final = 2
 """Of requests for it alone: before that, it may have waited behind others."""
