@@ -21,14 +21,15 @@ def to_unit_length(vectors: Vectors) -> tuple[Vectors, NDArray[np.bool_] | None]
     """The vectors (n, dimensions) at length 1, and a mask of those that have a direction, or None if all have one.
 
     A vector has no direction if it holds NaN or Infinity, if all its numbers are 0, or if it is shorter than the smallest
-    normal float32. It becomes NaN. Vectors that have length 1 already are not copied.
+    normal float32. It becomes NaN. The given array may be changed: a copy costs as much as the rest.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.einsum("ij,ij->i", vectors, vectors)
     if np.all(np.abs(squares - 1) < _TOLERANCE):
         return vectors, None
     if np.all((squares > _SAFE_SQUARES[0]) & (squares < _SAFE_SQUARES[1])):
-        return vectors / np.sqrt(squares)[:, np.newaxis], None
+        factors = (1 / np.sqrt(squares))[:, np.newaxis]
+        return np.multiply(vectors, factors, out=vectors if vectors.flags.writeable else None), None
     return _by_doubles(vectors)
 
 
