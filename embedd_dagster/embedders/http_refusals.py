@@ -17,6 +17,8 @@ import httpx
 from embedd_dagster.embedders.http_answers import retry_after_seconds
 from embedd_dagster.embedders.http_faults import Fault, quoted_locations, read_fault
 from embedd_dagster.embedders.quotes import without_quotes
+from embedd_dagster.embedders.stated_limits import stated_request_limit, stated_text_limit
+from embedd_dagster.embedders.suspicion import Failure
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRateLimited,
@@ -107,27 +109,16 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
     wanted = fault.retry_after_seconds
     if wanted is None:
         wanted = retry_after_seconds(response.headers)
-    if codes & _ACCOUNT_CODES or status == 402:
-        return EmbeddingRejected(
-            f"{provider} serves this account no more ({reason}).",
-            resolution="Look at the quota and billing of the account behind the embedding provider's api_key.",
-        )
-    if status in {401, 403} or codes & _KEY_CODES:
-        return EmbeddingRejected(
-            f"{provider} refuses the api_key ({reason}).",
-            resolution="Set credentials.api_key of the embedding provider to a key that may use embeddings.",
-        )
-    if codes & {"FAILED_PRECONDITION"}:
-        return EmbeddingRejected(
-            f"{provider} does not serve this account from here ({reason}).",
-            resolution="Check that the account is billed, and that the provider serves the country this service runs in.",
-        )
+    if account := _account_refusal(status, codes, f"({reason})", provider=provider):
+        return account
     words = _own_words(fault, texts, optional)
     parameters = [*fault.parameters, *quoted_locations(words)]
+    text_limit = stated_text_limit(words)
+    is_about_text = bool(text_limit) or _is_about_text(parameters, codes)
     rejection = TextRejected(
-        f"{provider} refuses the text ({reason}).", too_large=status == 413 or _is_too_large(words, codes)
+        f"{provider} refuses the text ({reason}).",
+        **text_limit or {"too_large": status == 413 or _is_too_large(words, codes)},
     )
-    is_about_text = _is_about_text(parameters, codes)
     if status not in _OF_NO_FIELD:
         words_of_fields = "" if is_about_text else words
         if field := _refused_field(status, parameters, words_of_fields, optional):
@@ -138,10 +129,16 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
             f"{provider} does not have model {model!r}, or no embeddings at this address ({reason}).",
             resolution="Check the vector table's embedding_model, and that base_url is that of the API (before `/embeddings`).",
         )
+    if status == 429 and (request_limit := stated_request_limit(words)):
+        return TextRejected(
+            f"{provider} refuses the request as too large for this account ({reason}).", **request_limit
+        )
     if status == 429:
         return EmbeddingRateLimited(f"{provider} asks to slow down ({reason}).", retry_after_seconds=wanted)
     if status in _BAD_REQUESTS:
         return rejection
+    if status >= 500 and text_limit:
+        return TextRejected(f"{provider} refuses the text as too long ({reason}).", **text_limit)
     # Ollama's answer to a text whose vector holds a NaN
     if status >= 500 and _NAN in words:
         return TextRejected(f"{provider} fails on this text: its vector holds a NaN ({reason}).")
@@ -150,15 +147,44 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
     return EmbeddingRejected(
         f"{provider} does not answer as an embeddings server does ({reason}).",
         resolution="Check the embedding provider's base_url: it must be that of the API, such as `https://host/v1`.",
+        failure=Failure.REFUSED,
     )
+
+
+def _account_refusal(status: int, codes: set[str], reason: str, *, provider: str) -> EmbeddingRejected | None:
+    """The error if the answer is about the account or its key."""
+    if codes & _ACCOUNT_CODES or status == 402:
+        return EmbeddingRejected(
+            f"{provider} serves this account no more {reason}.",
+            resolution="Look at the quota and billing of the account behind the embedding provider's api_key.",
+        )
+    if status in {401, 403} or codes & _KEY_CODES:
+        return EmbeddingRejected(
+            f"{provider} refuses the api_key {reason}.",
+            resolution="Set credentials.api_key of the embedding provider to a key that may use embeddings.",
+            # a firewall in front of the provider may refuse one text like this
+            failure=Failure.REFUSED if status == 403 and not codes & _KEY_CODES else Failure.ERROR,
+        )
+    if codes & {"FAILED_PRECONDITION"}:
+        return EmbeddingRejected(
+            f"{provider} does not serve this account from here {reason}.",
+            resolution="Check that the account is billed, and that the provider serves the country this service runs in.",
+        )
+    return None
 
 
 def _own_words(fault: Fault, texts: Sequence[str], optional: Collection[str]) -> str:
     """The message in lower case, without what it repeats of the texts."""
     message = fault.message.lower()
     fields = {_normalized(name) for name in optional}
-    is_heard = _TOO_LARGE.search(message) or _UNKNOWN_MODEL.search(message) or _NAN in message
-    if is_heard or any(_field_of(name, fields) for name in _NAME.findall(message)):
+    heard = (
+        _TOO_LARGE.search(message),
+        _UNKNOWN_MODEL.search(message),
+        _NAN in message,
+        stated_text_limit(message),
+        stated_request_limit(message),
+    )
+    if any(heard) or any(_field_of(name, fields) for name in _NAME.findall(message)):
         return without_quotes(fault.message, texts, keep=[name.lower() for name in optional])
     return message
 
