@@ -19,7 +19,7 @@ from dagster._core.instance.ref import InstanceRef
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import installation
 from embedd_dagster.local.postgres import open_temporary_postgres
-from embedd_dagster.local.postgres_place import remove_place
+from embedd_dagster.local.postgres_place import known_root, remove_place
 from embedd_dagster.local.process import marked_processes, working_in
 from embedd_dagster.local.stack import Stack, StackAlreadyRunning, down, running_stack, status
 from embedd_dagster.local.supervisor import ChildFailed
@@ -74,7 +74,7 @@ def discard(directory):
 
 
 def everything_of(state_dir):
-    servers = working_in((state_dir / "postgres" / "data").resolve(), "postgres")
+    servers = working_in((known_root(state_dir / "postgres") / "data").resolve(), "postgres")
     return [one.pid for one in (*marked_processes(state_dir), *servers)]
 
 
@@ -190,7 +190,9 @@ def test_a_second_one_says_where_the_first_is(stack):
 
 
 def up(state_dir):
-    return subprocess.Popen([sys.executable, "-m", "tests.support.stub_stack", str(state_dir)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "tests.support.stub_stack", str(state_dir)]
+    # these tests may run under nohup, which ignores SIGHUP, and so would the stack
+    return subprocess.Popen(command, stdout=subprocess.PIPE, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
 
 
 def first_url(supervisor):
