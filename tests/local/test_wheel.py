@@ -57,11 +57,18 @@ def elsewhere():
 
 
 def test_a_stack_from_the_wheel_starts_and_says_when_it_stops(environment, elsewhere):
-    where = run(environment / "bin/python", "-c", "import embedd_dagster; print(embedd_dagster.__file__)", cwd=elsewhere)
+    where = run(
+        environment / "bin/python", "-c", "import embedd_dagster; print(embedd_dagster.__file__)", cwd=elsewhere
+    )
     assert where.startswith(str(environment)), "the package must come from the wheel"
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     up = subprocess.Popen(
-        [environment / "bin/embedd", "up"], cwd=elsewhere, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [environment / "bin/embedd", "up"],
+        cwd=elsewhere,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     said = []
     for line in up.stdout:
