@@ -129,7 +129,9 @@ def find_problems(state_dir: Path, found: StackStatus) -> list[str]:
     """What is wrong with a running stack now, in sentences: asks the API, and looks at the disk."""
     if not found.running:
         return []
-    problems = [str(child["problem"]) for child in found.children.values() if child.get("problem")]
+    # the last problem of a child that is ready again is history
+    down_children = [child for child in found.children.values() if child["state"] != "ready"]
+    problems = [str(child["problem"]) for child in down_children if child.get("problem")]
     if found.state == "unknown":
         problems.append(f"{state_dir.resolve() / 'stack.json'} is missing or damaged.")
     for directory in {state_dir.resolve(), EmbeddedPostgres(state_dir).known_root}:
