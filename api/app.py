@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.metadata import version
 
 from fastapi import APIRouter, FastAPI
 
@@ -25,6 +24,7 @@ from api.routers import (
 )
 from api.state import ApiState
 from api.strict_json import StrictRoute
+from embedd_dagster import __version__
 from embedd_dagster.settings import Settings, get_settings
 
 _DESCRIPTION = """Keeps tables of your database searchable by meaning.
@@ -50,7 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(
         title="embedd",
-        version=version("embedd"),
+        version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,
