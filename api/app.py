@@ -1,14 +1,16 @@
-"""The application: `uvicorn api.app:create_app --factory`."""
+"""The application: `uvicorn api.app:create_app --factory --http api.http_limits:LimitedHttp`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
 from api import docs, errors, idempotency, logs
+from api.http_facts import STATE, HttpFacts
 from api.middleware import BodyLimit, RequestContext
 from api.routers import (
     api_keys,
@@ -40,11 +42,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     logs.configure()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         state = ApiState.open(settings)
         app.state.embedd = state
         try:
-            yield
+            yield {STATE: HttpFacts(settings.api_url, settings.max_connections)}
         finally:
             state.close()
 
