@@ -11,7 +11,7 @@ from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Attempt, Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.base import ConnectionId
 from api.schemas.connections import (
     ConnectionAnswer,
@@ -69,12 +69,14 @@ def create_unsupported_connection(
 
 
 @router.get("/connections", responses=answers())
-def list_connections(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> ConnectionList:
+def list_connections(
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
+) -> ConnectionList:
     """List connections."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = connections.page(session, caller.environment.id, limit, after)
-    return list_answer(ConnectionList, page, limit, ConnectionAnswer.model_validate)
+        page = connections.page(session, caller.environment.id, limit, asked.after, name=name)
+    return list_answer(ConnectionList, page, asked, ConnectionAnswer.model_validate)
 
 
 @router.get("/connections/{connection_id}", responses=answers("connection_not_found"))

@@ -12,7 +12,7 @@ from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
 from api.schemas.embedding_providers import (
@@ -92,13 +92,13 @@ def _check_address(caller: Caller, base_url: str) -> None:
 
 @router.get("", responses=answers())
 def list_embedding_providers(
-    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EmbeddingProviderList:
     """List embedding providers."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = embedding_providers.page(session, caller.environment.id, limit, after)
-    return list_answer(EmbeddingProviderList, page, limit, EmbeddingProviderAnswer.model_validate)
+        page = embedding_providers.page(session, caller.environment.id, limit, asked.after, name=name)
+    return list_answer(EmbeddingProviderList, page, asked, EmbeddingProviderAnswer.model_validate)
 
 
 @router.get("/{embedding_provider_id}", responses=answers("embedding_provider_not_found"))

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
     BackfillAnswer,
     EstimateAnswer,
     SourceColumnAnswer,
     SourceSchemaAnswer,
+    SyncStatusName,
     VectorTableAnswer,
     VectorTableCreate,
     VectorTableList,
@@ -77,12 +79,28 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
 
 
 @router.get("", response_model_exclude_unset=True, responses=answers())
-def list_vector_tables(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> VectorTableList:
-    """List vector tables."""
-    after = read_cursor(cursor)
+def list_vector_tables(
+    caller: Reader,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+    name: NameFilter = None,
+    sync_status: Annotated[SyncStatusName | None, Query(description="Only those in this state")] = None,
+    connection_id: Annotated[str | None, text_filter("Only those of this connection")] = None,
+    source_table: Annotated[
+        str | None, text_filter("Only those whose `source_table` is spelled exactly so", max_length=255)
+    ] = None,
+) -> VectorTableList:
+    """List vector tables: those that have all of the values that are asked for."""
+    wanted = {
+        "name": name,
+        "sync_status": sync_status,
+        "connection_id": connection_id,
+        "source_table": source_table,
+    }
+    asked = PageRequest.read(limit, cursor, **wanted)
     with caller.state.runtime.catalog.transaction() as session:
-        page = vector_tables.page(session, caller.environment.id, limit, after)
-    return list_answer(VectorTableList, page, limit, VectorTableAnswer.of)
+        page = vector_tables.page(session, caller.environment.id, limit, asked.after, **wanted)
+    return list_answer(VectorTableList, page, asked, VectorTableAnswer.of)
 
 
 @router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))

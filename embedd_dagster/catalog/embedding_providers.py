@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import EmbeddingProvider, Environment, VectorTable
 from embedd_dagster.errors import NotFound
@@ -89,10 +89,12 @@ def get(session: Session, environment_id: str, provider_id: str, *, lock: bool =
     return row
 
 
-def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[EmbeddingProvider]:
-    """The environment's providers, newest first."""
+def page(
+    session: Session, environment_id: str, limit: int, after: Position | None, *, name: str | None = None
+) -> Page[EmbeddingProvider]:
+    """The environment's providers (of this name), newest first."""
     statement = select(EmbeddingProvider).where(EmbeddingProvider.environment_id == environment_id)
-    return fetch_page(session, statement, EmbeddingProvider, limit, after)
+    return fetch_page(session, having(statement, {EmbeddingProvider.name: name}), EmbeddingProvider, limit, after)
 
 
 def delete(session: Session, environment_id: str, provider_id: str) -> None:
