@@ -20,12 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
+from api.hints import nearest_operation
 from embedd_dagster.core.embedded_text import MAX_METADATA_LENGTH
 from embedd_dagster.errors import Conflict, EmbeddError, PermanentError, TransientError, ValidationFailed
 
 ERROR_PAGE: Final = "/docs/errors"
 _MAX_FAULTS: Final = 5
 _MAX_NAME: Final = 80
+_MAX_PATH: Final = 300
 _log = structlog.get_logger("embedd.api")
 
 
@@ -226,16 +228,23 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     method, path = request.method, request.url.path[:_MAX_NAME]
     if error.status_code == HTTPStatus.NOT_FOUND:
+        hint = nearest_operation(request.app.openapi()["paths"], method, request.url.path[:_MAX_PATH])
+        resolution = f"Did you mean {hint}? " if hint else ""
         return error_response(
-            request.scope, "not_found", f"There is nothing at {path}.", "GET /openapi.json lists every path."
+            request.scope,
+            "not_found",
+            f"There is nothing at {path}.",
+            f"{resolution}GET /openapi.json lists every path.",
         )
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(_methods_at(request))
+        hint = nearest_operation(request.app.openapi()["paths"], method, request.url.path[:_MAX_PATH])
+        meant = f" Did you mean {hint}?" if hint else ""
         return error_response(
             request.scope,
             "method_not_allowed",
             f"{method} is not accepted at {path}.",
-            f"Use {allowed}." if allowed else "GET /openapi.json lists every method.",
+            f"Use {allowed}.{meant}" if allowed else "GET /openapi.json lists every method.",
             headers={"Allow": allowed},
         )
     return response_of(request.scope, ValidationFailed("The request could not be read."))
@@ -321,7 +330,7 @@ def _place(location: Sequence[int | str]) -> str:
     for part in parts:
         if isinstance(part, int):
             place += f"[{part}]"
-        else:
+        elif not part.startswith("~"):  # which variant of a field was taken says nothing to anybody
             place += f"{'.' if place else ''}{str(part)[:_MAX_NAME]}"
     return place
 

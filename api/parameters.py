@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -33,21 +32,12 @@ def refuse_unknown_parameters(scope: Scope) -> None:
 
 def _known(scope: Scope) -> list[str]:
     """The query parameters of the operation, by what the OpenAPI document says of it."""
-    for operation in operations_at(scope["app"], scope["path"], scope["method"]):
-        return [found["name"] for found in operation.get("parameters", ()) if found["in"] == "query"]
-    return []
-
-
-def operations_at(app: Any, path: str, method: str) -> list[dict[str, Any]]:
-    """The operations of the OpenAPI document that this method of this path may mean, the most literal path first."""
-    fitting = [template for template in app.openapi()["paths"] if fits(template, path)]
-    methods = [app.openapi()["paths"][template] for template in sorted(fitting, key=lambda found: found.count("{"))]
-    return [found[method.lower()] for found in methods if method.lower() in found]
-
-
-def fits(template: str, path: str) -> bool:
-    """Whether a path is of this form, such as `/v1/tasks/{task_id}`."""
-    return re.fullmatch(re.sub(r"\\\{\w+\\\}", "[^/]+", re.escape(template)), path) is not None
+    paths: dict[str, Any] = scope["app"].openapi()["paths"]
+    template = scope["route"].path_format
+    # some versions of FastAPI leave out what the route's router was included under
+    operations = paths.get(template) or paths.get(f"/v1{template}") or {}
+    parameters = operations.get(scope["method"].lower(), {}).get("parameters", ())
+    return [found["name"] for found in parameters if found["in"] == "query"]
 
 
 def _after_the_key(request: Request, caller: Reader) -> None:  # noqa: ARG001 - who has no key learns nothing else

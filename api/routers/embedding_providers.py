@@ -10,7 +10,7 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
-from api.idempotency import Once, answers_once
+from api.idempotency import Attempt, Once, answers_once
 from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.base import EmbeddingProviderId
@@ -28,7 +28,14 @@ from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.embedders import open_embedder
-from embedd_dagster.errors import EmbeddError, SourceRejected, SourceUnavailable, ValidationFailed
+from embedd_dagster.errors import (
+    EmbeddError,
+    EmbeddingRejected,
+    RowError,
+    SourceRejected,
+    SourceUnavailable,
+    ValidationFailed,
+)
 from embedd_dagster.sources.network import allowed_addresses
 
 router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], route_class=StrictRoute)
@@ -43,7 +50,10 @@ _TEST_TIMEOUT_SECONDS: Final = 10.0
     responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
 )
 def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
-    """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
+    """Create an embedding provider: an account, or a server that speaks OpenAI's protocol.
+
+    It is tested at once: see `status` and `last_error`.
+    """
     runtime = caller.state.runtime
     with attempt:
         credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
@@ -57,7 +67,8 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, att
                 credentials=credentials,
                 limits=body.limits.model_dump(exclude_none=True),
             )
-            return attempt.answer(session, EmbeddingProviderAnswer.model_validate(row))
+            attempt.answer(session, EmbeddingProviderAnswer.model_validate(row), more_follows=True)
+        return _test_by_itself(caller, row, attempt)
 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
@@ -120,7 +131,7 @@ def _get(caller: Caller, embedding_provider_id: str) -> EmbeddingProvider:
 def update_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, body: EmbeddingProviderUpdate, caller: Writer
 ) -> EmbeddingProviderAnswer:
-    """Rename an embedding provider, or give it other credentials or limits."""
+    """Rename an embedding provider, or give it other limits or credentials, which are tested at once."""
     given = body.model_fields_set
     kind = ProviderKind(_get(caller, embedding_provider_id).provider)
     credentials = _checked(caller, kind, body.credentials) if "credentials" in given else {}
@@ -132,7 +143,7 @@ def update_embedding_provider(
             embedding_providers.set_credentials(row, caller.state.runtime.box, credentials)
         if "limits" in given:
             embedding_providers.set_limits(row, body.limits.model_dump(exclude_none=True))
-    return EmbeddingProviderAnswer.model_validate(row)
+    return _test_by_itself(caller, row) if "credentials" in given else EmbeddingProviderAnswer.model_validate(row)
 
 
 @router.delete(
@@ -154,26 +165,66 @@ def delete_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller
 def check_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, caller: Writer, body: EmbeddingProviderTest | None = None
 ) -> TestAnswer:
-    """Test an embedding provider by embedding one word. A failed test is a 200 with `status: failed`."""
+    """Test an embedding provider by embedding one word, and keep the outcome as its `status`.
+
+    A failed test is a 200 with `status: failed`.
+    """
     row = _get(caller, embedding_provider_id)
-    model, dimensions = _test_model(caller, row, body)
+    return _test(caller, row, _test_model(caller, row, body), is_model_known=True)[0]
+
+
+def _test(
+    caller: Caller,
+    row: EmbeddingProvider,
+    model: tuple[str, int],
+    *,
+    is_model_known: bool,
+    attempt: Attempt | None = None,
+) -> tuple[TestAnswer, EmbeddingProviderAnswer]:
+    """The outcome, and the provider with it recorded; outside of any transaction, as a provider may be slow."""
     begun = time.perf_counter()
-    fault: str | None = None
+    fault: EmbeddError | None = None
     try:
-        with open_embedder(
-            row.provider,
-            credentials=embedding_providers.open_credentials(row, caller.state.runtime.box),
-            model=model,
-            dimensions=dimensions,
-            limits=row.limits,
-            timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
-            deny_private_networks=caller.state.settings.deny_private_networks,
-        ) as embedder:
-            embedder.embed_query("test")
+        _embed_one_word(caller, row, *model)
     except EmbeddError as error:
-        fault = f"{error.message} {error.resolution}"
+        fault = error
     latency_ms = round((time.perf_counter() - begun) * 1000, 1)
-    return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault)
+    told = f"{fault.message} {fault.resolution}" if fault is not None else None
+    # without a model that the server has, a rejection proves something only if it is one of the key
+    is_certain = is_model_known or not isinstance(fault, EmbeddingRejected | RowError) or "api_key" in fault.resolution
+    with caller.state.runtime.catalog.transaction() as session:
+        row_now = embedding_providers.get(session, caller.environment.id, row.id, lock=True)
+        if row_now.updated_at == row.updated_at:  # else other credentials came meanwhile, with a test of their own
+            embedding_providers.record_test(row_now, told, is_certain=is_certain)
+        shown = EmbeddingProviderAnswer.model_validate(row_now)
+        if attempt is not None:
+            attempt.answer(session, shown)
+    return TestAnswer(status="failed" if told else "ok", latency_ms=latency_ms, error=told), shown
+
+
+def _embed_one_word(caller: Caller, row: EmbeddingProvider, model: str, dimensions: int) -> None:
+    """Returns when the provider has embedded a word. Raises what is wrong with it."""
+    with open_embedder(
+        row.provider,
+        credentials=embedding_providers.open_credentials(row, caller.state.runtime.box),
+        model=model,
+        dimensions=dimensions,
+        limits=row.limits,
+        timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
+        deny_private_networks=caller.state.settings.deny_private_networks,
+    ) as embedder:
+        embedder.embed_query("test")
+
+
+def _test_by_itself(caller: Caller, row: EmbeddingProvider, attempt: Attempt | None = None) -> EmbeddingProviderAnswer:
+    """The provider after the test that follows new credentials."""
+    with caller.state.runtime.catalog.transaction() as session:
+        used = embedding_providers.find_used_model(session, row.id)
+    # a server of the user's own need not have the model that the catalog names first
+    is_model_known = used is not None or row.base_url is None
+    return _test(
+        caller, row, used or _first_model(ProviderKind(row.provider)), is_model_known=is_model_known, attempt=attempt
+    )[1]
 
 
 def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderTest | None) -> tuple[str, int]:
@@ -191,7 +242,10 @@ def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderT
         raise ValidationFailed("embedding_dimensions: only accepted together with embedding_model.")
     with caller.state.runtime.catalog.transaction() as session:
         used = embedding_providers.find_used_model(session, row.id)
-    if used is not None:
-        return used
+    return used or _first_model(kind)
+
+
+def _first_model(kind: ProviderKind) -> tuple[str, int]:
+    """The catalog's first."""
     first = next(model for model in EMBEDDING_MODELS if model.provider is kind)
     return first.name, first.dimensions

@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
+from embedd_dagster.catalog.conflicts import mendable, must_be_unused, name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
@@ -52,8 +52,11 @@ def create(
         updated_at=now(),
     )
     set_credentials(connection, box, credentials)
-    with name_must_be_free(session, "connection", name):
-        session.add(connection)
+    try:
+        with name_must_be_free(session, "connection", name):
+            session.add(connection)
+    except Conflict as conflict:
+        raise mendable(session, conflict, Connection, environment.id, name) from None
     return connection
 
 
