@@ -24,6 +24,8 @@ def read_postgresql_url(url: Any) -> dict[str, Any]:
         host, database = _decoded(parts.hostname), _decoded(parts.path[1:])
     except ValueError:
         _refuse("it cannot be read; special characters in the user or password must be percent-encoded")
+    if "\x00" in f"{user}{password}{host}{database}":
+        _refuse("a text must not contain NUL (U+0000)")
     if parts.scheme not in _SCHEMES:
         _refuse("one that begins with postgresql:// is accepted")
     if not (host and user and database) or parts.fragment or "/" in database:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Final, Literal
 import httpx
 from fastapi import APIRouter, Query, Request, Response
 
-from api.errors import error_response
+from api.errors import ErrorEnvelope, error_response
 from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from api.state import ApiState
 from embedd_dagster.errors import EmbeddError
@@ -53,7 +53,10 @@ async def get_health() -> HealthAnswer:
 @router.get(
     "/ready",
     response_model=ReadyAnswer,
-    responses={503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"}},
+    responses={
+        422: {"model": ErrorEnvelope, "description": "`validation_error`: a parameter is not accepted"},
+        503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"},
+    },
 )
 def get_ready(
     request: Request,

@@ -50,9 +50,7 @@ def mendable(
     name: str,
 ) -> Conflict:
     """The conflict of a name; if what has it failed its last test, with what mends that."""
-    holder: Connection | EmbeddingProvider | None = session.scalar(
-        select(model).where(model.environment_id == environment_id, model.name == name)
-    )
+    holder: Any = session.scalar(select(model).where(model.environment_id == environment_id, model.name == name))
     if holder is None or holder.status != "failed":
         return conflict
     path, body = _ENDPOINTS[model]
