@@ -26,14 +26,14 @@ from api.schemas.vector_tables import (
     VectorTableUpdate,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import connections, tasks, vector_tables
+from embedd_dagster.catalog import connections, moved_tables, tasks, vector_tables
 from embedd_dagster.catalog.tables import Connection, VectorTable
 from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import admission
 from embedd_dagster.engine.estimate import estimate
-from embedd_dagster.errors import NotFound
+from embedd_dagster.errors import NotFound, ValidationFailed
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
 
@@ -114,21 +114,31 @@ def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTa
     "/{vector_table_id}",
     response_model_exclude_unset=True,
     dependencies=OUTSIDE,
-    responses=answers(*_ADMISSION, "vector_table_not_found"),
+    responses=answers(*_ADMISSION, "vector_table_not_found", "backfill_in_progress"),
 )
 def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
     """Update a vector table.
 
     Changing `columns`, `embedding_model` or `embedding_dimensions` sets `sync_status` to `pending_rebackfill`; the
     re-backfill builds new vectors beside the live ones and swaps them in atomically. A change that changes nothing does not.
+    Changing `source_table`, as after a rename, starts a sync that compares and embeds only what differs.
     """
     runtime = caller.state.runtime
     with runtime.catalog.transaction() as session:
         seen = _endpoints(session, caller, vector_table_id)
     old = seen.vector_table.configuration
+    is_moved = "source_table" in body.model_fields_set and body.source_table != old.source_table
+    if is_moved and seen.vector_table.sync_mode == SyncMode.CDC:
+        raise ValidationFailed(
+            "source_table: it can be changed of batch tables only.",
+            resolution="Rename the table back, or create a new vector table.",
+        )
     checked = admission.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
+    key_type = admission.source_key_type(runtime, seen.connection, checked) if is_moved else None
     with runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        if key_type is not None:
+            moved_tables.move(session, row, checked.source_table, key_type)
         _change(session, row, body, seen, checked)
     return VectorTableAnswer.of(row)
 
@@ -145,6 +155,8 @@ def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfigur
     """The configuration with what the body gives."""
     given = body.model_fields_set
     new = old
+    if "source_table" in given:
+        new = replace(new, source_table=body.source_table)
     if "columns" in given:
         new = replace(new, columns=tuple(column.to_column() for column in body.columns))
     if "embedding_model" in given:

@@ -160,12 +160,17 @@ def reconfigure(
     row.updated_at = now()
     if row.configuration.meaning == meaning:
         return False
+    want_build(row)
+    return True
+
+
+def want_build(row: VectorTable) -> None:
+    """The vectors have to follow a new configuration."""
     release(row)
     row.config_version += 1
     status = SyncStatus(row.sync_status)
     if row.live_version is not None and status in {SyncStatus.SYNCED, SyncStatus.ERROR}:
         set_status(row, SyncStatus.PENDING_REBACKFILL)
-    return True
 
 
 def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | None) -> None:

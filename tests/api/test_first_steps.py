@@ -223,3 +223,30 @@ def test_a_wrong_path_or_method_is_told_the_right_one(tenant: Tenant, method: st
 
 def test_a_path_that_is_like_nothing_gets_no_hint(tenant: Tenant) -> None:
     assert "Did you mean" not in tenant.get(f"/{unique('zzz')}/{unique('yyy')}/qqq/www").text
+
+
+def test_source_table_follows_a_rename_by_put(tenant: Tenant) -> None:
+    def sql(statement: str) -> None:
+        with psycopg.connect(tenant.source.render_as_string(hide_password=False), autocommit=True) as connection:
+            connection.execute(statement)  # type: ignore[arg-type]
+
+    columns = [{"name": "title", "role": "embedding"}]
+    before, after = unique("before").replace("-", "_"), unique("after").replace("-", "_")
+    sql(f"CREATE TABLE {before} (id integer PRIMARY KEY, title text)")
+    sql(f"CREATE TABLE no_title_{before} (id integer PRIMARY KEY)")
+    sql(f"CREATE TABLE no_key_{before} (id integer, title text)")
+    sql(f"INSERT INTO no_key_{before} VALUES (1, 'a'), (1, 'b')")
+    path = f"/v1/vector-tables/{tenant.table(source_table=before, columns=columns)['id']}"
+    sql(f"ALTER TABLE {before} RENAME TO {after}")
+    for wrong, code in (
+        (before, "source_table_not_found"),
+        (f"no_title_{before}", "source_table_not_found"),
+        (f"no_key_{before}", "validation_error"),
+    ):
+        response = tenant.put(
+            path, {"source_table": wrong, "name": "x"} if wrong != before else {"source_table": "gone"}
+        )
+        assert code_of(response) == code
+    changed = tenant.put(path, {"source_table": after})
+    assert (changed.status_code, changed.json()["source_table"]) == (200, after), changed.text
+    assert tenant.get(path).json()["source_table"] == after
