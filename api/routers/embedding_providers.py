@@ -212,6 +212,7 @@ def _embed_one_word(caller: Caller, row: EmbeddingProvider, model: str, dimensio
         limits=row.limits,
         timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
         deny_private_networks=caller.state.settings.deny_private_networks,
+        one_text_at_a_time=True,
     ) as embedder:
         embedder.embed_query("test")
 

@@ -24,6 +24,8 @@ from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
 LARGEST_ANSWER: Final = 64 * 2**20
 """Twice what 2,048 vectors of 3,072 numbers take as base64."""
+ANSWER_TO_ONE_TEXT: Final = 2**20
+"""Of a server that gives no vector of more than 16,000 numbers, however it writes them."""
 _PIECE: Final = 2**20
 
 
@@ -48,8 +50,9 @@ class _SocketUntil(io.RawIOBase):
 class _Answer(http.client.HTTPResponse):
     """An answer that has come whole by an instant, and is of a bounded size."""
 
-    def __init__(self, sock: socket.socket, *arguments: Any, until: float, **options: Any) -> None:
+    def __init__(self, sock: socket.socket, *arguments: Any, until: float, largest: int, **options: Any) -> None:
         super().__init__(sock, *arguments, **options)
+        self._largest = largest
         self.fp.close()
         self.fp = io.BufferedReader(_SocketUntil(sock, until), 2**16)
 
@@ -59,7 +62,7 @@ class _Answer(http.client.HTTPResponse):
         while piece := self.read(_PIECE):
             pieces.append(piece)
             size += len(piece)
-            if size > LARGEST_ANSWER:
+            if size > self._largest:
                 raise http.client.HTTPException("too large")
         if self.length:
             raise http.client.IncompleteRead(b"", self.length)
@@ -85,8 +88,10 @@ class VettedTransport(httpx.BaseTransport):
         tls: ssl.SSLContext | None,
         limits: httpx.Limits,
         deny_private_networks: bool,
+        largest_answer: int = LARGEST_ANSWER,
         resolver: Resolver = network.resolve,
     ) -> None:
+        self._largest_answer = largest_answer
         self._tls = tls
         self._limits = limits
         self._deny_private_networks = deny_private_networks
@@ -101,7 +106,7 @@ class VettedTransport(httpx.BaseTransport):
         try:
             connection.sock.settimeout(timeout["read"])
             until = time.monotonic() + timeout["read"]
-            connection.response_class = partial(_Answer, until=until)  # type: ignore[assignment]
+            connection.response_class = partial(_Answer, until=until, largest=self._largest_answer)  # type: ignore[assignment]
             connection.putrequest(
                 request.method, request.url.raw_path.decode("ascii"), skip_host=True, skip_accept_encoding=True
             )
