@@ -54,11 +54,9 @@ class PostgresqlCredentials(Body):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema, which says that `url` stands for the others."""
+        """The schema, without required fields: `url` stands for them. Client generators do not take a choice here."""
         found = super().__get_pydantic_json_schema__(schema, handler)
-        required = found.pop("required", [])
-        single = [{"required": [name]} for name in found["properties"] if name != "url"]
-        found["anyOf"] = [{"required": ["url"], "not": {"anyOf": single}}, {"required": required}]
+        handler.resolve_ref_schema(found).pop("required", None)
         return found
 
     @model_validator(mode="before")

@@ -52,6 +52,7 @@ EXPLAINED = {
     "primary_key_column: ": "as the source's column is",
     "filters": "by the live set's columns",
     "name or address": "what a host may be",
+    "credentials.": "`url` or host, database and user",
     "url: ": "what a database's URL may hold is more than a pattern can say",
     "source_table: ": "of batch tables only",
     "a text must not contain": "lone surrogates and NUL inside of `filters`",
