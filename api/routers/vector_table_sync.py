@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
 from api.schemas.base import VectorTableId
 from api.schemas.vector_table_sync import (
     FailedRowAnswer,
@@ -122,11 +122,11 @@ def list_failed_rows(
     vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> FailedRowList:
     """List the rows that could not be embedded or written: of the newest build that has any."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor)
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
-        page = vector_sets.failed_page(session, row.id, limit, after)
-    return list_answer(FailedRowList, page, limit, _shown_failure)
+        page = vector_sets.failed_page(session, row.id, limit, asked.after)
+    return list_answer(FailedRowList, page, asked, _shown_failure)
 
 
 def _shown_failure(row: FailedRow) -> FailedRowAnswer:

@@ -106,6 +106,7 @@ def _api(services: Services) -> ChildSpec:
     command = ["uvicorn", "api.app:create_app", "--factory", "--host", LOOPBACK, "--port", str(port)]
     # clients let go of idle connections first (httpx after 5 s): else a request meets one that is being closed
     command += ["--timeout-graceful-shutdown", "5", "--timeout-keep-alive", "75"]
+    command += ["--http", "api.http_limits:LimitedHttp"]
     # Any answer: it listens when the application has started, and it may well say that another part is down.
     return _python(services, "api", command, is_ready=lambda: answers(port, "/health") is not None)
 
