@@ -15,12 +15,13 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
 
 Connection = psycopg.Connection[Any]
+AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 Result = TypeVar("Result")
 
 _NO_FILE: Final = "/nonexistent/embedd"
@@ -126,44 +127,47 @@ class BoundedConnection(psycopg.Connection[Any]):
         raise psycopg.OperationalError("the server has not answered in time")
 
 
-class ConnectionPool:
+class ConnectionPool(Generic[AnyConnection]):
     """Connections that are kept open while idle. Safe to use from several threads; opens nothing by itself.
 
     As many are open as there are threads at work; `kept` of them stay. `closed_error` is what to raise after `close`.
     """
 
     def __init__(
-        self, open_connection: Callable[[], Connection], *, kept: int, closed_error: Callable[[], Exception]
+        self, open_connection: Callable[[], AnyConnection], *, kept: int, closed_error: Callable[[], Exception]
     ) -> None:
         self._open = open_connection
         self._kept = kept
         self._closed_error = closed_error
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[AnyConnection] = []
         self._closed = False
 
-    def take(self, *, checked: bool = True) -> Connection:
-        """A connection that answers: an idle one, else a new one. Raises what opening it raises.
+    def take(self, begin: Callable[[AnyConnection], object] | None = None) -> AnyConnection:
+        """An idle connection, or a new one. Raises what opening it raises.
 
-        Not `checked`, an idle one may have died unnoticed since: for whoever can ask again, and spares a round trip.
+        `begin` is done with it first: an idle connection that fails at that has died unnoticed, and is replaced. Without
+        it, an idle connection may turn out to be dead.
         """
         while True:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
                 connection = self._idle.pop() if self._idle else None
+            is_new = connection is None
             if connection is None:
-                return self._open()
-            if not checked:
-                return connection
+                connection = self._open()
             try:
-                connection.execute("")  # it may have died unnoticed since
-            except psycopg.Error:
+                if begin is not None:
+                    begin(connection)
+            except BaseException as error:
                 connection.close()
+                if is_new or not isinstance(error, psycopg.Error):
+                    raise
             else:
                 return connection
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: AnyConnection) -> None:
         """Keeps the connection for the next; closes it where it is of no more use, or a statement is still open on it."""
         usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
         with self._lock:

@@ -1,6 +1,7 @@
 """PostgreSQL 14 and newer as a source: introspection here, reading in `postgresql_reader`.
 
-Only reads, without locks, temporary tables or writes, so a read-only replica and a pooler in session mode will do.
+Only reads, without locks, temporary tables, writes or session-wide settings, so a read-only replica and a pooler in any mode
+will do; only following changes needs a session of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from embedd_dagster.sources.postgresql_catalog import (
     list_tables,
     row_estimate,
 )
-from embedd_dagster.sources.postgresql_changes import FEED_SESSION, PostgresChangeFeed
+from embedd_dagster.sources.postgresql_changes import FEED_SETTINGS, PostgresChangeFeed
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
 from embedd_dagster.sources.postgresql_followable import check_followable
@@ -99,7 +100,7 @@ class PostgresSource:
 
     def change_feed(self, name: str) -> PostgresChangeFeed:
         """The feed of this name, over connections of its own, which the source's `close` leaves open."""
-        return PostgresChangeFeed(self._connect(settings=FEED_SESSION), name)
+        return PostgresChangeFeed(self._connect(settings=FEED_SETTINGS, read_only=False), name)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""

@@ -16,7 +16,8 @@ from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_sessions import ScopedConnection, ScopedCursor
 from embedd_dagster.sources.network import allowed_addresses
 from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
 
@@ -24,8 +25,9 @@ _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "veri
 _KEPT: Final = 4  # idle connections; as many as there are threads at work are open
 _OLDEST_VERSION: Final = 140000  # bit_xor, and the last release that its makers support
 
-# Row hashes are made of the text of values: whatever a role, a database or the server sets, that text must be the same.
-_SESSION: Final = {
+# Of each transaction. Row hashes are made of the text of values: that text must be the same under every configuration of
+# role, database and server.
+_SETTINGS: Final = {
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
@@ -41,7 +43,7 @@ _SESSION: Final = {
     "enable_sort": "off",
     "enable_bitmapscan": "off",
     "lock_timeout": "30s",  # behind an ALTER TABLE: say so, instead of hanging until the statement timeout
-    "default_transaction_read_only": "on",
+    "idle_in_transaction_session_timeout": "600s",  # while a caller works on the last rows of a statement
 }
 # Types that psycopg makes objects of, where the database's own text is what users know.
 _AS_TEXT: Final = (
@@ -91,9 +93,11 @@ class Connections:
         connect_timeout_seconds: int,
         deny_private_networks: bool,
         settings: Mapping[str, str] = MappingProxyType({}),
+        read_only: bool = True,
     ) -> None:
-        """`settings` of a session win over those that every source has."""
+        """`settings` of a transaction win over those that every source has."""
         self.server = credentials.server
+        self._read_only = read_only
         self._settings = settings
         self._credentials = credentials
         self._statement_timeout_seconds = statement_timeout_seconds
@@ -108,12 +112,14 @@ class Connections:
         """Whether the database is of no encoding, so that text may be any bytes; known from the first connection on."""
 
     @contextmanager
-    def borrow(self) -> Iterator[psycopg.Connection[Any]]:
-        """A working connection, in autocommit; closed instead of kept when the block raises or leaves a statement open."""
-        connection = self._pool.take()
+    def borrow(self) -> Iterator[ScopedConnection]:
+        """A working connection in a transaction, which ends with the block; closed when the block raises what is not ours."""
+        connection = self._pool.take(ScopedConnection.begin)
         try:
             yield connection
+            connection.end()
         except EmbeddError:  # what we found out by it, not what befell it
+            connection.abandon()
             self._pool.give_back(connection)
             raise
         except BaseException:
@@ -125,11 +131,11 @@ class Connections:
         """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
         self._pool.close()
 
-    def open(self) -> psycopg.Connection[Any]:
-        """A new connection, which whoever asked for it closes."""
+    def open(self) -> ScopedConnection:
+        """A new connection, which the caller closes. Each of its statements is a transaction of its own by default."""
         credentials, server = self._credentials, self.server
         try:
-            connection = BoundedConnection.connect(
+            connection = ScopedConnection.connect(
                 **self._addresses(),
                 dbname=server.database,
                 user=server.user,
@@ -157,7 +163,7 @@ class Connections:
         found = allowed_addresses(server.host, server.port, deny_private_networks=self._deny_private_networks)
         return host_parameters(server.host, server.port, found)
 
-    def _prepare(self, connection: psycopg.Connection[Any]) -> None:
+    def _prepare(self, connection: ScopedConnection) -> None:
         if connection.info.server_version < _OLDEST_VERSION:
             version = connection.info.server_version // 10000
             raise SourceRejected(
@@ -165,24 +171,24 @@ class Connections:
                 resolution="Upgrade the server, or replicate the table to a newer one.",
             )
         timeout = str(round(self._statement_timeout_seconds * 1000))
-        settings = {**_SESSION, "statement_timeout": timeout, **self._settings}
-        connection.execute(
-            "SELECT " + ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings)),
-            [part for setting in settings.items() for part in setting],
-        )
+        settings = {**_SETTINGS, "statement_timeout": timeout, **self._settings}
+        self.may_hold_invalid_text = connection.info.parameter_status("server_encoding") == "SQL_ASCII"
+        if self.may_hold_invalid_text:
+            # The server would refuse to send them as UTF-8. Only here, as each value costs a call into Python.
+            settings["client_encoding"] = "SQL_ASCII"
+        connection.configure(settings, read_only=self._read_only)
         for name in _AS_TEXT:
             connection.adapters.register_loader(name, TextLoader)
         set_json_loads(_load_json, connection)
-        if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
-            self.may_hold_invalid_text = True
-            # The server would refuse to send them as UTF-8. Only here, as each value costs a call into Python.
+        if self.may_hold_invalid_text:
             connection.cursor_factory = _Utf8Cursor
-            connection.execute("SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)")
             for kind in ("text", "varchar", "bpchar", "name", 0):  # 0: every type that the driver does not know
                 connection.adapters.register_loader(kind, _ReplacingTextLoader)
+        with connection.scope():  # which also tells its role
+            self.server.role = connection.role or ""
 
 
-class _Utf8Cursor(psycopg.Cursor[Any]):
+class _Utf8Cursor(ScopedCursor):
     """Sends statements in UTF-8 over a connection without encoding, where the driver allows ASCII only."""
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Self:

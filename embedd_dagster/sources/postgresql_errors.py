@@ -21,7 +21,7 @@ from embedd_dagster.errors import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Server:
     """Where a connection leads and as whom: what a message may say of it."""
 
@@ -29,6 +29,13 @@ class Server:
     port: int
     database: str
     user: str
+    role: str = ""
+    """The role whose rights count, once connected: `ALTER ROLE … SET role` may make it another one than the user."""
+
+    @property
+    def grantee(self) -> str:
+        """The role that a missing right has to be granted to."""
+        return self.role or self.user
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -110,9 +117,9 @@ def _without_state(error: Exception, server: Server) -> EmbeddError:
 
 def access_denied(server: Server, relation: str | None, *, grant: str | None = None) -> SourceAccessDenied:
     """No right to read; the resolution is the statement that gives it."""
-    grant = grant or f"GRANT SELECT ON {relation or '<table>'} TO {quoted(server.user)};"
+    grant = grant or f"GRANT SELECT ON {relation or '<table>'} TO {quoted(server.grantee)};"
     return SourceAccessDenied(
-        f"The user {server.user!r} may not read {relation or 'a table'} in database {server.database!r}.",
+        f"The user {server.grantee!r} may not read {relation or 'a table'} in database {server.database!r}.",
         resolution=f"Run as the table's owner: {grant}",
     )
 

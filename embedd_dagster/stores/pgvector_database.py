@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -21,7 +21,8 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
-from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_sessions import PINNED_SEARCH_PATH, ScopedConnection, settings_calls
 
 Result = TypeVar("Result")
 
@@ -30,8 +31,8 @@ _CONNECT_SECONDS: Final = 10
 _LOCK_SECONDS: Final = 2
 _LOCK_PATIENCE_SECONDS: Final = 30.0
 _CONFLICT_ATTEMPTS: Final = 12
-# whatever the role's own settings are, which are made for its other programs
-_SESSION: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in_transaction_session_timeout": "600s"}
+# Of each transaction, instead of the role's own settings, which are made for its other programs.
+_SETTINGS: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in_transaction_session_timeout": "600s"}
 
 # By SQLSTATE or by its class: what passes by itself.
 _TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
@@ -69,36 +70,52 @@ class Database:
         )
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """A working connection, in autocommit. psycopg's errors leave the block as ours, and close it."""
-        connection = self._pool.take()
+    def transaction(
+        self, *, timeout_seconds: float | None = None, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[ScopedConnection]:
+        """A transaction of its own: committed at the end of the block, rolled back when it raises.
+
+        psycopg's errors leave the block as ours. `timeout_seconds` of each statement: ten minutes by default, 0 for none.
+        `settings` of the server hold until its end.
+        """
+        if timeout_seconds is not None:
+            settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
+        try:
+            with self._transaction(settings) as connection:
+                yield connection
+        except psycopg.Error as error:
+            raise self.translate(error) from None
+
+    @contextmanager
+    def _transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[ScopedConnection]:
+        connection = self._pool.take(lambda taken: taken.begin(settings))
         try:
             yield connection
-        except EmbeddError:
+            connection.end()
+        except (EmbeddError, psycopg.Error):
+            connection.abandon()
             self._pool.give_back(connection)
             raise
-        except psycopg.Error as error:
-            self._pool.give_back(connection)
-            raise self.translate(error) from None
         except BaseException:
             connection.close()
             raise
         self._pool.give_back(connection)
 
-    @contextmanager
-    def transaction(
-        self, *, timeout_seconds: float | None = None, settings: Mapping[str, str] = MappingProxyType({})
-    ) -> Iterator[Connection]:
-        """A transaction of its own: committed at the end of the block, rolled back when it raises.
+    def vacuum(self, table: sql.Identifier) -> None:
+        """Vacuums the table, which cannot be done in a transaction.
 
-        `timeout_seconds` of each statement: ten minutes unless told, 0 for none. `settings` of the server hold until its end.
+        It makes index-only scans possible at once, and autovacuum will do it later in any case. So a timeout that the role
+        has for all of its statements may end it, and nothing is lost but time.
         """
-        if timeout_seconds is not None:
-            settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
-        with self.connection() as connection, connection.transaction():
-            if settings:
-                set_local(connection, settings)
-            yield connection
+        connection = self._pool.take(ScopedConnection.begin)
+        try:
+            connection.end()
+            with suppress(psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+                connection.execute_outside(sql.SQL("VACUUM {}").format(table))
+        except psycopg.Error as error:
+            raise self.translate(error) from None
+        finally:
+            self._pool.give_back(connection)
 
     def read(self, statement: sql.Composed, *, timeout_seconds: float, settings: Mapping[str, str]) -> list[Any]:
         """The rows of one SELECT under these settings of the server, which hold for it alone: one round trip.
@@ -106,18 +123,22 @@ class Database:
         Statements that are sent together are one transaction. A connection that was lost while it was idle is replaced,
         and the question asked again. A few are asked at a time: more would only share the server's processors.
         """
-        settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
-        calls = [sql.SQL("pg_catalog.set_config({}, {}, true)").format(*pair) for pair in settings.items()]
-        both = sql.SQL("SELECT {}; {}").format(sql.SQL(", ").join(calls), statement)
+        settings = {
+            "search_path": PINNED_SEARCH_PATH,
+            "statement_timeout": f"{int(timeout_seconds * 1000)}ms",
+            **settings,
+        }
+        both = sql.SQL("SELECT {}; {}").format(sql.SQL(settings_calls(settings)), statement)
         if not self._readers.acquire(timeout=timeout_seconds):
             raise VectorStoreUnavailable(f"PostgreSQL at {self.address} has no time for another search.")
         try:
             for is_last in (False, True):
-                connection = self._pool.take(checked=is_last)
+                connection = self._pool.take(_answers if is_last else None)
                 try:
-                    cursor = connection.execute(both)
-                    cursor.nextset()
-                    return cursor.fetchall()
+                    with psycopg.Cursor[Any](connection) as cursor:  # what is sent together is a scope by itself
+                        cursor.execute(both)
+                        cursor.nextset()
+                        return cursor.fetchall()
                 except psycopg.Error as error:
                     if is_last or not connection.closed:
                         raise self.translate(error) from None
@@ -134,26 +155,27 @@ class Database:
         """
         deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
         while True:
-            with self.connection() as connection:
-                try:
-                    with connection.transaction():
-                        set_local(connection, {"lock_timeout": f"{_LOCK_SECONDS}s"})
-                        return action(connection)
-                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                    if time.monotonic() > deadline:
-                        raise
+            try:
+                with self._transaction({"lock_timeout": f"{_LOCK_SECONDS}s"}) as connection:
+                    return action(connection)
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                if time.monotonic() > deadline:
+                    raise self.translate(error) from None
+            except psycopg.Error as error:
+                raise self.translate(error) from None
             time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - jitter, no secret
 
     def retrying_conflicts(self, action: Callable[[Connection], Result]) -> Result:
         """The result of a transaction that another writer of the same keys may disturb."""
         for attempt in range(1, _CONFLICT_ATTEMPTS + 1):
-            with self.connection() as connection:
-                try:
-                    with connection.transaction():
-                        return action(connection)
-                except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
-                    if attempt == _CONFLICT_ATTEMPTS:
-                        raise
+            try:
+                with self._transaction() as connection:
+                    return action(connection)
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected) as error:
+                if attempt == _CONFLICT_ATTEMPTS:
+                    raise self.translate(error) from None
+            except psycopg.Error as error:
+                raise self.translate(error) from None
             time.sleep(random.uniform(0, 0.02 * attempt))  # noqa: S311 - jitter, no secret
         raise AssertionError("unreachable")
 
@@ -179,9 +201,9 @@ class Database:
             )
         return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
 
-    def _open(self) -> Connection:
+    def _open(self) -> ScopedConnection:
         try:
-            connection = BoundedConnection.connect(
+            connection = ScopedConnection.connect(
                 **self._parameters,
                 **self._addresses(),
                 connect_timeout=_CONNECT_SECONDS,
@@ -189,11 +211,7 @@ class Database:
             )
         except psycopg.Error as error:
             raise self._connect_error(error) from None
-        try:
-            _set(connection, _SESSION)
-        except psycopg.Error as error:
-            connection.close()
-            raise self.translate(error) from None
+        connection.configure(_SETTINGS, read_only=False)
         return connection
 
     def _addresses(self) -> dict[str, Any]:
@@ -226,25 +244,8 @@ class Database:
         return kind(f"No connection to PostgreSQL at {self.address}: {reason}.")
 
 
-def set_local(connection: Connection, settings: Mapping[str, str]) -> None:
-    """Sets these server settings until the end of the transaction, in one round trip."""
-    _set(connection, settings, is_local=True)
-
-
-@contextmanager
-def without_timeouts(connection: Connection) -> Iterator[None]:
-    """For a statement that may take as long as it needs and cannot be in a transaction."""
-    _set(connection, {"statement_timeout": "0"})
-    try:
-        yield
-    finally:
-        if not connection.closed:
-            _set(connection, _SESSION)
-
-
-def _set(connection: Connection, settings: Mapping[str, str], *, is_local: bool = False) -> None:
-    calls = ", ".join([f"pg_catalog.set_config(%s, %s, {is_local})"] * len(settings))
-    connection.execute(f"SELECT {calls}", [part for setting in settings.items() for part in setting])
+def _answers(connection: Connection) -> None:
+    connection.execute("")
 
 
 def access_denied(user: str, address: str, what: str, grant: str | None = None) -> SourceAccessDenied:
