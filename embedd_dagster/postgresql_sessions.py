@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, Self, cast
 
@@ -29,7 +30,7 @@ _TRANSACTION_TIMEOUT: Final = 170000
 
 # In one round trip. `reset_val` is what the role, the database and the server configure, whatever another client of a pooler
 # has set in the session. Between the two settings only a function that is named with its schema runs.
-_ROLE_SCHEMAS: Final = (
+_ROLE_SCHEMAS: Final = (  # noqa: S608 - nothing in it is from outside
     "SELECT pg_catalog.set_config('search_path', s.reset_val, true) FROM pg_catalog.pg_settings AS s"
     " WHERE s.name OPERATOR(pg_catalog.=) 'search_path'; "
     "SELECT pg_catalog.current_schemas(true); "
@@ -72,7 +73,7 @@ class ScopedConnection(BoundedConnection):
     @contextmanager
     def scope(self, settings: Mapping[str, str] = _NO_SETTINGS) -> Iterator[None]:
         """A transaction with the connection's settings and these; inside a transaction, a part of it."""
-        if self.pgconn.transaction_status is not pq.TransactionStatus.IDLE:
+        if self.info.transaction_status is not pq.TransactionStatus.IDLE:
             if settings:
                 set_local(self, settings)
             yield
@@ -89,7 +90,7 @@ class ScopedConnection(BoundedConnection):
         """Begins a transaction with the connection's settings and these, in one round trip."""
         # READ WRITE is said too: a role may have default_transaction_read_only, or another isolation level
         mode = "READ ONLY" if self.is_read_only else "READ WRITE"
-        calls = settings_calls({**self.settings, **settings})
+        calls = settings_calls({**self.settings, **settings} if settings else self.settings)
         statement = (
             f"BEGIN ISOLATION LEVEL READ COMMITTED, {mode}; SELECT pg_catalog.pg_backend_pid(), CURRENT_USER, {calls}"
         )
@@ -108,9 +109,9 @@ class ScopedConnection(BoundedConnection):
 
     def abandon(self) -> None:
         """Rolls back; closes the connection if it is in the middle of an answer."""
-        if self.closed or self.pgconn.transaction_status is pq.TransactionStatus.IDLE:
+        if self.closed or self.info.transaction_status is pq.TransactionStatus.IDLE:
             return
-        if self.pgconn.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
+        if self.info.transaction_status in (pq.TransactionStatus.INTRANS, pq.TransactionStatus.INERROR):
             with suppress(psycopg.Error):
                 self.rollback()
                 return
@@ -118,7 +119,7 @@ class ScopedConnection(BoundedConnection):
 
     @contextmanager
     def transaction(
-        self, savepoint_name: str | None = None, force_rollback: bool = False
+        self, savepoint_name: str | None = None, force_rollback: bool = False  # noqa: FBT001 - as psycopg's
     ) -> Generator[psycopg.Transaction, None, None]:
         """As psycopg's, inside a scope."""
         with self.scope(), super().transaction(savepoint_name, force_rollback) as transaction:
@@ -145,8 +146,13 @@ def set_local(connection: psycopg.Connection[Any], settings: Mapping[str, str]) 
 
 def settings_calls(settings: Mapping[str, str]) -> str:
     """A select list that sets these until the end of the transaction."""
+    return _settings_calls(tuple(settings.items()))
+
+
+@lru_cache(maxsize=256)
+def _settings_calls(settings: tuple[tuple[str, str], ...]) -> str:
     call = sql.SQL("pg_catalog.set_config({}, {}, true)")
-    return sql.SQL(", ").join(call.format(*map(sql.Literal, pair)) for pair in settings.items()).as_string(None)
+    return sql.SQL(", ").join(call.format(*map(sql.Literal, pair)) for pair in settings).as_string(None)
 
 
 def role_schemas(connection: psycopg.Connection[Any]) -> list[str]:

@@ -64,7 +64,12 @@ _STATES: Final[dict[str, tuple[type[SourceUnavailable | SourceRejected], str]]] 
     "58": (SourceUnavailable, "the server has trouble with its own machine"),
     "XX": (SourceRejected, "the server reports an internal error or damaged data"),
 }
+_PATH_ADVICE: Final = (
+    "If it is a view whose function names tables or functions without their schema: embedd reads with the search path"
+    " pg_catalog. Give that function its own: ALTER FUNCTION <name> SET search_path = <schemas>;"
+)
 _RESOLUTIONS: Final = {
+    "42883": _PATH_ADVICE,
     "53300": "Raise the server's max_connections, or end sessions that are not needed.",
     "57014": "Raise the statement timeout of sources, or give the primary key column an index.",
 }
@@ -101,7 +106,10 @@ def translate(error: Exception, server: Server, *, relation: str | None = None) 
         return no_database(server)
     what = f"table {relation}" if relation else f"database {server.database!r}"
     if state in _MISSING:
-        return SourceTableNotFound(f"The {what}, or a column that is read of it, is not there any more.")
+        return SourceTableNotFound(
+            f"The {what}, or a column that is read of it, is not there any more.",
+            resolution=f"{SourceTableNotFound.default_resolution} {_PATH_ADVICE}",
+        )
     kind, reason = _STATES.get(state) or _STATES.get(state[:2]) or (SourceRejected, "the server refuses the statement")
     resolution = _RESOLUTIONS.get(state) or (_LOOK if kind is SourceRejected else None)
     message = f"Reading {what} at {server} failed: {reason} ({type(error).__name__}, SQLSTATE {state})."

@@ -15,10 +15,7 @@ def find_schema(connection: ScopedConnection, database: Database, schema: str | 
 
     Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected where there is no such schema.
     """
-    if schema is None:
-        path = [name for name in role_schemas(connection) if not name.startswith("pg_")]
-    else:
-        path = [schema]
+    path = [schema] if schema else [name for name in role_schemas(connection) if not name.startswith("pg_")]
     row = connection.execute(
         """
         SELECT n.nspname, pg_catalog.has_schema_privilege(n.oid, 'CREATE') AS is_writable
