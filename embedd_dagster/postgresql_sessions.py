@@ -30,8 +30,8 @@ _TRANSACTION_TIMEOUT: Final = 170000
 
 # In one round trip. `reset_val` is what the role, the database and the server configure, whatever another client of a pooler
 # has set in the session. Between the two settings only a function that is named with its schema runs.
-_ROLE_SCHEMAS: Final = (  # noqa: S608 - nothing in it is from outside
-    "SELECT pg_catalog.set_config('search_path', s.reset_val, true) FROM pg_catalog.pg_settings AS s"
+_ROLE_SCHEMAS: Final = (
+    "SELECT pg_catalog.set_config('search_path', s.reset_val, true) FROM pg_catalog.pg_settings AS s"  # noqa: S608
     " WHERE s.name OPERATOR(pg_catalog.=) 'search_path'; "
     "SELECT pg_catalog.current_schemas(true); "
     f"SELECT pg_catalog.set_config('search_path', '{PINNED_SEARCH_PATH}', true)"
@@ -119,7 +119,9 @@ class ScopedConnection(BoundedConnection):
 
     @contextmanager
     def transaction(
-        self, savepoint_name: str | None = None, force_rollback: bool = False  # noqa: FBT001 - as psycopg's
+        self,
+        savepoint_name: str | None = None,
+        force_rollback: bool = False,  # noqa: FBT001 - as psycopg's
     ) -> Generator[psycopg.Transaction, None, None]:
         """As psycopg's, inside a scope."""
         with self.scope(), super().transaction(savepoint_name, force_rollback) as transaction:

@@ -31,6 +31,7 @@ from embedd_dagster.sources.postgresql_changes import FEED_SETTINGS, PostgresCha
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
 from embedd_dagster.sources.postgresql_followable import check_followable
+from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 
 
@@ -95,6 +96,7 @@ class PostgresSource:
 
     def check_followable(self, table: FollowedTable) -> None:
         """Returns when changes of the table can be followed. Changes nothing."""
+        require_own_session(self._connections)
         with self._connection(table.table) as connection:
             check_followable(connection, table, self._connections.server)
 

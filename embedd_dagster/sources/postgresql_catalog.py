@@ -350,7 +350,9 @@ def find_relation(connection: psycopg.Connection[Any], given: str, server: Serve
             if row_name != name or (not visible if schema is None else row_schema != schema):
                 continue
             label = f"{quoted(row_schema)}.{quoted(row_name)}"
-            grants = [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(row_schema)} TO {quoted(server.grantee)};"]
+            grants = (
+                [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(row_schema)} TO {quoted(server.grantee)};"]
+            )
             if not readable:
                 grants.append(f"GRANT SELECT ON {label} TO {quoted(server.grantee)};")
             if grants:

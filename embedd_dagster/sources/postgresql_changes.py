@@ -33,6 +33,7 @@ from embedd_dagster.sources.postgresql_change_batches import ChangeBatches, KeyL
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translate, translated
 from embedd_dagster.sources.postgresql_followed import Followed, FollowedTables
+from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_prerequisites import PREREQUISITES, Prerequisites, rejected
 from embedd_dagster.sources.postgresql_publisher import Publisher
 from embedd_dagster.sources.postgresql_shapes import is_altered, shape_of, stamp_of
@@ -263,8 +264,13 @@ class PostgresChangeFeed:
             raise SourceUnavailable(f"The feed {self._name!r} of {self._server} has been closed.")
         try:
             if self._connection is None:
-                self._connection = self._connections.open()
-                prepare_session(self._connection)
+                connection = self._connections.open()
+                if not connection.is_direct:
+                    connection.close()
+                    require_own_session(self._connections)
+                    connection = self._connections.open()
+                self._connection = connection
+                prepare_session(connection)
             yield self._connection
         except EmbeddError:
             if self._connection is not None and self._connection.closed:

@@ -58,7 +58,9 @@ class Statements:
     def by_keys(self) -> Composed:
         """As `page`, without order, of the keys in the one parameter, a list."""
         if self._key.base_kind == "e":  # a text that is no label would be an error as an enum
-            among = SQL("{} OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])").format(self._key.text(self._key_column))
+            among = SQL("{} OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])").format(
+                self._key.text(self._key_column)
+            )
         else:
             among = self._compare("=", SQL("ANY ({})").format(self._key.parameter(array=True)))
         return self._hashed(SQL("SELECT {} FROM {}").format(self._inputs(), self._from([among])))
