@@ -45,6 +45,7 @@ class PostgresSource:
         statement_timeout_seconds: float,
         connect_timeout_seconds: int,
         deny_private_networks: bool,
+        allow_unix_sockets: bool = False,
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
@@ -53,6 +54,7 @@ class PostgresSource:
             statement_timeout_seconds=statement_timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             deny_private_networks=deny_private_networks,
+            allow_unix_sockets=allow_unix_sockets,
         )
         self._connections = self._connect()
 

@@ -17,6 +17,7 @@ from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
 from embedd_dagster.postgresql import CONNECT_OPTIONS, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_login import accepted_methods, is_socket, socket_fault
 from embedd_dagster.postgresql_sessions import ScopedConnection, ScopedCursor
 from embedd_dagster.sources.network import allowed_addresses
 from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
@@ -92,6 +93,7 @@ class Connections:
         statement_timeout_seconds: float,
         connect_timeout_seconds: int,
         deny_private_networks: bool,
+        allow_unix_sockets: bool = False,
         settings: Mapping[str, str] = MappingProxyType({}),
         read_only: bool = True,
     ) -> None:
@@ -103,6 +105,7 @@ class Connections:
         self._statement_timeout_seconds = statement_timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
         self._deny_private_networks = deny_private_networks
+        self._allow_unix_sockets = allow_unix_sockets
         self._pool = ConnectionPool(
             self.open,
             kept=_KEPT,
@@ -141,6 +144,7 @@ class Connections:
                 user=server.user,
                 password=credentials.password,
                 sslmode=credentials.ssl_mode,
+                require_auth=accepted_methods(credentials.password, credentials.ssl_mode),
                 connect_timeout=self._connect_timeout_seconds,
                 **CONNECT_OPTIONS,
             )
@@ -156,9 +160,10 @@ class Connections:
 
     def _addresses(self) -> dict[str, Any]:
         server = self.server
-        if server.host.startswith(("/", "@")):
-            if self._deny_private_networks:
-                raise SourceRejected("The host is a local socket, to which this service does not connect.")
+        fault = socket_fault(server.host, self._credentials.password, allow_unix_sockets=self._allow_unix_sockets)
+        if fault:
+            raise SourceRejected(fault[0], resolution=fault[1])
+        if is_socket(server.host):
             return {"host": server.host, "port": server.port}
         found = allowed_addresses(server.host, server.port, deny_private_networks=self._deny_private_networks)
         return host_parameters(server.host, server.port, found)

@@ -19,6 +19,7 @@ from embedd_dagster.errors import (
     SourceTableNotFound,
     SourceUnavailable,
 )
+from embedd_dagster.postgresql_login import method_fault
 
 
 @dataclass(slots=True)
@@ -153,6 +154,8 @@ def connect_error(error: Exception, server: Server, password: str) -> EmbeddErro
     if getattr(error, "sqlstate", None):
         return translate(error, server)
     text = str(error)
+    if fault := method_fault(text, server.user):
+        return SourceAccessDenied(f"No connection to PostgreSQL at {server}: {fault[0]}.", resolution=fault[1])
     if any(part in text for part in _DENIED_TEXTS):
         return login_denied(server)
     if f'database "{server.database}" does not exist' in text:

@@ -59,10 +59,17 @@ class PgvectorStore:
     """
 
     def __init__(
-        self, credentials: Mapping[str, Any], schema: str | None = None, *, deny_private_networks: bool = False
+        self,
+        credentials: Mapping[str, Any],
+        schema: str | None = None,
+        *,
+        deny_private_networks: bool = False,
+        allow_unix_sockets: bool = False,
     ) -> None:
         """`schema` is where new vector tables go: by default the first of the search path that may be written."""
-        self._database = Database(credentials, deny_private_networks=deny_private_networks)
+        self._database = Database(
+            credentials, deny_private_networks=deny_private_networks, allow_unix_sockets=allow_unix_sockets
+        )
         self._wanted_schema = schema
         self._lock = threading.Lock()
         self._writers = threading.Semaphore(_WRITERS)

@@ -22,6 +22,7 @@ from embedd_dagster.errors import (
     VectorStoreUnavailable,
 )
 from embedd_dagster.postgresql import CONNECT_OPTIONS, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_login import accepted_methods, is_socket, method_fault, socket_fault
 from embedd_dagster.postgresql_sessions import PINNED_SEARCH_PATH, ScopedConnection, settings_calls
 
 Result = TypeVar("Result")
@@ -50,7 +51,13 @@ class TableMissing(VectorStoreRejected):
 class Database:
     """Connections to one database. Safe to use from several threads; nothing is connected to before the first use."""
 
-    def __init__(self, credentials: Mapping[str, Any], *, deny_private_networks: bool = False) -> None:
+    def __init__(
+        self,
+        credentials: Mapping[str, Any],
+        *,
+        deny_private_networks: bool = False,
+        allow_unix_sockets: bool = False,
+    ) -> None:
         try:
             self._host, self._port = str(credentials["host"]), int(credentials.get("port") or 5432)
             self._parameters: dict[str, Any] = {
@@ -61,6 +68,10 @@ class Database:
             }
         except KeyError as error:
             raise ConfigurationError(f"credentials.{error.args[0]}: required.") from None
+        if not self._host or "," in self._host:  # libpq takes these for its default, and for a list
+            raise ConfigurationError("credentials.host: exactly one host is required.")
+        self._parameters["require_auth"] = accepted_methods(self._parameters["password"], self._parameters["sslmode"])
+        self._allow_unix_sockets = allow_unix_sockets
         self.user = str(self._parameters["user"])
         self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
         self._deny_private_networks = deny_private_networks
@@ -216,7 +227,10 @@ class Database:
 
     def _addresses(self) -> dict[str, Any]:
         host, port = self._host, self._port
-        if host.startswith(("/", "@")) and not self._deny_private_networks:
+        fault = socket_fault(host, self._parameters["password"], allow_unix_sockets=self._allow_unix_sockets)
+        if fault:
+            raise VectorStoreRejected(fault[0], resolution=fault[1])
+        if is_socket(host):
             return {"host": host, "port": port}
         try:
             found = network.vetted_addresses(host, port, deny_private_networks=self._deny_private_networks)
@@ -231,6 +245,10 @@ class Database:
 
     def _connect_error(self, error: psycopg.Error) -> EmbeddError:
         text = str(error)
+        if fault := method_fault(text, self.user):
+            return SourceAccessDenied(
+                f"No connection to PostgreSQL at {self.address}: {fault[0]}.", resolution=fault[1]
+            )
         if any(part in text for part in _DENIED):
             return SourceAccessDenied(
                 f"PostgreSQL at {self.address} does not let user {self.user!r} in.",
