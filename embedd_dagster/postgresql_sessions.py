@@ -89,7 +89,8 @@ class ScopedConnection(BoundedConnection):
     def begin(self, settings: Mapping[str, str] = _NO_SETTINGS) -> None:
         """Begins a transaction with the connection's settings and these, in one round trip."""
         # READ WRITE is said too: a role may have default_transaction_read_only, or another isolation level
-        mode = "READ ONLY" if self.is_read_only else "READ WRITE"
+        is_standby = self.info.parameter_status("in_hot_standby") == "on"  # which refuses READ WRITE itself
+        mode = "READ ONLY" if self.is_read_only or is_standby else "READ WRITE"
         calls = settings_calls({**self.settings, **settings} if settings else self.settings)
         statement = (
             f"BEGIN ISOLATION LEVEL READ COMMITTED, {mode}; SELECT pg_catalog.pg_backend_pid(), CURRENT_USER, {calls}"

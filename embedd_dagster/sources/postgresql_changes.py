@@ -243,7 +243,8 @@ class PostgresChangeFeed:
             pickle.dump(batch, spool, pickle.HIGHEST_PROTOCOL)
             marks.append((batch.position, batches.message_count))
 
-        with self._session() as connection, self._slot_errors(connection):
+        # in one scope: how the driver loads dates depends on the transaction's settings
+        with self._session() as connection, self._slot_errors(connection), connection.scope():
             loaders = KeyLoaders(connection, may_hold_invalid_text=self._connections.may_hold_invalid_text)
             by_oid = self._by_oid or {}
             for one in itertools.chain.from_iterable(by_oid.values()):
