@@ -25,6 +25,8 @@ AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 Result = TypeVar("Result")
 
 _NO_FILE: Final = "/nonexistent/embedd"
+SILENCE_SECONDS: Final = 60.0
+"""After so long without a byte, a source or a platform store is asked whether it still works."""
 _LONGEST_TRICKLE_SECONDS: Final = 0.5
 
 CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -98,36 +100,60 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection whose operations end when `patience` does."""
+    """A connection whose operations end when `patience` does, or when the server has gone silent for good."""
+
+    longest_silence: float | None = None
+    """Seconds without a byte after which `is_still_working` is asked; None: however long it takes."""
+
+    def is_still_working(self) -> bool:
+        """Whether a silent server can be expected to answer yet."""
+        return False
 
     def wait(self, gen: Generator[Any, Any, Result], *args: Any, **kwargs: Any) -> Result:
         """As psycopg's. The generator is told every 0.1 s that nothing has come."""
         allowed = _patience.get()
-        return super().wait(gen if allowed is None else self._bounded(gen, allowed), *args, **kwargs)
+        if allowed is None and self.longest_silence is None:
+            return super().wait(gen, *args, **kwargs)
+        return super().wait(self._bounded(gen, allowed), *args, **kwargs)
 
-    def _bounded(self, gen: Generator[Any, Any, Result], allowed: Patience) -> Generator[Any, Any, Result]:
-        begun = time.monotonic()
+    def _bounded(self, gen: Generator[Any, Any, Result], allowed: Patience | None) -> Generator[Any, Any, Result]:
+        begun = heard = time.monotonic()
         has_waited = False
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                seconds = time.monotonic() - begun
+                now = time.monotonic()
+                if ready:
+                    heard = now
+                elif self._is_silent(now - heard):
+                    break
+                else:
+                    heard = max(heard, self._asked_at)
                 # a server that sends a byte now and then is always ready
-                if not ready or seconds > _LONGEST_TRICKLE_SECONDS:
+                if not ready or now - begun > _LONGEST_TRICKLE_SECONDS:
                     has_waited = True
-                    if not allowed.allows(self, seconds):
-                        gen.close()
+                    if allowed is not None and not allowed.allows(self, now - begun):
                         break
                 wanted = gen.send(ready)
         except StopIteration as done:
             result: Result = done.value
             return result
         finally:
-            if has_waited:
+            if has_waited and allowed is not None:
                 allowed.spend(self, time.monotonic() - begun)
+        gen.close()
         self.pgconn.finish()
         raise psycopg.OperationalError("the server has not answered in time")
+
+    _asked_at = 0.0
+
+    def _is_silent(self, seconds: float) -> bool:
+        if self.longest_silence is None or seconds < self.longest_silence:
+            return False
+        works = self.is_still_working()
+        self._asked_at = time.monotonic()
+        return not works
 
 
 class ConnectionPool(Generic[AnyConnection]):

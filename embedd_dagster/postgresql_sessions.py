@@ -11,7 +11,7 @@ their schema.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from types import MappingProxyType
@@ -20,13 +20,21 @@ from typing import Any, Final, Self, cast
 import psycopg
 from psycopg import pq, sql
 
-from embedd_dagster.postgresql import BoundedConnection
+from embedd_dagster.errors import EmbeddError
+from embedd_dagster.postgresql import BoundedConnection, patience
 
 PINNED_SEARCH_PATH: Final = "pg_catalog, pg_temp"
 """`pg_temp` is named because PostgreSQL would otherwise search it first."""
 
 _NO_SETTINGS: Final[Mapping[str, str]] = MappingProxyType({})
 _TRANSACTION_TIMEOUT: Final = 170000
+_PROBE_SECONDS: Final = 20.0
+# Not pinned, so every operator is named with its schema. Null if this role may not see what the other session does.
+_IS_WORKING: Final = """
+SELECT a.state OPERATOR(pg_catalog.=) 'active'
+       AND (a.wait_event_type IS NULL OR a.wait_event_type OPERATOR(pg_catalog.<>) 'Client')
+FROM pg_catalog.pg_stat_activity AS a WHERE a.pid OPERATOR(pg_catalog.=) %s::pg_catalog.int4
+"""
 
 # In one round trip. `reset_val` is what the role, the database and the server configure, whatever another client of a pooler
 # has set in the session. Between the two settings only a function that is named with its schema runs.
@@ -61,6 +69,33 @@ class ScopedConnection(BoundedConnection):
     """The server process of the last transaction. A pooler may give each transaction another one."""
     is_read_only = False
     settings: Mapping[str, str] = _NO_SETTINGS
+
+    probe: Callable[[], ScopedConnection] | None = None
+    """Opens another connection to the same server, by which it is asked what the process of a silent one does."""
+
+    def is_still_working(self) -> bool:
+        """Whether the server process of this connection still works on its statement, asked over another connection.
+
+        Nothing comes for long while a server digests a large table. But a path that has stopped forwarding lets no second
+        connection through; and if only the first is stuck, its process has ended the statement, or waits for us. A server
+        or a pooler that answers without telling is believed to work: its own statement timeout ends the statement.
+        """
+        if self.probe is None:
+            return False
+        with patience(_PROBE_SECONDS):
+            try:
+                asked = self.probe()
+            except psycopg.Error as error:
+                return "FATAL" in str(error)  # an answer, such as that no connection is left
+            except EmbeddError:
+                return False
+            try:
+                row = asked.execute(_IS_WORKING, [self.server_pid]).fetchone()
+            except psycopg.Error:
+                return not self.is_direct  # a pooler lets us in, and has no session left for this
+            finally:
+                asked.close()
+        return row is not None and row[0] is not False
 
     def configure(self, settings: Mapping[str, str], *, read_only: bool) -> None:
         """Sets what every transaction from now on begins with."""

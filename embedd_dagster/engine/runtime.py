@@ -41,6 +41,7 @@ class Runtime:
             credentials,
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
@@ -62,6 +63,7 @@ class Runtime:
             credentials,
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_embedder(

@@ -17,6 +17,7 @@ from psycopg.sql import SQL
 
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
+from embedd_dagster.postgresql import SILENCE_SECONDS
 from embedd_dagster.sources.base import Selection, SourceTable
 from embedd_dagster.sources.changes import FollowedTable
 from embedd_dagster.sources.postgresql_catalog import (
@@ -46,6 +47,7 @@ class PostgresSource:
         connect_timeout_seconds: int,
         deny_private_networks: bool,
         allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
@@ -55,6 +57,7 @@ class PostgresSource:
             connect_timeout_seconds=connect_timeout_seconds,
             deny_private_networks=deny_private_networks,
             allow_unix_sockets=allow_unix_sockets,
+            silence_seconds=silence_seconds,
         )
         self._connections = self._connect()
 

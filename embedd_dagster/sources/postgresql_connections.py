@@ -16,7 +16,7 @@ from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import CONNECT_OPTIONS, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, SILENCE_SECONDS, ConnectionPool, host_parameters
 from embedd_dagster.postgresql_login import accepted_methods, is_socket, socket_fault
 from embedd_dagster.postgresql_sessions import ScopedConnection, ScopedCursor
 from embedd_dagster.sources.network import allowed_addresses
@@ -94,6 +94,7 @@ class Connections:
         connect_timeout_seconds: int,
         deny_private_networks: bool,
         allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
         settings: Mapping[str, str] = MappingProxyType({}),
         read_only: bool = True,
     ) -> None:
@@ -106,6 +107,7 @@ class Connections:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._deny_private_networks = deny_private_networks
         self._allow_unix_sockets = allow_unix_sockets
+        self._silence_seconds = silence_seconds
         self._pool = ConnectionPool(
             self.open,
             kept=_KEPT,
@@ -136,20 +138,11 @@ class Connections:
 
     def open(self) -> ScopedConnection:
         """A new connection, which the caller closes. Each of its statements is a transaction of its own by default."""
-        credentials, server = self._credentials, self.server
+        server = self.server
         try:
-            connection = ScopedConnection.connect(
-                **self._addresses(),
-                dbname=server.database,
-                user=server.user,
-                password=credentials.password,
-                sslmode=credentials.ssl_mode,
-                require_auth=accepted_methods(credentials.password, credentials.ssl_mode),
-                connect_timeout=self._connect_timeout_seconds,
-                **CONNECT_OPTIONS,
-            )
+            connection = self._dial()
         except psycopg.Error as error:
-            raise connect_error(error, server, credentials.password) from None
+            raise connect_error(error, server, self._credentials.password) from None
         try:
             with translated(server):
                 self._prepare(connection)
@@ -157,6 +150,19 @@ class Connections:
             connection.close()
             raise
         return connection
+
+    def _dial(self) -> ScopedConnection:
+        credentials, server = self._credentials, self.server
+        return ScopedConnection.connect(
+            **self._addresses(),
+            dbname=server.database,
+            user=server.user,
+            password=credentials.password,
+            sslmode=credentials.ssl_mode,
+            require_auth=accepted_methods(credentials.password, credentials.ssl_mode),
+            connect_timeout=self._connect_timeout_seconds,
+            **CONNECT_OPTIONS,
+        )
 
     def _addresses(self) -> dict[str, Any]:
         server = self.server
@@ -182,6 +188,7 @@ class Connections:
             # The server would refuse to send them as UTF-8. Only here, as each value costs a call into Python.
             settings["client_encoding"] = "SQL_ASCII"
         connection.configure(settings, read_only=self._read_only)
+        connection.longest_silence, connection.probe = self._silence_seconds, self._dial
         for name in _AS_TEXT:
             connection.adapters.register_loader(name, TextLoader)
         set_json_loads(_load_json, connection)

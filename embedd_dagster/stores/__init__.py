@@ -29,6 +29,7 @@ def open_platform_store(
     *,
     deny_private_networks: bool = False,
     allow_unix_sockets: bool = False,
+    silence_seconds: float = 60.0,
 ) -> PlatformStore:
     """The store inside a source database (platform mode), which is connected to when it is first used; to be closed.
 
@@ -38,6 +39,7 @@ def open_platform_store(
         schema: Where new vector tables go; by default the first schema of the search path that may be written.
         deny_private_networks: Refuse hosts in private networks; link-local and metadata addresses always are.
         allow_unix_sockets: Whether the host may be the directory of a Unix socket; then a password is needed.
+        silence_seconds: After so long without a byte, the server is asked whether it still works.
 
     Raises:
         ConfigurationError: The provider has no platform store, or a credential is missing.
@@ -46,7 +48,7 @@ def open_platform_store(
         raise ConfigurationError(
             f"{provider!r} has no platform store.", resolution=f"Known providers: {', '.join(PLATFORM_PROVIDERS)}."
         )
-    return _PLATFORM_STORES[provider](credentials, schema, deny_private_networks, allow_unix_sockets)
+    return _PLATFORM_STORES[provider](credentials, schema, deny_private_networks, allow_unix_sockets, silence_seconds)
 
 
 def _open_pgvector(
@@ -54,15 +56,20 @@ def _open_pgvector(
     schema: str | None,
     deny_private_networks: bool,  # noqa: FBT001
     allow_unix_sockets: bool,  # noqa: FBT001
+    silence_seconds: float,
 ) -> PlatformStore:
     from embedd_dagster.stores.pgvector import PgvectorStore
 
     return PgvectorStore(
-        credentials, schema, deny_private_networks=deny_private_networks, allow_unix_sockets=allow_unix_sockets
+        credentials,
+        schema,
+        deny_private_networks=deny_private_networks,
+        allow_unix_sockets=allow_unix_sockets,
+        silence_seconds=silence_seconds,
     )
 
 
-_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None, bool, bool], PlatformStore]]] = {
+_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None, bool, bool, float], PlatformStore]]] = {
     "postgresql": _open_pgvector,
 }
 PLATFORM_PROVIDERS: Final = tuple(_PLATFORM_STORES)

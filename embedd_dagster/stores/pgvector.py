@@ -20,7 +20,7 @@ from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreUnavailable
-from embedd_dagster.postgresql import Connection
+from embedd_dagster.postgresql import SILENCE_SECONDS, Connection
 from embedd_dagster.stores.pgvector_database import Database, TableMissing
 from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
 from embedd_dagster.stores.pgvector_objects import (
@@ -65,10 +65,14 @@ class PgvectorStore:
         *,
         deny_private_networks: bool = False,
         allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         """`schema` is where new vector tables go: by default the first of the search path that may be written."""
         self._database = Database(
-            credentials, deny_private_networks=deny_private_networks, allow_unix_sockets=allow_unix_sockets
+            credentials,
+            deny_private_networks=deny_private_networks,
+            allow_unix_sockets=allow_unix_sockets,
+            silence_seconds=silence_seconds,
         )
         self._wanted_schema = schema
         self._lock = threading.Lock()

@@ -21,7 +21,7 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
-from embedd_dagster.postgresql import CONNECT_OPTIONS, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, SILENCE_SECONDS, Connection, ConnectionPool, host_parameters
 from embedd_dagster.postgresql_login import accepted_methods, is_socket, method_fault, socket_fault
 from embedd_dagster.postgresql_sessions import PINNED_SEARCH_PATH, ScopedConnection, settings_calls
 
@@ -57,6 +57,7 @@ class Database:
         *,
         deny_private_networks: bool = False,
         allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         try:
             self._host, self._port = str(credentials["host"]), int(credentials.get("port") or 5432)
@@ -72,6 +73,7 @@ class Database:
             raise ConfigurationError("credentials.host: exactly one host is required.")
         self._parameters["require_auth"] = accepted_methods(self._parameters["password"], self._parameters["sslmode"])
         self._allow_unix_sockets = allow_unix_sockets
+        self._silence_seconds = silence_seconds
         self.user = str(self._parameters["user"])
         self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
         self._deny_private_networks = deny_private_networks
@@ -214,16 +216,17 @@ class Database:
 
     def _open(self) -> ScopedConnection:
         try:
-            connection = ScopedConnection.connect(
-                **self._parameters,
-                **self._addresses(),
-                connect_timeout=_CONNECT_SECONDS,
-                **CONNECT_OPTIONS,
-            )
+            connection = self._dial()
         except psycopg.Error as error:
             raise self._connect_error(error) from None
         connection.configure(_SETTINGS, read_only=False)
+        connection.longest_silence, connection.probe = self._silence_seconds, self._dial
         return connection
+
+    def _dial(self) -> ScopedConnection:
+        return ScopedConnection.connect(
+            **self._parameters, **self._addresses(), connect_timeout=_CONNECT_SECONDS, **CONNECT_OPTIONS
+        )
 
     def _addresses(self) -> dict[str, Any]:
         host, port = self._host, self._port
