@@ -36,7 +36,7 @@ def socket_fault(host: str, password: str, *, allow_unix_sockets: bool) -> tuple
 
 
 def accepted_methods(password: str, ssl_mode: str) -> str:
-    """libpq's `require_auth`: the methods by which the server may authenticate us."""
+    """The methods by which the server may authenticate us, as libpq's `require_auth`."""
     if not password:
         return "none"
     return "scram-sha-256,md5,password" if ssl_mode in _VERIFIED else "scram-sha-256,md5"

@@ -210,16 +210,16 @@ LATERAL (
 ) AS v(visible)
 """
 
-_RELATIONS: Final = f"""
+_RELATIONS: Final = """
 SELECT c.oid, n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
        pg_catalog.has_schema_privilege(n.oid, 'USAGE'), pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, {_VISIBLE}
-WHERE c.relkind = ANY ('{{r,p,v,m,f}}'::pg_catalog."char"[])
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, <visible>
+WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[])
   AND (c.relname = ANY (%(names)s::pg_catalog.text[]) AND v.visible
        OR EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest(%(schemas)s::pg_catalog.text[]),
                                          pg_catalog.unnest(%(tables)s::pg_catalog.text[])) AS g(s, t)
                   WHERE g.s = n.nspname AND g.t = c.relname))
-"""
+""".replace("<visible>", _VISIBLE)
 
 _COLUMNS: Final = """
 WITH RECURSIVE base(number, type_oid, modifier) AS (
@@ -272,12 +272,12 @@ FROM (SELECT %(oid)s::pg_catalog.oid UNION SELECT relid FROM pg_catalog.pg_parti
 
 _LEAST_PLANNED_PAGES: Final = 10  # PostgreSQL's table_block_relation_estimate_size
 
-_TABLES: Final = f"""
+_TABLES: Final = """
 SELECT n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
        CASE WHEN c.reltuples >= 0 AND c.relkind <> 'v' THEN c.reltuples::pg_catalog.int8 END
 FROM pg_catalog.pg_class c
-JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, {_VISIBLE}
-WHERE c.relkind = ANY ('{{r,p,v,m,f}}'::pg_catalog."char"[]) AND NOT c.relispartition
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, <visible>
+WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[]) AND NOT c.relispartition
   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
   AND NOT EXISTS (SELECT FROM pg_catalog.pg_depend p
@@ -285,7 +285,7 @@ WHERE c.relkind = ANY ('{{r,p,v,m,f}}'::pg_catalog."char"[]) AND NOT c.relispart
 ORDER BY CASE WHEN v.visible THEN c.relname::pg_catalog.text
               ELSE pg_catalog.concat(n.nspname, '.', c.relname) END COLLATE pg_catalog."C"
 LIMIT %(limit)s
-"""
+""".replace("<visible>", _VISIBLE)
 
 
 def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceTable]:

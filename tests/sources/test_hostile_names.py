@@ -50,9 +50,9 @@ def credentials(database_url: str) -> Iterator[dict[str, Any]]:
             admin.execute(f"ALTER TABLE public.{table} OWNER TO {role}")
         plant(admin, ["public", role], enums=[("public", "mood")])
         with pytest.raises(psycopg.Error, match="hijacked"):
-            psycopg.connect(database_url, user=role, password="word").execute("SELECT 1 = 1")  # noqa: S106
+            psycopg.connect(database_url, user=role, password="word").execute("SELECT 1 = 1")
         try:
-            yield credentials_of(database_url, user=role, password="word")  # noqa: S106
+            yield credentials_of(database_url, user=role, password="word")
         finally:
             admin.execute(f"DROP OWNED BY {role} CASCADE; DROP SCHEMA {role} CASCADE; DROP ROLE {role}")
 

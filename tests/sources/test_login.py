@@ -19,7 +19,7 @@ from embedd_dagster.stores import open_platform_store
 from tests.support.followed_source import credentials_of
 from tests.support.pgbouncer import needs_pgbouncer, pgbouncer
 
-PASSWORD = "s3cret-word"  # noqa: S105
+PASSWORD = "s3cret-word"
 
 
 def check(kind: str, credentials: dict[str, Any], **options: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,13 +24,13 @@ pytestmark = needs_pgbouncer
 
 
 @pytest.fixture
-def target(database_url: str) -> Iterator[URL]:
+def target(database_url: str) -> URL:
     with psycopg.connect(database_url, autocommit=True) as admin:
         admin.execute(
             "CREATE TABLE t (id int PRIMARY KEY, v text); INSERT INTO t SELECT g, 'x' FROM generate_series(1, 300) g"
         )
         admin.execute("CREATE TABLE written (id int)")
-    yield make_url(database_url)
+    return make_url(database_url)
 
 
 def text_of(url: URL) -> str:
