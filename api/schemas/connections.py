@@ -38,7 +38,7 @@ class PostgresqlCredentials(Body):
     )
 
     host: Annotated[_Text, AfterValidator(_one_host)] = Field(
-        description="Host name or address",
+        description="Host name or address. A pooler such as PgBouncer will do, in transaction mode for all but sync_mode cdc",
         examples=["db.example.com"],
         json_schema_extra={"pattern": r"^[^,\s\u0000]+$"},
     )
@@ -49,7 +49,8 @@ class PostgresqlCredentials(Body):
         default="", json_schema_extra={"writeOnly": True}
     )
     ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
-        default="prefer", description="As libpq's sslmode"
+        default="prefer",
+        description="As libpq's sslmode. A server that asks for the password in clear needs verify-ca or verify-full",
     )
 
     @classmethod

@@ -58,6 +58,7 @@ def open_source_briefly(
         connect_timeout_seconds=max(2, min(_CONNECT_TIMEOUT_SECONDS, round(patience))),
         statement_timeout_seconds=min(statement_timeout_seconds, patience),
         deny_private_networks=runtime.settings.deny_private_networks,
+        allow_unix_sockets=runtime.settings.allow_unix_sockets,
     )
 
 

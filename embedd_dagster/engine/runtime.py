@@ -37,7 +37,11 @@ class Runtime:
         """The source behind a connection; the caller closes it. Raises SecretUnreadable."""
         credentials = connections.open_credentials(connection, self.box)
         return sources.open_source(
-            connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
+            connection.provider,
+            credentials,
+            deny_private_networks=self.settings.deny_private_networks,
+            allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
@@ -55,7 +59,11 @@ class Runtime:
         """The store inside a connection's own database; the caller closes it. Raises SecretUnreadable."""
         credentials = connections.open_credentials(connection, self.box)
         return stores.open_platform_store(
-            connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
+            connection.provider,
+            credentials,
+            deny_private_networks=self.settings.deny_private_networks,
+            allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_embedder(

@@ -251,7 +251,9 @@ def sync(work: Work) -> RowCounts:
 
 def _require_key_type(work: Work, reader: TableReader, live: VectorSetRow) -> None:
     """Raises SourceRejected where the set keeps its keys in a column of another type than the source's by now."""
-    if work.table.mode == Mode.PLATFORM and live.key_type not in (None, reader.key_type):
+    # a type outside of pg_catalog was once kept without its schema
+    same_types = (None, reader.key_type, reader.key_type.rpartition(".")[2])
+    if work.table.mode == Mode.PLATFORM and live.key_type not in same_types:
         raise SourceRejected(
             f"Primary key column {work.table.primary_key_column!r} is of type {reader.key_type} by now, and the vectors are"
             f" kept by {live.key_type}.",

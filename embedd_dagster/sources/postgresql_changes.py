@@ -26,12 +26,14 @@ from embedd_dagster.errors import (
     SourceRejected,
     SourceUnavailable,
 )
+from embedd_dagster.postgresql_sessions import ScopedConnection
 from embedd_dagster.sources.changes import Attachment, ChangeBatch, FollowedTable, Shape
 from embedd_dagster.sources.pgoutput import MalformedMessage
 from embedd_dagster.sources.postgresql_change_batches import ChangeBatches, KeyLoaders
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translate, translated
 from embedd_dagster.sources.postgresql_followed import Followed, FollowedTables
+from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_prerequisites import PREREQUISITES, Prerequisites, rejected
 from embedd_dagster.sources.postgresql_publisher import Publisher
 from embedd_dagster.sources.postgresql_shapes import is_altered, shape_of, stamp_of
@@ -54,13 +56,11 @@ _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
 _PEEK_MESSAGES: Final = 200_000
 _SPOOL_BYTES: Final = 4 * 2**20
 
-# A session that makes slots and publications. Decoding a transaction of hours may take minutes, and a timeout would have
+# Of transactions that make slots and publications. Decoding a transaction of hours may take minutes, and a timeout would have
 # it begin again for ever; a server that is gone shows by TCP keepalives.
-FEED_SESSION: Final[Mapping[str, str]] = MappingProxyType(
+FEED_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "default_transaction_read_only": "off",
         "statement_timeout": "0",
-        "idle_session_timeout": "0",
         "lock_timeout": "2s",  # behind a VACUUM or an ALTER TABLE: it is tried again
     }
 )
@@ -77,7 +77,7 @@ class PostgresChangeFeed:
         self._server = connections.server
         self._name = name
         self._closed = False
-        self._connection: psycopg.Connection[Any] | None = None
+        self._connection: ScopedConnection | None = None
         self._publisher = Publisher(name, connections.server)
         self._tables = FollowedTables(connections.server)
         self._by_oid: dict[int, list[Followed]] | None = None
@@ -111,7 +111,7 @@ class PostgresChangeFeed:
         """
         with self._session() as connection:
             standing = read_standing(connection, self._name)
-            if standing.slot is not None and standing.slot.active_pid not in (None, connection.info.backend_pid):
+            if standing.slot is not None and standing.slot.active_pid not in (None, connection.server_pid):
                 raise in_use(self._name, self._server)
             lost = standing.fault(self._server, known_position)
             begins = standing.slot is None or lost is not None
@@ -243,7 +243,8 @@ class PostgresChangeFeed:
             pickle.dump(batch, spool, pickle.HIGHEST_PROTOCOL)
             marks.append((batch.position, batches.message_count))
 
-        with self._session() as connection, self._slot_errors(connection):
+        # in one scope: how the driver loads dates depends on the transaction's settings
+        with self._session() as connection, self._slot_errors(connection), connection.scope():
             loaders = KeyLoaders(connection, may_hold_invalid_text=self._connections.may_hold_invalid_text)
             by_oid = self._by_oid or {}
             for one in itertools.chain.from_iterable(by_oid.values()):
@@ -258,14 +259,19 @@ class PostgresChangeFeed:
         return batches, marks, at_end
 
     @contextmanager
-    def _session(self) -> Iterator[psycopg.Connection[Any]]:
+    def _session(self) -> Iterator[ScopedConnection]:
         """The feed's own connection, kept between calls; closed when the block raises what is not ours."""
         if self._closed:
             raise SourceUnavailable(f"The feed {self._name!r} of {self._server} has been closed.")
         try:
             if self._connection is None:
-                self._connection = self._connections.open()
-                prepare_session(self._connection)
+                connection = self._connections.open()
+                if not connection.is_direct:
+                    connection.close()
+                    require_own_session(self._connections)
+                    connection = self._connections.open()
+                self._connection = connection
+                prepare_session(connection)
             yield self._connection
         except EmbeddError:
             if self._connection is not None and self._connection.closed:

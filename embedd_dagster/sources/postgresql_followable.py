@@ -232,7 +232,7 @@ def _without_primary_key(connection: psycopg.Connection[Any], table: Member, col
 
 def owner_problem(state: TableState, server: Server) -> Problem:
     """We may not publish the table: only its owner may."""
-    owner, user = quoted(state.owner), quoted(server.user)
+    owner, user = quoted(state.owner), quoted(server.grantee)
     return Problem(
         f"only its owner {state.owner!r} may publish it",
         f"GRANT {owner} TO {user};",
