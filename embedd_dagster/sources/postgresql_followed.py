@@ -66,11 +66,16 @@ class FollowedTables:
                 found[table] = Followed(table, relation, key, state)
         self._known = {**known, **found}
         for table, one in list(found.items()):
-            problems = table_problems(connection, one.state, one.key.name, connection.info.server_version)
+            problems = table_problems(connection, one.state, one.key.name, self._server)
             if problems:
                 refused[table] = rejected(f"table {one.relation.label}", problems)
                 del found[table]
         return list(found.values()), refused
+
+    def hides_rows(self, table: FollowedTable) -> bool:
+        """Whether our role sees only some rows of a table, as last found."""
+        one = self._known.get(table)
+        return one is not None and one.state.hides_rows
 
 
 def _states(connection: psycopg.Connection[Any], known: Iterable[Followed]) -> dict[int, TableState]:

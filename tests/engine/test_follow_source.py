@@ -89,6 +89,70 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
 
 
 @ONE_STORE
+def test_updates_that_fail_for_want_of_a_replica_identity_go_on_before_the_next_regular_look(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, _follower = followed
+    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 3600.0)
+    product.sql("ALTER TABLE products REPLICA IDENTITY NOTHING")
+    eventually(_retried(lambda: not product.sql("UPDATE products SET price = 5 WHERE id = 1")))
+    eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+    assert "REPLICA IDENTITY DEFAULT" in (product.table().last_error or "")
+
+
+@ONE_STORE
+def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, RunningFollower]) -> None:
+    product, _follower = followed
+    product.sql(
+        """CREATE TYPE colour AS ENUM ('red', 'green', 'blue');
+        ALTER TABLE products ALTER COLUMN category TYPE colour USING category::colour"""
+    )
+    eventually(lambda: is_owed(product))
+    eventually(lambda: is_followed(product) and settled(product))
+    product.sql("ALTER TYPE colour RENAME VALUE 'red' TO 'crimson'")
+    eventually(lambda: is_owed(product))
+    eventually(lambda: is_followed(product) and settled(product))
+    product.assert_true_to_source()
+    found = product.search("product 3", filters={"category": "crimson"})
+    assert len(found) == 10
+
+
+@pytest.fixture
+def reader_role(cdc_product: Product) -> Iterator[str]:
+    """The role of the connection: owns `products`, and may replicate."""
+    role = f"reader_{uuid4().hex[:8]}"
+    database = cdc_product.sql("SELECT current_database()")[0][0]
+    cdc_product.sql(
+        f"""CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'secret'; ALTER TABLE products OWNER TO {role};
+        GRANT CREATE ON DATABASE "{database}" TO {role}"""
+    )
+    _use(cdc_product, user=role, password="secret")
+    yield role
+    cdc_product.sql(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
+def test_rows_that_row_level_security_hides_from_a_role_are_removed(cdc_product: Product, reader_role: str) -> None:
+    product = cdc_product
+    product.run()
+    with follower_of(product):
+        eventually(lambda: is_followed(product) and settled(product))
+        product.sql(
+            """CREATE POLICY cheap ON products USING (id <= 300);
+            ALTER TABLE products ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"""
+        )
+        eventually(lambda: is_owed(product))
+        assert run_owed(product) == 1
+        assert len(product.points()) == 300
+        eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+        assert "NO FORCE ROW LEVEL SECURITY" in (product.table().last_error or "")
+        product.sql("ALTER TABLE products NO FORCE ROW LEVEL SECURITY")
+        eventually(lambda: is_followed(product) and settled(product))
+        assert len(product.points()) == 500
+        assert product.table().sync_status == SyncStatus.SYNCED
+
+
+@ONE_STORE
 def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Product, RunningFollower]) -> None:
     product, follower = followed
 
