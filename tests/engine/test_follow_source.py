@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -12,7 +12,7 @@ import pytest
 
 from embedd_dagster.catalog import change_feeds, connections, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
-from embedd_dagster.core.status import SyncStatus
+from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
@@ -115,6 +115,49 @@ def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, Runnin
     product.assert_true_to_source()
     found = product.search("product 3", filters={"category": "crimson"})
     assert len(found) == 10
+
+
+@ONE_STORE
+def test_a_name_that_begins_to_mean_another_table_is_an_error_until_it_means_the_former_again(
+    followed: tuple[Product, RunningFollower],
+) -> None:
+    product, _follower = followed
+    points = product.points()
+    product.sql("CREATE SCHEMA app")
+    product.sql(
+        f"""ALTER DATABASE "{product.sql("SELECT current_database()")[0][0]}" SET search_path = app, public;
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = 'embedd'"""
+    )
+    product.sql(INSERT, 6000)
+    eventually(is_true(product))
+    product.sql("CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
+    product.sql("INSERT INTO app.products VALUES (1, 'other', 'table', 'red', 1)")
+    eventually(lambda: is_owed(product))
+    with pytest.raises(SourceRejected, match=r'means table "app"\."products" now.*from "public"\."products"'):
+        run_owed(product)
+    eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+    assert points.keys() | {6000} == product.points().keys(), "what is live stays live"
+    product.sql("UPDATE app.products SET title = 'changed'")
+    product.sql("DROP TABLE app.products; UPDATE products SET title = 'again' WHERE id = 2")
+    eventually(lambda: is_followed(product) and settled(product))
+    eventually(is_true(product))
+    assert product.table().sync_status == SyncStatus.SYNCED
+
+
+@ONE_STORE
+def test_a_batch_sync_does_not_take_another_table_for_the_one_that_was_built(product: Product) -> None:
+    product.run()
+    points = product.points()
+    product.sql("CREATE SCHEMA app; CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
+    product.sql("INSERT INTO app.products SELECT * FROM public.products WHERE id < 400")
+    product.sql(f"""ALTER DATABASE "{product.sql("SELECT current_database()")[0][0]}" SET search_path = app, public""")
+    with pytest.raises(SourceRejected, match="means table"):
+        product.run(TaskType.SYNC)
+    assert product.points() == points
+    product.run()
+    assert len(product.points()) == 399, "a backfill takes the table that the name means"
+    product.run(TaskType.SYNC)
 
 
 @pytest.fixture

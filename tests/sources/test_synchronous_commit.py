@@ -87,7 +87,7 @@ def test_changes_are_given_only_when_a_reader_sees_their_rows(
     standby.stop()
     done = committing.run(statement)
     waits(admin)
-    with pytest.raises(SourceUnavailable, match="1 transaction .* synchronous standby"):
+    with pytest.raises(SourceUnavailable, match=r"1 transaction .* synchronous standby"):
         follower.read()
     assert not done.done()
     standby.go_on()
