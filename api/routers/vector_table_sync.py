@@ -52,6 +52,9 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
         pending = max(0, row.total_rows - row.synced_rows)
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
+    error, error_at = row.last_error, row.last_error_at
+    if error is None and feed is not None and not row.paused:  # what holds up all tables of the connection
+        error, error_at = feed.last_error, feed.last_error_at
     staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
     return SyncStatusAnswer(
         vector_table_id=row.id,
@@ -60,8 +63,8 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
         rows_pending=pending,
         staleness_secs=None if staleness is None else round(staleness, 3),
         log_lag_bytes=None if feed is None else feed.lag_bytes,
-        last_error=row.last_error,
-        last_error_at=row.last_error_at,
+        last_error=error,
+        last_error_at=error_at,
     )
 
 

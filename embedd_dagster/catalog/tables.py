@@ -320,6 +320,8 @@ class VectorSetRow(Base):
     config_version: Mapped[int]
     configuration: Mapped[dict[str, Any]]
     key_type: Mapped[str | None]
+    source_origin: Mapped[dict[str, Any] | None]
+    """Which table of the source it was read from (`TableReader.origin`); None where that was never recorded."""
     digest_bits: Mapped[int | None]
     digest: Mapped[bytes | None]
     """The source's bucket digests (int64, little-endian) as of the last completed sync, or as of the build's begin."""
