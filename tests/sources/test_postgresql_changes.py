@@ -240,7 +240,9 @@ class TestChanges:
         assert found[0] is not None
         assert found[0] > before + 1_000_000
 
-    def test_an_idle_read_is_two_statements_in_one_transaction(self, admin: Admin, follower: Follower, monkeypatch) -> None:
+    def test_an_idle_read_is_two_statements_in_one_transaction(
+        self, admin: Admin, follower: Follower, monkeypatch
+    ) -> None:
         admin.execute("CREATE TABLE noise (id int)")
         follower.read(confirm=False)
         executed = []
