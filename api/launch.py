@@ -18,6 +18,7 @@ from pydantic import SecretStr
 
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.errors import EmbeddError, OrchestratorUnavailable
 
@@ -47,10 +48,10 @@ class Launcher:
         self._workers = ThreadPoolExecutor(2, "launch")
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
-    def launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+    def launch(self, task_id: str, vector_table_id: str, label: RunLabel, task_type: TaskType) -> None:
         """Has a run launched for a pending task; returns at once."""
         _log.info("task queued", task_id=task_id, vector_table_id=vector_table_id, task_type=task_type.value)
-        self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, task_type))
+        self._later("launch", task_id, lambda: self._launch(task_id, label, task_type))
 
     def terminate(self, run_id: str) -> None:
         """Has a run told to end; returns at once."""
@@ -78,9 +79,14 @@ class Launcher:
         except RuntimeError:  # shutting down
             self._waiting.release()
 
-    def _launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+    def _launch(self, task_id: str, label: RunLabel, task_type: TaskType) -> None:
         mode = "sync" if task_type is TaskType.SYNC else "backfill"
-        tags = {"dagster/partition": vector_table_id, "embedd/task_id": task_id}
+        tags = {
+            "dagster/partition": label.partition_key,
+            "embedd/task_id": task_id,
+            "embedd/name": label.name,
+            "embedd/task_type": task_type.value,
+        }
         answer = self._send(
             LAUNCH,
             {

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import dagster as dg
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import partitions, tasks, vector_tables
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.resyncs import OwedSync
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.defs.former_partitions import move_history
 from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
-from embedd_dagster.defs.tags import PARTITION_TAG, TASK_TAG
+from embedd_dagster.defs.tags import NAME_TAG, PARTITION_TAG, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, Conflict
 
@@ -33,12 +35,12 @@ class Enactor:
         Raises CatalogUnavailable: without the catalog nothing can be done for any table.
         """
         requests: list[dg.RunRequest] = []
+        labels = self._labels([one.task.vector_table_id for one in plan.tasks if one.verdict is Verdict.LAUNCH])
         for decision in plan.tasks:
             if decision.verdict is Verdict.LAUNCH:
                 fact = decision.task
-                requests.append(
-                    run_request(fact.task_id, fact.vector_table_id, fact.task_type, decision.run_key or fact.task_id)
-                )
+                if label := labels.get(fact.vector_table_id):
+                    requests.append(run_request(fact.task_id, label, fact.task_type, decision.run_key or fact.task_id))
             else:
                 with self._alone(decision.task.vector_table_id):
                     self._settle(decision)
@@ -52,6 +54,21 @@ class Enactor:
             with self._alone(owed.vector_table_id):
                 requests += self._begin_owed_sync(owed)
         return requests
+
+    def _labels(self, vector_table_ids: list[str]) -> dict[str, RunLabel]:
+        if not vector_table_ids:
+            return {}
+        with self.runtime.catalog.transaction() as session:
+            return partitions.run_labels(session, vector_table_ids)
+
+    def move_partitions(self, plan: Plan) -> list[str]:
+        """Moves the history of partitions that were named by an id; gives the keys whose history could be moved."""
+        moved = []
+        for old_key, new_key in plan.partitions_to_move.items():
+            with self._alone(old_key):
+                move_history(self.instance, old_key, new_key)
+                moved.append(old_key)
+        return moved
 
     @contextmanager
     def _alone(self, subject: str) -> Iterator[None]:
@@ -99,8 +116,8 @@ class Enactor:
                 )
             except Conflict:
                 return []  # somebody was faster
-            task_id = task.id
-        return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")]
+            task_id, label = task.id, RunLabel.of(table)
+        return [run_request(task_id, label, TaskType.REBACKFILL, f"{task_id}:0")]
 
     def _begin_owed_sync(self, owed: OwedSync) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
@@ -117,19 +134,24 @@ class Enactor:
                 )
             except Conflict:
                 return []  # somebody was faster
-            task_id = task.id
+            task_id, label = task.id, RunLabel.of(table)
         self.log(f"{owed.vector_table_id}, task {task_id}: sync. {owed.reason}")
-        return [run_request(task_id, owed.vector_table_id, TaskType.SYNC, f"{task_id}:0")]
+        return [run_request(task_id, label, TaskType.SYNC, f"{task_id}:0")]
 
 
-def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key: str) -> dg.RunRequest:
+def run_request(task_id: str, label: RunLabel, task_type: TaskType, run_key: str) -> dg.RunRequest:
     """A run of the job for a task."""
     mode = "sync" if task_type is TaskType.SYNC else "backfill"
     return dg.RunRequest(
         run_key=run_key,
-        partition_key=vector_table_id,
+        partition_key=label.partition_key,
         # with Dagster's own tag it is taken as it is: one whose partition has just gone would fail the tick for all
-        tags={TASK_TAG: task_id, PARTITION_TAG: vector_table_id},
+        tags={
+            TASK_TAG: task_id,
+            PARTITION_TAG: label.partition_key,
+            NAME_TAG: label.name,
+            TASK_TYPE_TAG: task_type.value,
+        },
         run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
     )
 

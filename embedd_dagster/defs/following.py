@@ -52,7 +52,7 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
             context.log_event(
                 dg.AssetMaterialization(
                     asset_key="vector_table",
-                    partition=done.vector_table_id,
+                    partition=done.partition_key,
                     description="Changes that were captured in the source's log",
                     metadata=describe_follow_report(done, opened.settings.api_url),
                 )

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 import dagster as dg
 
+from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import Task
@@ -62,7 +63,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     with runtime.catalog.transaction() as session:
         now = database_now(session)
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
-        wanted = frozenset(vector_tables.partition_keys(session))
+        wanted = catalog_partitions.present_keys(session)
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
         owed = tuple(resyncs.owed(session, _OWED_SYNCS_AT_ONCE))
     instant = time.monotonic()
@@ -70,7 +71,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     memory.note_read(instant, stale_after / 2)
     seen = Observation(
         now=now,
-        vector_table_ids=wanted,
+        wanted_partitions=wanted,
         awaiting_rebackfill=awaiting,
         owed_syncs=owed,
         tasks=live,
@@ -114,7 +115,7 @@ def _runs(instance: dg.DagsterInstance, runs_filter: dg.RunsFilter) -> list[RunF
                 run_id=run.run_id,
                 status=run.status,
                 task_id=run.tags.get(TASK_TAG),
-                vector_table_id=run.tags.get(PARTITION_TAG),
+                partition_key=run.tags.get(PARTITION_TAG),
                 created_at=record.create_timestamp.replace(tzinfo=UTC),
                 ended_at=None if record.end_time is None else datetime.fromtimestamp(record.end_time, UTC),
             )

@@ -55,7 +55,7 @@ class RunFact:
     run_id: str
     status: dg.DagsterRunStatus
     task_id: str | None = None
-    vector_table_id: str | None = None
+    partition_key: str | None = None
     ended_at: datetime | None = None
     created_at: datetime | None = None
 
@@ -65,8 +65,8 @@ class Observation:
     """Both sides at one instant. Runs are read before tasks: a queued run whose task is not there has lost it."""
 
     now: datetime
-    vector_table_ids: frozenset[str]
-    """Those that are not being deleted."""
+    wanted_partitions: Mapping[str, str]
+    """The partition keys of the vector tables that are not being deleted, by id."""
     awaiting_rebackfill: tuple[str, ...] = ()
     owed_syncs: tuple[OwedSync, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
@@ -134,6 +134,8 @@ class Plan:
 
     partitions_to_add: tuple[str, ...] = ()
     partitions_to_delete: tuple[str, ...] = ()
+    partitions_to_move: Mapping[str, str] = field(default_factory=dict)
+    """Of those to delete, the ones that were named by an id, with the key under which their history belongs now."""
     rebackfills: tuple[str, ...] = ()
     syncs: tuple[OwedSync, ...] = ()
     tasks: tuple[TaskDecision, ...] = ()
@@ -155,13 +157,16 @@ def plan(seen: Observation, limits: Limits) -> Plan:
             requests_left -= 1
         decisions.append(decision)
     busy = {task.vector_table_id for task in seen.tasks}
-    waiting = [table for table in seen.awaiting_rebackfill if table not in busy and table in seen.vector_table_ids]
+    waiting = [table for table in seen.awaiting_rebackfill if table not in busy and table in seen.wanted_partitions]
     to_add, to_delete = partition_changes(
-        seen.vector_table_ids, seen.partition_keys, {run.vector_table_id for run in seen.runs_in_flight}
+        seen.wanted_partitions.values(), seen.partition_keys, {run.partition_key for run in seen.runs_in_flight}
     )
+    former = [key for key in to_delete if key in seen.wanted_partitions]
+    later = set(former[limits.requests_per_tick :])
     return Plan(
         partitions_to_add=to_add,
-        partitions_to_delete=to_delete,
+        partitions_to_delete=tuple(key for key in to_delete if key not in later),
+        partitions_to_move={key: seen.wanted_partitions[key] for key in former if key not in later},
         rebackfills=tuple(waiting[:requests_left]),
         syncs=seen.owed_syncs[: max(0, requests_left - len(waiting))],
         tasks=tuple(decisions),
@@ -263,7 +268,7 @@ def _judge_running(
 
 
 def _why_unwanted(task: TaskFact, seen: Observation) -> str | None:
-    if task.vector_table_id not in seen.vector_table_ids:
+    if task.vector_table_id not in seen.wanted_partitions:
         return "The vector table was deleted."
     return "Cancelled." if task.cancel_requested else None
 

@@ -237,6 +237,7 @@ def sync(work: Work) -> RowCounts:
         if table is None:
             raise RunSuperseded("The vector table is gone.")
         vector_sets.set_digest(row, following)
+        row.truncated_count = (row.truncated_count or 0) + counts.truncated
         if point_count is not None:
             failed = vector_sets.count_failures(session, live.vector_table_id, live.version)
             row.skipped_count = digest.row_count - point_count - failed

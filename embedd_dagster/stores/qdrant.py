@@ -18,6 +18,7 @@ from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.qdrant_filters import (
     bucket_filter,
     column_name,
@@ -113,7 +114,7 @@ class QdrantStore:
         """Has Qdrant index the bucket; what is indexed costs the load a tenth, so none of it is before its end."""
         self._index(vector_set, ["bucket"])
 
-    def finish_load(self, vector_set: VectorSet) -> None:
+    def finish_load(self, vector_set: VectorSet, report: ReportIndexed = ignore_report) -> None:
         """Turns indexing on and returns when the collection stays green; as long as there is progress, it waits."""
         name = vector_set.versioned_name
         self._index(vector_set, payload_indexes(vector_set.filter_types))
@@ -124,6 +125,7 @@ class QdrantStore:
         while True:
             info = self._rest.call("GET", ("collections", name))
             status = info["status"]
+            report(info.get("indexed_vectors_count") or 0, info.get("points_count") or 0)
             if status == "red":
                 raise VectorStoreRejected(
                     f"Qdrant could not index collection {name}.", resolution="Look at Qdrant's log."

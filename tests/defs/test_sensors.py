@@ -441,7 +441,7 @@ def test_the_tick_of_ten_thousand_tables_is_short(
                 text("SELECT column_name FROM information_schema.columns WHERE table_name = 'vector_tables'")
             )
         ]
-        given = {"id": "'vt_' || n", "name": "'t' || n", "storage_name": "'s' || n"}
+        given = {"id": "'vt_' || n", "name": "'t' || n", "storage_name": "'s' || n", "partition_key": "'s' || n"}
         picked = ", ".join(given.get(name, f'"{name}"') for name in columns)
         names = ", ".join(f'"{name}"' for name in columns)
         session.execute(
