@@ -23,8 +23,8 @@ from api.schemas.vector_table_sync import (
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
 from embedd_dagster.catalog.partitions import RunLabel
+from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
 from embedd_dagster.core.keys import decode_key, render_key
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import SyncMode

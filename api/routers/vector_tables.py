@@ -25,9 +25,9 @@ from api.schemas.vector_tables import (
 )
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import connections, table_details, tasks, vector_tables
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import Connection, VectorTable
-from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration

@@ -16,7 +16,7 @@ from embedd_dagster.catalog import change_feeds
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.failures import as_failure
-from embedd_dagster.defs.materialization import describe_follow_report
+from embedd_dagster.defs.materialization import Links, describe_follow_report
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
@@ -54,7 +54,7 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
                     asset_key="vector_table",
                     partition=done.partition_key,
                     description="Changes that were captured in the source's log",
-                    metadata=describe_follow_report(done, opened.settings.api_url),
+                    metadata=describe_follow_report(done, Links.of(opened.settings)),
                 )
             )
 

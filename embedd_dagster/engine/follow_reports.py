@@ -26,6 +26,8 @@ class FollowReport:
     partition_key: str
     name: str
     source_table: str
+    storage_name: str
+    platform_vector_ref: str | None
     model: str
     version: int
     changes: int
@@ -87,6 +89,8 @@ class Reports:
                     partition_key=table.row.partition_key,
                     name=table.row.name,
                     source_table=table.row.source_table,
+                    storage_name=table.row.storage_name,
+                    platform_vector_ref=table.row.platform_vector_ref,
                     model=table.row.embedding_model,
                     version=table.version,
                     changes=total.changes,

@@ -15,7 +15,6 @@ from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import Fingerprint, Hit, PointBatch, Vectors, VectorSet
 
-
 ReportIndexed = Callable[[int, int], None]
 """Takes how many vectors are in the index so far, and how many there are."""
 
