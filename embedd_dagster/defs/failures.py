@@ -26,7 +26,7 @@ _WHAT_HAPPENS: Final[tuple[tuple[type[Exception], str], ...]] = (
 )
 
 
-class ReadableFailure(dg.Failure, DagsterUserCodeProcessError):
+class ReadableFailure(DagsterUserCodeProcessError, dg.Failure):
     """A failure that Dagster shows by its message alone, without the stack of Dagster's own functions that ran the step.
 
     Dagster takes the error that another process has described as it is, instead of describing what was raised.

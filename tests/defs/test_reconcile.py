@@ -44,7 +44,7 @@ def seen(
     keys = frozenset({"vt_1"})
     facts = Observation(
         now=NOW,
-        vector_table_ids=keys,
+        wanted_partitions={"vt_1": "vt_1"},
         partition_keys=keys,
         tasks=tasks,
         runs_in_flight=flying,
@@ -54,7 +54,7 @@ def seen(
 
 
 FAILED, DONE, CANCELED = Status.FAILURE, Status.SUCCESS, Status.CANCELED
-DELETED = {"vector_table_ids": frozenset()}
+DELETED: dict[str, object] = {"wanted_partitions": {}}
 
 CASES = {
     # a pending task
@@ -182,8 +182,9 @@ def test_partitions(wanted: set[str], existing: set[str], in_flight: set[str | N
 
 
 def test_rebackfills_begin_where_nothing_runs() -> None:
-    everyone = frozenset({"vt_1", "vt_2", "vt_3"})
-    observation = seen(RUNNING, flying=(run(Status.STARTED),), vector_table_ids=everyone, partition_keys=everyone)
+    everyone = {key: key for key in ("vt_1", "vt_2", "vt_3")}
+    flying = (run(Status.STARTED),)
+    observation = seen(RUNNING, flying=flying, wanted_partitions=everyone, partition_keys=frozenset(everyone))
     assert plan(replace(observation, awaiting_rebackfill=("vt_1", "vt_2", "vt_gone")), LIMITS) == Plan(
         rebackfills=("vt_2",)
     )
@@ -191,11 +192,11 @@ def test_rebackfills_begin_where_nothing_runs() -> None:
 
 def test_a_tick_launches_so_much_and_no_more() -> None:
     many = tuple(replace(PENDING, task_id=f"task_{n}", vector_table_id=f"vt_{n}") for n in range(40))
-    everyone = frozenset(f"vt_{n}" for n in range(80))
+    everyone = {f"vt_{n}": f"vt_{n}" for n in range(80)}
     waiting = tuple(f"vt_{n}" for n in range(40, 80))
-    planned = plan(seen(*many, vector_table_ids=everyone, awaiting_rebackfill=waiting), LIMITS)
+    planned = plan(seen(*many, wanted_partitions=everyone, awaiting_rebackfill=waiting), LIMITS)
     assert (len(planned.tasks), len(planned.rebackfills)) == (25, 0)
-    planned = plan(seen(*many[:20], vector_table_ids=everyone, awaiting_rebackfill=waiting), LIMITS)
+    planned = plan(seen(*many[:20], wanted_partitions=everyone, awaiting_rebackfill=waiting), LIMITS)
     assert (len(planned.tasks), len(planned.rebackfills)) == (20, 5)
 
 
@@ -205,5 +206,33 @@ def test_ten_thousand_tables_are_planned_in_no_time() -> None:
     import time
 
     begun = time.perf_counter()
-    plan(seen(*many, vector_table_ids=frozenset(keys), partition_keys=frozenset(keys[:5000])), LIMITS)
+    plan(
+        seen(*many, wanted_partitions=dict(zip(keys, keys, strict=True)), partition_keys=frozenset(keys[:5000])), LIMITS
+    )
     assert time.perf_counter() - begun < 0.5
+
+
+def test_a_partition_named_by_an_id_is_moved_to_the_readable_key_and_then_deleted() -> None:
+    wanted = {"vt_1": "vt_1_products", "vt_2": "vt_2_articles"}
+    before = seen(wanted_partitions=wanted, partition_keys=frozenset({"vt_1", "vt_2_articles", "vt_gone"}))
+    planned = plan(before, LIMITS)
+    assert planned.partitions_to_move == {"vt_1": "vt_1_products"}
+    assert planned.partitions_to_add == ("vt_1_products",)
+    assert planned.partitions_to_delete == ("vt_1", "vt_gone")
+
+
+def test_a_partition_named_by_an_id_stays_while_a_run_of_it_is_in_flight() -> None:
+    wanted = {"vt_1": "vt_1_products"}
+    planned = plan(
+        seen(RUNNING, flying=(run(Status.STARTED),), wanted_partitions=wanted, partition_keys=frozenset({"vt_1"})),
+        LIMITS,
+    )
+    assert (planned.partitions_to_add, planned.partitions_to_delete) == (("vt_1_products",), ())
+    assert planned.partitions_to_move == {}
+
+
+def test_a_tick_moves_so_many_partitions_and_deletes_no_other() -> None:
+    wanted = {f"vt_{n}": f"vt_{n}_name" for n in range(60)}
+    planned = plan(seen(wanted_partitions=wanted, partition_keys=frozenset(wanted)), LIMITS)
+    assert len(planned.partitions_to_move) == LIMITS.requests_per_tick
+    assert set(planned.partitions_to_delete) == set(planned.partitions_to_move)

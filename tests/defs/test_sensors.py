@@ -65,13 +65,13 @@ def requests(result: dg.SensorResult | dg.SkipReason) -> list[dg.RunRequest]:
 def test_partitions_follow_the_catalog(tick: Any, tables: Any, instance: dg.DagsterInstance, make_run: Any) -> None:
     first, second = tables.create("a"), tables.create("b")
     tick()
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {first, second}
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(first), tables.partition(second)}
     assert isinstance(tick(), dg.SkipReason)
     run_id = make_run(Status.STARTED, first)
     tables.delete(first)
     tables.delete(second)
     tick()
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {first}, "a run of it is in flight"
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(first)}, "a run is in flight"
     instance.report_run_failed(instance.get_run_by_id(run_id))
     tick()
     assert not instance.get_dynamic_partitions("vector_tables")
@@ -87,14 +87,14 @@ def test_a_catalog_that_cannot_be_read_is_not_an_empty_one(
     result = reconcile(instance, lambda: broken, Memory(), log.append)
     assert isinstance(result, dg.SkipReason)
     assert "catalog" in (result.skip_message or "")
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {key}
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(key)}
 
 
 def test_a_task_without_a_run_gets_one(tick: Any, tables: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
     (request,) = requests(tick())
-    assert (request.partition_key, request.run_key) == (key, f"{task_id}:0")
+    assert (request.partition_key, request.run_key) == (tables.partition(key), f"{task_id}:0")
     assert request.tags["embedd/task_id"] == task_id
     assert request.run_config == {"ops": {"vector_table": {"config": {"mode": "backfill"}}}}
     assert requests(tick())[0].run_key == request.run_key, "the same until Dagster has the run"
@@ -193,8 +193,8 @@ def test_a_task_whose_run_died_gets_another_in_the_same_tick(
     if kind == "silent":
         tables.change_task(task_id, heartbeat_at=long_ago())
     made = requests(tick())
-    assert sorted(request.partition_key for request in made) == sorted([key, other]), "each once"
-    (request,) = [request for request in made if request.partition_key == key]
+    assert sorted(request.partition_key for request in made) == sorted(map(tables.partition, [key, other])), "each once"
+    (request,) = [request for request in made if request.partition_key == tables.partition(key)]
     assert request.run_key == f"{task_id}:{run_id}"
     again = {request.run_key for request in requests(tick())}
     assert request.run_key in again, "the same until Dagster has the run"
@@ -467,9 +467,9 @@ def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: An
     key = tables.create("a")
     task_id = tables.task(key)
     data = evaluate(reconcile_sensor, instance)
-    assert data.dynamic_partitions_requests[0].partition_keys == [key]
+    assert data.dynamic_partitions_requests[0].partition_keys == [tables.partition(key)]
     (request,) = data.run_requests
-    assert request.tags["dagster/partition"] == key
+    assert request.tags["dagster/partition"] == tables.partition(key)
     assert request.tags["embedd/task_id"] == task_id
     assert evaluate(cleanup_sensor, instance).skip_message == "Nothing to drop."
 
