@@ -21,7 +21,7 @@ from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
-from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs
+from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs, sync_sensor
 from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
 from embedd_dagster.engine import teardown
 from embedd_dagster.engine.runtime import Runtime
@@ -96,6 +96,7 @@ def test_a_task_without_a_run_gets_one(tick: Any, tables: Any) -> None:
     (request,) = requests(tick())
     assert (request.partition_key, request.run_key) == (tables.partition(key), f"{task_id}:0")
     assert request.tags["embedd/task_id"] == task_id
+    assert (request.tags["embedd/name"], request.tags["embedd/task_type"]) == ("a", "backfill")
     assert request.run_config == {"ops": {"vector_table": {"config": {"mode": "backfill"}}}}
     assert requests(tick())[0].run_key == request.run_key, "the same until Dagster has the run"
 
@@ -461,6 +462,17 @@ def evaluate(sensor: dg.SensorDefinition, instance: dg.DagsterInstance) -> Any:
     resources = {"runtime": RuntimeResource()}
     with dg.build_sensor_context(instance=instance, resources=resources, definitions=defs) as context:
         return sensor.evaluate_tick(context)
+
+
+def test_no_schedule_ticks_so_often_that_the_timeline_fills_with_runs_that_never_come() -> None:
+    assert {schedule.cron_schedule for schedule in defs.schedules or ()} == {"17 3 * * *"}
+    assert "sync_sensor" in {sensor.name for sensor in defs.sensors or ()}
+
+
+def test_the_sync_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: Any) -> None:
+    key = tables.create("a", live=True)
+    tables.change(key, next_sync_at=long_ago())
+    assert evaluate(sync_sensor, instance).skip_message == f"1 syncs begin: {key}."
 
 
 def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: Any) -> None:

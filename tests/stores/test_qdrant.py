@@ -308,3 +308,20 @@ def test_bucket_ranges_are_joined() -> None:
     assert bucket_ranges([3, 1, 2, 2, 7], 8, 16) == [(256, 1023), (1792, 2047)]
     assert bucket_ranges([0], 0, 16) == [(0, 65535)]
     assert bucket_ranges([], 4, 16) == []
+
+
+def test_the_index_stage_reports_how_many_vectors_qdrant_has_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant, "_POLL_SECONDS", 0)
+    states = iter(
+        [
+            {"status": "yellow", "points_count": 9, "indexed_vectors_count": 4},
+            {"status": "green", "points_count": 9, "indexed_vectors_count": 9},
+        ]
+    )
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        return ok(next(states) if request.method == "GET" else True)
+
+    reported: list[tuple[int, int]] = []
+    opened(handler).finish_load(SET, lambda indexed, total: reported.append((indexed, total)))
+    assert reported == [(4, 9), (9, 9)]
