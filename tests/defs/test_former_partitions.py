@@ -18,6 +18,9 @@ def _record(instance: dg.DagsterInstance, key: str, rows: int) -> None:
     instance.report_runless_asset_event(
         dg.AssetMaterialization(ASSET_KEY, partition=key, metadata={"rows": rows, "vector_table": link})
     )
+
+
+def _record_check(instance: dg.DagsterInstance, key: str) -> None:
     instance.report_runless_asset_event(
         dg.AssetCheckEvaluation(ASSET_KEY, CHECK_NAME, passed=True, metadata={}, partition=key)
     )
@@ -38,6 +41,8 @@ def test_a_tick_moves_the_history_of_a_partition_named_by_an_id_to_the_readable_
     _record(instance, table_id, 1)
     _record(instance, table_id, 2)
     _record(instance, tables.partition(other_id), 3)
+    for key in (table_id, tables.partition(other_id)):
+        _record_check(instance, key)
     result = sensors.reconcile(instance, lambda: runtime, Memory(), print)
     assert isinstance(result, dg.SensorResult)
     add, delete = result.dynamic_partitions_requests or ()
