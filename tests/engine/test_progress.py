@@ -18,13 +18,13 @@ def _details(product: Product) -> TableDetails:
 
 def test_rows_without_text_and_cut_texts_are_counted_on_the_task_and_on_the_vector_table(product: Product) -> None:
     product.sql("UPDATE products SET title = NULL, body = NULL WHERE id <= 7")
-    product.sql("UPDATE products SET body = repeat('long ', 20000) WHERE id = 8")
+    product.sql("UPDATE products SET body = repeat(md5('a'), 2000) WHERE id = 8")
     product.run()
     progress = product.latest_task().progress
     assert (progress["rows_skipped"], progress["rows_truncated"]) == (7, 1)
     assert _details(product) == TableDetails(rows_skipped=7, rows_truncated=1, stage=None)
     product.sql("UPDATE products SET title = NULL, body = NULL WHERE id = 9")
-    product.sql("UPDATE products SET body = repeat('other ', 20000) WHERE id = 10")
+    product.sql("UPDATE products SET body = repeat(md5('b'), 2000) WHERE id = 10")
     product.run(TaskType.SYNC)
     assert _details(product) == TableDetails(rows_skipped=8, rows_truncated=2, stage=None)
 
