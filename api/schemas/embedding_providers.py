@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from api.pagination import ListAnswer
 from api.schemas.base import Answer, Body, Name, Timestamp, unset
+from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url
 
 _MAX_LIMIT = 1_000_000_000
 
 
 def _http_url(value: str) -> str:
     try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not value.isascii() or any(character <= " " for character in value):
-        raise PydanticCustomError("base_url", "a URL that begins with https:// or http:// is accepted")
-    if "@" in parts.netloc or parts.fragment:
-        raise PydanticCustomError("base_url", "a URL without user, password and fragment is accepted")
+        parse_base_url(value)
+    except UnusableUrl as error:
+        raise PydanticCustomError("base_url", str(error)) from None
     return value
 
 
@@ -55,11 +50,29 @@ class EmbeddingCredentials(Body):
 
 
 class EmbeddingLimits(Body):
-    """What your account at the provider allows; what is left out is found out by the provider's answers."""
+    """What your account or your own server allows; what is left out is found out by the provider's answers."""
 
     requests_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     tokens_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     concurrency: int | None = Field(default=None, ge=1, le=256, description="Requests in flight at the most")
+    max_batch_items: int | None = Field(
+        default=None, ge=1, le=2048, description="Texts in one request at the most; the provider's own limit stays"
+    )
+    max_batch_tokens: int | None = Field(
+        default=None, ge=16, le=_MAX_LIMIT, description="Tokens in one request at the most, as estimated"
+    )
+    request_timeout_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=3600,
+        description="How long a run waits for one answer, 60 if left out; a query waits no longer than its own limit",
+    )
+    max_input_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        le=1_000_000,
+        description="What the model reads of one text, such as 512; longer texts are cut and counted as truncated",
+    )
 
 
 class EmbeddingProviderCreate(Body):

@@ -355,6 +355,8 @@ class Task(Base):
     config_version: Mapped[int | None]
     """The vector table's when it was claimed: what it builds. None while it waits."""
     attempts: Mapped[int] = mapped_column(default=0)
+    handed_back: Mapped[int] = mapped_column(default=0, server_default="0")
+    """How often a run claimed it and gave it back through no fault of the task: these claims are not attempts."""
     max_attempts: Mapped[int]
     last_error: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -365,6 +367,15 @@ class Task(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
+
+
+class RunHeartbeat(Base):
+    """When a Dagster run last said that its process is alive, whether or not it owned a task at that moment."""
+
+    __tablename__ = "run_heartbeats"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    heartbeat_at: Mapped[datetime]
 
 
 class FailedRow(Base):

@@ -131,6 +131,23 @@ def live_tasks(session: Session) -> list[Task]:
     return list(session.scalars(select(Task).where(Task.status.in_(_LIVE)).order_by(Task.created_at)))
 
 
+def targets_begun_since(session: Session, since: Mapping[str, datetime], *, builds: bool) -> set[str]:
+    """Of these vector tables, those for which a task was created since; of builds only, where `builds`."""
+    if not since:
+        return set()
+    statement = select(Task.target_id, func.max(Task.created_at)).where(Task.target_id.in_(since))
+    if builds:
+        statement = statement.where(Task.task_type.in_(BUILDS))
+    newest = session.execute(statement.group_by(Task.target_id))
+    return {target_id for target_id, created_at in newest if created_at >= since[target_id]}
+
+
+def count_waiting(session: Session, environment_id: str) -> int:
+    """How many tasks of the environment wait to begin."""
+    statement = select(func.count()).where(Task.status == TaskStatus.PENDING.value)
+    return session.scalar(statement.where(Task.environment_id == environment_id)) or 0
+
+
 def forget_ended(session: Session, before: datetime, limit: int) -> int:
     """Removes some of the tasks that ended before; how many. Fewer than `limit` are all."""
     # ids begin with the second of their making, so the primary key's index finds the old ones
@@ -267,6 +284,13 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
             at_rest is SyncStatus.PENDING_REBACKFILL and task.task_type == TaskType.SYNC.value
         )
         vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
+
+
+def hand_back(session: Session, task: Task, reason: str) -> None:
+    """Puts a running task back to pending, where its run ended through no fault of the task: it costs no attempt."""
+    task.attempts -= 1
+    task.handed_back += 1
+    fail(session, task, reason, retry=True)
 
 
 def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_for: bool = True) -> None:

@@ -11,6 +11,7 @@ import dagster as dg
 from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.defs.assets import vector_table
 from embedd_dagster.defs.failures import as_failure
+from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.partitions import vector_tables
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.verdicts import CHECK_NAME, judge, not_looked_at
@@ -35,10 +36,11 @@ def vector_table_checks(context: dg.AssetCheckExecutionContext, runtime: Runtime
     """The verdict on what is live. What could not be looked at is a warning: the run has done its work."""
     try:
         opened = runtime.open()
-        with opened.catalog.transaction() as session:
-            table = catalog_partitions.find_table(session, context.partition_key)
-        if table is None:
-            raise NotFound("vector_table", context.partition_key)
-        return judge(inspect_live_set(opened, table.id))
+        with heartbeat(opened, context.run.run_id, context.log.info):
+            with opened.catalog.transaction() as session:
+                table = catalog_partitions.find_table(session, context.partition_key)
+            if table is None:
+                raise NotFound("vector_table", context.partition_key)
+            return judge(inspect_live_set(opened, table.id))
     except Exception as error:  # noqa: BLE001 - whatever it is, the table is materialized and its task completed
         return not_looked_at(as_failure(error))

@@ -11,7 +11,7 @@ from dagster._core.storage.event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable, AssetKeyTable, SqlEventLogStorageTable
 from sqlalchemy import ColumnElement, func, update
 
-from embedd_dagster.defs.observe import ASSET_KEY
+from embedd_dagster.defs.backfills import ASSET_KEY
 
 
 def move_history(instance: dg.DagsterInstance, old_key: str, new_key: str) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 import dagster as dg
 
-from embedd_dagster.defs.observe import ASSET_KEY
+from embedd_dagster.defs.backfills import ASSET_KEY
 from embedd_dagster.engine.inspect import LiveSetInspection
 
 CHECK_NAME: Final = "vectors_match_source"

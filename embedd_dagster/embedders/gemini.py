@@ -6,21 +6,19 @@ long ones and not of length 1 (`gemini-embedding-001`), so they are made so here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Unpack
 from urllib.parse import quote
-
-import numpy as np
-import orjson
 
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.cutting import cut_at_bytes
-from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
-from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, Request, check_key, estimate_tokens
+from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, load_json, read_vectors
 
 DEFAULT_BASE_URL: Final = "https://generativelanguage.googleapis.com/v1beta"
 
@@ -48,17 +46,26 @@ class GeminiEmbedder(HttpEmbedder):
         known = find_model(ProviderKind.GEMINI, name)
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
-            max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
+            max_tokens_per_text=self._max_tokens_per_text(
+                known.max_tokens if known else None, _UNKNOWN_MODEL_MAX_BYTES
+            ),
             concurrency=self._concurrency,
         )
-        self._options: dict[str, Any] = {"model": f"models/{name}"}
+        fields: dict[str, Any] = {"model": f"models/{name}"}
         if known is None or known.dimensions != dimensions:
-            self._options["outputDimensionality"] = dimensions
-        self._url = self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents")
+            fields["outputDimensionality"] = dimensions
+        self._request = Request(
+            url=self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents"),
+            options=fields,
+            build=_build_body,
+            required=frozenset({"model"}),
+            dimensions_field="outputDimensionality",
+            may_omit_dimensions=known is None,
+        )
 
     def cut(self, text: str) -> CutText:
-        """The text cut by bytes, which are never fewer than tokens: Gemini's tokenizer is not public in a small form."""
-        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+        """The text cut without Gemini's tokenizer, which is not public in a small form."""
+        return self._cut_without_tokenizer(text, self.limits.max_tokens_per_text)
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts as documents: one request. Its tokens are estimated."""
@@ -70,27 +77,24 @@ class GeminiEmbedder(HttpEmbedder):
         return vector
 
     def _embed(self, texts: Sequence[str], task_type: str) -> Vectors:
-        options = self._options | {"taskType": task_type}
-        requests = [options | {"content": {"parts": [{"text": text}]}} for text in texts]
-        content = self._ask_once(self._url, {"requests": requests})
+        request = replace(self._request, options={**self._request.options, "taskType": task_type})
+        content = self._ask_leaving_out(request, texts)
         try:
             vectors = _parse_answer(content, len(texts))
         except NOT_AN_ANSWER:
             raise self._not_an_answer(len(texts)) from None
-        self._check_finite(vectors)
         if vectors.shape[1] != self._dimensions:
             raise self._wrong_dimensions(vectors.shape[1])
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors /= np.where(lengths > 0, lengths, 1)
-        return vectors
+        return to_unit_length(vectors)[0]
+
+
+def _build_body(fields: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    return {"requests": [{**fields, "content": {"parts": [{"text": text}]}} for text in texts]}
 
 
 def _parse_answer(content: bytes, text_count: int) -> Vectors:
     """The vectors, in the order of the requests. Raises one of `NOT_AN_ANSWER` for what is none."""
-    items = orjson.loads(content)["embeddings"]
+    items = load_json(content)["embeddings"]
     if len(items) != text_count:
         raise ValueError("not one vector a text")
-    vectors = np.asarray([item["values"] for item in items], dtype=np.float32)
-    if vectors.ndim != 2:
-        raise ValueError("not one vector a text")
-    return vectors
+    return read_vectors([item["values"] for item in items])

@@ -6,21 +6,24 @@ import ipaddress
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpx
-import numpy as np
 import orjson
 
 from embedd_dagster import network
-from embedd_dagster.core.rows import Vectors
-from embedd_dagster.embedders.cutting import byte_count
+from embedd_dagster.embedders.base import CutText
+from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url, with_path
+from embedd_dagster.embedders.cutting import byte_count, cut_at_bytes, cut_at_unknown_tokens
+from embedd_dagster.embedders.http_connection import LARGEST_ANSWER
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
-from embedd_dagster.embedders.vetted_transport import LARGEST_ANSWER, VettedTransport, forbidden_host
+from embedd_dagster.embedders.suspicion import PROBE_TEXT, Failure
+from embedd_dagster.embedders.vetted_transport import VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
@@ -36,6 +39,21 @@ class HttpOptions(TypedDict):
     concurrency: NotRequired[int | None]
     timeout_seconds: NotRequired[float]
     deny_private_networks: NotRequired[bool]
+    max_input_tokens: NotRequired[int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a provider is asked: which fields, and which of them a server may do without."""
+
+    url: httpx.URL
+    options: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
+    """The whole body for these options and texts."""
+    required: frozenset[str]
+    dimensions_field: str
+    may_omit_dimensions: bool
+    """Whether the model may give the wanted dimensions by itself."""
 
 
 class HttpEmbedder:
@@ -55,6 +73,8 @@ class HttpEmbedder:
         self._model = model
         self._dimensions = dimensions
         self._timeout_seconds = timeout_seconds
+        self._left_out = frozenset[str]()
+        self._max_input_tokens = options.get("max_input_tokens")
         self._concurrency = concurrency = options.get("concurrency") or _DEFAULT_CONCURRENCY
         url = _parse_base_url(base_url or default_base_url, example=default_base_url)
         self._name = f"The embedding provider at {url.host}" if base_url else provider
@@ -107,11 +127,10 @@ class HttpEmbedder:
         return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _endpoint(self, path: str) -> httpx.URL:
-        # a query such as Azure's ?api-version=… stays behind the path
-        return self._base_url.copy_with(path=self._base_url.path.rstrip("/") + path)
+        return with_path(self._base_url, path)
 
-    def _ask(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
-        """The body of the answer 200. Raises as `Embedder` says, and FieldRefused."""
+    def _ask(self, url: httpx.URL, fields: Mapping[str, Any], texts: Sequence[str], optional: Collection[str]) -> bytes:
+        """The body of the answer 200. Raises as `Embedder` says, and FieldRefused for one of the fields in `optional`."""
         try:
             body = orjson.dumps(fields)
         except TypeError:
@@ -119,33 +138,66 @@ class HttpEmbedder:
         try:
             response = self._send(self._http.build_request("POST", url, content=body))
         except httpx.TimeoutException:
-            raise EmbeddingUnavailable(f"{self._name} did not answer within {self._timeout_seconds:g} s.") from None
+            raise EmbeddingUnavailable(
+                f"{self._name} did not answer within {self._timeout_seconds:g} s.", failure=Failure.TIMEOUT
+            ) from None
         except httpx.RequestError as error:
             raise EmbeddingUnavailable(f"{self._name} cannot be reached ({type(error).__name__}).") from None
         if response.status_code != httpx.codes.OK:
-            raise refusal(response, provider=self._name, model=self._model)
+            raise refusal(response, provider=self._name, model=self._model, texts=texts, optional=optional)
         content = response.content
         # httpx lets it refer to itself: half a megabyte would wait for the garbage collector, which comes seldom in a load
         response.stream = httpx.ByteStream(b"")
         return content
 
-    def _ask_once(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
-        """As `_ask`, of a provider whose dialect is known: a field that it refuses is the configuration's fault."""
+    def _ask_leaving_out(self, request: Request, texts: Sequence[str]) -> bytes:
+        """As `_ask`, without the optional fields that the server does not take: they are left out from then on."""
+        left_out = self._left_out
+        while True:
+            try:
+                content = self._ask_for(request, texts, left_out)
+            except FieldRefused as refused:
+                if refused.field == request.dimensions_field and not request.may_omit_dimensions:
+                    self._check_blame(refused, lambda: self._ask_for(request, [PROBE_TEXT], self._left_out))
+                    raise self._wrong_dimensions(None) from None
+                left_out |= {refused.field}
+            else:
+                self._left_out = left_out
+                return content
+
+    def _ask_for(self, request: Request, texts: Sequence[str], left_out: frozenset[str]) -> bytes:
+        options = {name: value for name, value in request.options.items() if name not in left_out}
+        return self._ask(request.url, request.build(options, texts), texts, options.keys() - request.required)
+
+    def _check_blame(self, refused: FieldRefused, probe: Callable[[], object]) -> None:
+        """Raises TextRejected if the server takes the field that it seemed to refuse when the text is a harmless one."""
+        if refused.is_certain:
+            return
         try:
-            return self._ask(url, fields)
-        except FieldRefused:
-            raise self._wrong_dimensions(None) from None
+            probe()
+        except (FieldRefused, TextRejected):
+            return
+        raise refused.rejection
+
+    def _max_tokens_per_text(self, known: int | None, unknown_max_bytes: int) -> int:
+        """What one text may hold: the model's limit (for an unknown model in bytes), or the lower one that is configured."""
+        if self._max_input_tokens is None:
+            return unknown_max_bytes if known is None else known
+        return self._max_input_tokens if known is None else min(known, self._max_input_tokens)
+
+    def _cut_without_tokenizer(self, text: str, limit: int) -> CutText:
+        """The text cut by bytes, which are never fewer than tokens; at a configured limit by an estimate of the tokens."""
+        if self._max_input_tokens is None:
+            return cut_at_bytes(text, limit)
+        return cut_at_unknown_tokens(text, limit)
 
     def _not_an_answer(self, text_count: int) -> EmbeddingUnavailable:
         # nothing of the cause: it may quote the answer
         return EmbeddingUnavailable(
             f"{self._name} gave an answer that is not one of the embeddings protocol, for {text_count} texts.",
             resolution="It is tried again. If it goes on, check that the provider's base_url is that of its API.",
+            failure=Failure.NONSENSE,
         )
-
-    def _check_finite(self, vectors: Vectors) -> None:
-        if not np.isfinite(vectors).all():
-            raise TextRejected(f"{self._name} gives a vector with numbers that are not finite.")
 
     def _wrong_dimensions(self, given: int | None) -> EmbeddingRejected:
         if given is None:
@@ -158,6 +210,7 @@ class HttpEmbedder:
         return EmbeddingRejected(
             message,
             resolution="Set the vector table's embedding_dimensions to what the model gives, or change the model.",
+            failure=Failure.REFUSED,
         )
 
 
@@ -210,15 +263,12 @@ def _is_loopback(host: str) -> bool:
 
 def _parse_base_url(base_url: str, *, example: str) -> httpx.URL:
     try:
-        url = httpx.URL(base_url.strip())
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.scheme not in {"http", "https"} or not url.host:
+        return parse_base_url(base_url.strip())
+    except UnusableUrl as error:
         raise EmbeddingRejected(
-            "The embedding provider's base_url is not an http(s) address.",
+            f"The embedding provider's base_url is not a usable http(s) address: {error}.",
             resolution=f"Give it like `{example}`, without what follows in the addresses of its calls.",
-        )
-    return url
+        ) from None
 
 
 @lru_cache(maxsize=1)

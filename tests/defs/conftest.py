@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from embedd_dagster.catalog import connections, environments, migrate, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import connections, environments, migrate, partitions, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core.status import TaskType, VectorSetState
@@ -140,6 +140,11 @@ class Tables:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id)
             return table.partition_key if table is not None else vector_table_id
+
+    def of(self, partition_key: str) -> str:
+        """The id of the vector table that has the partition."""
+        with self.runtime.catalog.transaction() as session:
+            return partitions.find_table(session, partition_key).id
 
     def __getitem__(self, vector_table_id: str) -> VectorTable:
         with self.runtime.catalog.transaction() as session:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import dagster as dg
+import pytest
 
-from embedd_dagster.defs import sensors
+from embedd_dagster.defs import enact, sensors
+from embedd_dagster.defs.backfills import ASSET_KEY
 from embedd_dagster.defs.former_partitions import move_history
-from embedd_dagster.defs.observe import ASSET_KEY, Memory
+from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.verdicts import CHECK_NAME
 from embedd_dagster.engine.runtime import Runtime
 
@@ -55,6 +57,39 @@ def test_a_tick_moves_the_history_of_a_partition_named_by_an_id_to_the_readable_
     assert instance.get_materialized_partitions(ASSET_KEY) == {new_key, tables.partition(other_id)}
     infos = instance.event_log_storage.get_asset_check_partition_info([dg.AssetCheckKey(ASSET_KEY, CHECK_NAME)])
     assert {info.partition_key for info in infos} == {new_key, tables.partition(other_id)}
+
+
+def test_histories_that_are_not_moved_before_the_ticks_deadline_are_moved_at_the_next_ones(
+    instance: dg.DagsterInstance, runtime: Runtime, tables: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [tables.create(name) for name in ("a", "b", "c")]
+    instance.add_dynamic_partitions("vector_tables", ids)
+    for key in ids:
+        _record(instance, key, 1)
+    instant = 0.0
+
+    def slow_move(*asked: Any) -> None:
+        nonlocal instant
+        instant += 6
+        move_history(*asked)
+
+    monkeypatch.setattr(enact, "move_history", slow_move)
+    log: list[str] = []
+    moved = []
+    for _ in range(2):
+        result = sensors.reconcile(instance, lambda: runtime, Memory(), log.append, lambda: instant)
+        assert isinstance(result, dg.SensorResult)
+        for change in result.dynamic_partitions_requests or ():
+            if isinstance(change, dg.AddDynamicPartitionsRequest):
+                instance.add_dynamic_partitions("vector_tables", change.partition_keys)
+            else:
+                moved.append(list(change.partition_keys))
+                for key in change.partition_keys:
+                    instance.delete_dynamic_partition("vector_tables", key)
+    assert moved == [sorted(ids)[:2], sorted(ids)[2:]]
+    assert "1 partitions are left for the next tick." in log
+    assert instance.get_materialized_partitions(ASSET_KEY) == set(map(tables.partition, ids))
+    assert set(instance.get_dynamic_partitions("vector_tables")) == set(map(tables.partition, ids))
 
 
 def test_moving_a_history_twice_is_the_same_as_once(instance: dg.DagsterInstance) -> None:
