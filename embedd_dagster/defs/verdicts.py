@@ -78,7 +78,7 @@ def not_checked(partition_key: str, failure: dg.Failure) -> dg.AssetCheckEvaluat
         check_name=CHECK_NAME,
         passed=False,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"The run failed, so the vectors were not looked at; what was live is live. {failure.description}",
+        description=f"The run failed, so the vectors were not looked at; what was live stays live. {failure.description}",
         metadata={},
         partition=partition_key,
     )

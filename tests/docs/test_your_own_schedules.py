@@ -37,7 +37,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 def location(product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the document, in a process set up as a code server is."""
     settings = product.runtime.settings
-    monkeypatch.setenv("PRODUCTS_VECTOR_TABLE", product.vector_table_id)
+    monkeypatch.setenv("PRODUCTS_VECTOR_TABLE", product.table().partition_key)
     monkeypatch.setenv("EMBEDD_DATABASE_URL", settings.database_url.get_secret_value())
     monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", settings.encryption_keys[0].get_secret_value())
     monkeypatch.setenv("EMBEDD_QDRANT_URL", settings.qdrant_url)
