@@ -15,15 +15,18 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
 
 Connection = psycopg.Connection[Any]
+AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
 Result = TypeVar("Result")
 
 _NO_FILE: Final = "/nonexistent/embedd"
+SILENCE_SECONDS: Final = 60.0
+"""After so long without a byte, a source or a platform store is asked whether it still works."""
 _LONGEST_TRICKLE_SECONDS: Final = 0.5
 
 CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -35,6 +38,9 @@ CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
         "passfile": _NO_FILE,
         "sslcert": _NO_FILE,
         "sslkey": _NO_FILE,
+        "sslcertmode": "disable",
+        "target_session_attrs": "any",
+        "load_balance_hosts": "disable",
         "gssencmode": "disable",
         "keepalives": 1,
         "keepalives_idle": 30,
@@ -94,76 +100,103 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection whose operations end when `patience` does."""
+    """A connection whose operations end when `patience` does, or when the server has gone silent for good."""
+
+    longest_silence: float | None = None
+    """Seconds without a byte after which `is_still_working` is asked; None: however long it takes."""
+
+    def is_still_working(self) -> bool:
+        """Whether a silent server can be expected to answer yet."""
+        return False
 
     def wait(self, gen: Generator[Any, Any, Result], *args: Any, **kwargs: Any) -> Result:
         """As psycopg's. The generator is told every 0.1 s that nothing has come."""
         allowed = _patience.get()
-        return super().wait(gen if allowed is None else self._bounded(gen, allowed), *args, **kwargs)
+        if allowed is None and self.longest_silence is None:
+            return super().wait(gen, *args, **kwargs)
+        return super().wait(self._bounded(gen, allowed), *args, **kwargs)
 
-    def _bounded(self, gen: Generator[Any, Any, Result], allowed: Patience) -> Generator[Any, Any, Result]:
-        begun = time.monotonic()
+    def _bounded(self, gen: Generator[Any, Any, Result], allowed: Patience | None) -> Generator[Any, Any, Result]:
+        begun = heard = time.monotonic()
         has_waited = False
         try:
             wanted = next(gen)
             while True:
                 ready = yield wanted
-                seconds = time.monotonic() - begun
+                now = time.monotonic()
+                if ready:
+                    heard = now
+                elif self._is_silent(now - heard):
+                    break
+                else:
+                    heard = max(heard, self._asked_at)
                 # a server that sends a byte now and then is always ready
-                if not ready or seconds > _LONGEST_TRICKLE_SECONDS:
+                if not ready or now - begun > _LONGEST_TRICKLE_SECONDS:
                     has_waited = True
-                    if not allowed.allows(self, seconds):
-                        gen.close()
+                    if allowed is not None and not allowed.allows(self, now - begun):
                         break
                 wanted = gen.send(ready)
         except StopIteration as done:
             result: Result = done.value
             return result
         finally:
-            if has_waited:
+            if has_waited and allowed is not None:
                 allowed.spend(self, time.monotonic() - begun)
+        gen.close()
         self.pgconn.finish()
         raise psycopg.OperationalError("the server has not answered in time")
 
+    _asked_at = 0.0
 
-class ConnectionPool:
+    def _is_silent(self, seconds: float) -> bool:
+        if self.longest_silence is None or seconds < self.longest_silence:
+            return False
+        works = self.is_still_working()
+        self._asked_at = time.monotonic()
+        return not works
+
+
+class ConnectionPool(Generic[AnyConnection]):
     """Connections that are kept open while idle. Safe to use from several threads; opens nothing by itself.
 
     As many are open as there are threads at work; `kept` of them stay. `closed_error` is what to raise after `close`.
     """
 
     def __init__(
-        self, open_connection: Callable[[], Connection], *, kept: int, closed_error: Callable[[], Exception]
+        self, open_connection: Callable[[], AnyConnection], *, kept: int, closed_error: Callable[[], Exception]
     ) -> None:
         self._open = open_connection
         self._kept = kept
         self._closed_error = closed_error
         self._lock = threading.Lock()
-        self._idle: list[Connection] = []
+        self._idle: list[AnyConnection] = []
         self._closed = False
 
-    def take(self, *, checked: bool = True) -> Connection:
-        """A connection that answers: an idle one, else a new one. Raises what opening it raises.
+    def take(self, begin: Callable[[AnyConnection], object] | None = None) -> AnyConnection:
+        """An idle connection, or a new one. Raises what opening it raises.
 
-        Not `checked`, an idle one may have died unnoticed since: for whoever can ask again, and spares a round trip.
+        `begin` is done with it first: an idle connection that fails at that has died unnoticed, and is replaced. Without
+        it, an idle connection may turn out to be dead.
         """
         while True:
             with self._lock:
                 if self._closed:
                     raise self._closed_error()
                 connection = self._idle.pop() if self._idle else None
+            is_new = connection is None
             if connection is None:
-                return self._open()
-            if not checked:
-                return connection
+                connection = self._open()
             try:
-                connection.execute("")  # it may have died unnoticed since
-            except psycopg.Error:
+                if begin is not None:
+                    begin(connection)
+            except BaseException as error:
                 connection.close()
+                if is_new or not isinstance(error, psycopg.Error):
+                    raise
             else:
                 return connection
 
-    def give_back(self, connection: Connection) -> None:
+    def give_back(self, connection: AnyConnection) -> None:
         """Keeps the connection for the next; closes it where it is of no more use, or a statement is still open on it."""
         usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
         with self._lock:

@@ -32,10 +32,25 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
     redis_url: SecretStr | None = Field(default=None, description="Counts rate limits across processes")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    max_connections: int = Field(
+        default=1000,
+        ge=8,
+        description="Connections to one API process; fewer where its file descriptors do not suffice",
+    )
     request_timeout_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for a source, for a store and for a provider, each"
     )
     deny_private_networks: bool = Field(default=False, description="Refuse sources and providers in private networks")
+    allow_unix_sockets: bool = Field(
+        default=False,
+        description="Let a connection's host be the directory of a Unix socket; a password is needed there too",
+    )
+    database_silence_seconds: float = Field(
+        default=60.0,
+        gt=0,
+        description="After so long without a byte from a user's database, it is asked whether it still works; if it does"
+        " not answer, the read fails and is tried again",
+    )
 
     max_failed_rows_percent: float = Field(default=5.0, ge=0, le=100)
     max_task_attempts: int = Field(default=3, ge=1, le=20)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Annotated, Any, Final, Literal
 
 import httpx
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from api.errors import error_response
-from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer
+from api.errors import ErrorEnvelope, error_response
+from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from api.state import ApiState
+from embedd_dagster import __version__
 from embedd_dagster.errors import EmbeddError
+from embedd_dagster.settings import Settings
+from embedd_dagster.stores import open_qdrant
 
 router = APIRouter(tags=["Health"])
 
@@ -23,6 +27,23 @@ _CODES: Final = {
     "dagster": "orchestrator_unavailable",
     "qdrant": "vector_store_unavailable",
 }
+
+
+_LINKS: Final = {
+    "documentation": "/docs",
+    "openapi": "/openapi.json",
+    "error_codes": "/docs/errors",
+    "health": "/health",
+    "ready": "/ready",
+    "metrics": "/metrics",
+    "api": "/v1",
+}
+
+
+@router.get("/")
+async def get_service() -> ServiceAnswer:
+    """Tell what answers here, and where its documentation is."""
+    return ServiceAnswer(name="embedd", version=__version__, links=_LINKS)
 
 
 @router.get("/health")
@@ -35,12 +56,21 @@ async def get_health() -> HealthAnswer:
 @router.get(
     "/ready",
     response_model=ReadyAnswer,
-    responses={503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"}},
+    responses={
+        422: {"model": ErrorEnvelope, "description": "`validation_error`: a parameter is not accepted"},
+        503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"},
+    },
 )
-def get_ready(request: Request) -> Any:
+def get_ready(
+    request: Request,
+    purpose: Annotated[
+        Literal["query"] | None,
+        Query(alias="for", description="`query`: only what queries need, so without Dagster; left out, everything"),
+    ] = None,
+) -> Any:
     """Tell whether the catalog, Dagster and Qdrant answer, each by name."""
     state: ApiState = request.app.state.embedd
-    parts = check_parts(state)
+    parts = check_parts(state, without={"dagster"} if purpose == "query" else frozenset())
     checks = {name: part.model_dump() for name, part in parts.items()}
     down = [name for name, part in parts.items() if part.status == "down"]
     if not down:
@@ -57,9 +87,8 @@ def get_ready(request: Request) -> Any:
     return response
 
 
-def check_parts(state: ApiState) -> dict[str, PartAnswer]:
-    """Every part, asked at the same time."""
-    headers = {"api-key": key.get_secret_value()} if (key := state.settings.qdrant_api_key) else {}
+def check_parts(state: ApiState, *, without: Set[str] = frozenset()) -> dict[str, PartAnswer]:
+    """Every part (without some), asked at the same time."""
     token = state.settings.dagster_token
     dagster_headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
     checks: dict[str, Callable[[], None] | None] = {
@@ -67,8 +96,9 @@ def check_parts(state: ApiState) -> dict[str, PartAnswer]:
         "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info", dagster_headers)
         if state.settings.dagster_url
         else None,
-        "qdrant": _get(f"{state.settings.qdrant_url.rstrip('/')}/readyz", headers),
+        "qdrant": partial(_check_qdrant, state.settings),
     }
+    checks = {name: check for name, check in checks.items() if name not in without}
     with ThreadPoolExecutor(len(checks)) as workers:
         return dict(zip(checks, workers.map(_check, checks.values()), strict=True))
 
@@ -79,6 +109,13 @@ def _get(url: str, headers: dict[str, str] | None = None) -> Callable[[], None]:
             client.get(url, headers=headers).raise_for_status()
 
     return get
+
+
+def _check_qdrant(settings: Settings) -> None:
+    # not /readyz, which answers without a key: a wrong key is not ready
+    key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
+    with open_qdrant(settings.qdrant_url, key, read_timeout_seconds=_TIMEOUT_SECONDS) as store:
+        store.check()
 
 
 def _check(check: Callable[[], None] | None) -> PartAnswer:

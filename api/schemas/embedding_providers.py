@@ -117,6 +117,12 @@ class EmbeddingProviderAnswer(Answer):
     provider: Literal["openai", "gemini", "voyage", "local"]
     base_url: str | None
     limits: dict[str, int | None]
+    status: Literal["pending", "connected", "failed"] = Field(
+        description="The outcome of the last test; `pending`: none yet, or a server of your own that answers, "
+        "and was not asked for a model that it has"
+    )
+    last_error: str | None = Field(description="Why the last test failed")
+    tested_at: Timestamp | None
     created_at: Timestamp
     updated_at: Timestamp
 

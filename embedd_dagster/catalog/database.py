@@ -17,6 +17,7 @@ from embedd_dagster.errors import CatalogUnavailable
 from embedd_dagster.postgresql import BoundedConnection
 
 _LOOKUP_CONNECTIONS = 8
+_SILENCE_SECONDS = 45.0  # a server that works ends every statement after 30, by the timeout below
 _CONNECT_ARGUMENTS: dict[str, Any] = {
     "connect_timeout": 5,
     "application_name": "embedd-catalog",
@@ -28,7 +29,9 @@ _CONNECT_ARGUMENTS: dict[str, Any] = {
 def _connect_bounded(
     _dialect: Any, _record: Any, args: Sequence[Any], parameters: Mapping[str, Any]
 ) -> BoundedConnection:
-    return BoundedConnection.connect(*args, **parameters)
+    connection = BoundedConnection.connect(*args, **parameters)
+    connection.longest_silence = _SILENCE_SECONDS
+    return connection
 
 
 class Catalog:
@@ -64,7 +67,7 @@ class Catalog:
 
     def _connect(self) -> psycopg.Connection[tuple[Any, ...]]:
         _, address = self._engine.dialect.create_connect_args(self._engine.url)
-        return BoundedConnection.connect(**{**address, **_CONNECT_ARGUMENTS}, autocommit=True)
+        return _connect_bounded(None, None, (), {**address, **_CONNECT_ARGUMENTS, "autocommit": True})
 
     def check(self) -> None:
         """Returns when the catalog answers."""

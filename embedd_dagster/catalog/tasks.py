@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import database_now, new_id, now
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core import ids
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
@@ -116,14 +116,16 @@ def page(
     *,
     target_id: str | None,
     status: str | None,
+    name: str | None = None,
 ) -> Page[Task]:
-    """The environment's tasks, newest first."""
+    """The environment's tasks, newest first; with a name, those of the vector table that has it now."""
     statement = select(Task).where(Task.environment_id == environment_id)
-    if target_id is not None:
-        statement = statement.where(Task.target_id == target_id)
-    if status is not None:
-        statement = statement.where(Task.status == status)
-    return fetch_page(session, statement, Task, limit, after)
+    if name is not None:
+        named = select(VectorTable.id).where(
+            VectorTable.environment_id == environment_id, VectorTable.name == name, VectorTable.deleted_at.is_(None)
+        )
+        statement = statement.where(Task.target_id == named.scalar_subquery())
+    return fetch_page(session, having(statement, {Task.target_id: target_id, Task.status: status}), Task, limit, after)
 
 
 def live_tasks(session: Session) -> list[Task]:

@@ -40,6 +40,7 @@ class HttpOptions(TypedDict):
     timeout_seconds: NotRequired[float]
     deny_private_networks: NotRequired[bool]
     max_input_tokens: NotRequired[int | None]
+    largest_answer: NotRequired[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class HttpEmbedder:
     ) -> None:
         base_url, timeout_seconds = options["base_url"], options.get("timeout_seconds", 60.0)
         deny_private_networks = options.get("deny_private_networks", False)
+        self._largest_answer = options.get("largest_answer", LARGEST_ANSWER)
         self._model = model
         self._dimensions = dimensions
         self._timeout_seconds = timeout_seconds
@@ -86,7 +88,14 @@ class HttpEmbedder:
             # the operator's proxy decides where it connects to, and resolves the names; an address it is given as it is
             _check_literal(url.host, deny_private_networks=deny_private_networks)
         transport = (
-            None if is_proxied else VettedTransport(tls=tls, limits=pool, deny_private_networks=deny_private_networks)
+            None
+            if is_proxied
+            else VettedTransport(
+                tls=tls,
+                limits=pool,
+                deny_private_networks=deny_private_networks,
+                largest_answer=self._largest_answer,
+            )
         )
         self._http = httpx.Client(
             # vectors as base64 hardly get smaller by compression, but cost as much again to unpack
@@ -119,7 +128,7 @@ class HttpEmbedder:
         with closing(self._http.send(request, stream=True)) as response:
             for piece in response.iter_bytes():
                 content += piece
-                if len(content) > LARGEST_ANSWER:
+                if len(content) > self._largest_answer:
                     raise httpx.RemoteProtocolError("too large", request=request)
                 if time.monotonic() > until:
                     raise httpx.ReadTimeout("No answer in time.", request=request)

@@ -21,6 +21,8 @@ import httpx
 
 LARGEST_ANSWER: Final = 64 * 2**20
 """Twice what 2,048 vectors of 3,072 numbers take as base64."""
+ANSWER_TO_ONE_TEXT: Final = 2**20
+"""Of a server that gives no vector of more than 16,000 numbers, however it writes them."""
 _PIECE: Final = 2**20
 _READ_BUFFER: Final = 2**16
 _GZIP: Final = frozenset({"gzip", "x-gzip"})
@@ -36,8 +38,9 @@ class ConnectionWasClosed(Exception):
 class _Incoming(io.RawIOBase):
     """What comes from a socket, until an instant: a timeout of the socket starts again with every byte."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, largest: int) -> None:
         self._sock = sock
+        self._largest = largest
         self.until: float | None = None
         """None: do not wait, only what has been read already counts."""
         self.received = 0
@@ -52,7 +55,7 @@ class _Incoming(io.RawIOBase):
         self._sock.settimeout(_seconds_left(self.until))
         count = self._sock.recv_into(buffer)
         self.received += count
-        if self.received > LARGEST_ANSWER:
+        if self.received > self._largest:
             raise http.client.HTTPException("too large")
         return count
 
@@ -67,9 +70,9 @@ class _Reader(io.BufferedReader):
 class _Socket:
     """What http.client takes for a socket. Its `close` does nothing, because an answer may still be coming."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, largest: int) -> None:
         self._sock = sock
-        self.incoming = _Incoming(sock)
+        self.incoming = _Incoming(sock, largest)
         self.reader = _Reader(self.incoming, _READ_BUFFER)
 
     def makefile(self, _mode: str) -> io.BufferedReader:
@@ -102,22 +105,23 @@ class _Answer(http.client.HTTPResponse):
             self.headers = self.msg = None  # type: ignore[assignment]
             super().begin()
 
-    def read_all(self) -> bytes:
-        """The body, unpacked. Raises one of `NOT_HTTP` if it is incomplete or cannot be unpacked."""
+    def read_all(self, largest: int) -> bytes:
+        """The body, unpacked, of at most `largest` bytes. Raises one of `NOT_HTTP` if it is incomplete or cannot be unpacked."""
         pieces = []
         while piece := self.read(_PIECE):
             pieces.append(piece)
         if self.length:
             raise http.client.IncompleteRead(b"", self.length)
-        return _unpack(b"".join(pieces), self.headers.get("content-encoding", ""))
+        return _unpack(b"".join(pieces), self.headers.get("content-encoding", ""), largest)
 
 
 class ProviderConnection:
     """A connection that is open. Its owner closes it, also after an error."""
 
-    def __init__(self, sock: socket.socket, host: str, port: int) -> None:
+    def __init__(self, sock: socket.socket, host: str, port: int, *, largest_answer: int = LARGEST_ANSWER) -> None:
         self._sock = sock
-        self._stream = _Socket(sock)
+        self._largest_answer = largest_answer
+        self._stream = _Socket(sock, largest_answer)
         self._http = http.client.HTTPConnection(host, port)
         self._http.auto_open = 0  # it would look up the name by itself
         self._http.response_class = _Answer
@@ -140,7 +144,7 @@ class ProviderConnection:
             if is_reused and not incoming.received:
                 raise ConnectionWasClosed from None
             raise
-        content = answer.read_all()
+        content = answer.read_all(self._largest_answer)
         incoming.until = None
         headers = [(name, value) for name, value in answer.getheaders() if name.lower() != "content-encoding"]
         return httpx.Response(answer.status, headers=headers, content=content)
@@ -172,25 +176,25 @@ class ProviderConnection:
         self._sock.close()
 
 
-def _unpack(body: bytes, encoding: str) -> bytes:
+def _unpack(body: bytes, encoding: str, largest: int) -> bytes:
     """The body without its compression: some servers compress although they were asked not to."""
     encoding = encoding.strip().lower()
     if encoding in ("", "identity"):
         return body
     if encoding in _GZIP:
-        unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(LARGEST_ANSWER + 1)
+        unpacked = gzip.GzipFile(fileobj=io.BytesIO(body)).read(largest + 1)
     elif encoding == "deflate":
-        unpacked = _inflate(body)
+        unpacked = _inflate(body, largest)
     else:
         raise http.client.HTTPException("an unknown compression")
-    if len(unpacked) > LARGEST_ANSWER:
+    if len(unpacked) > largest:
         raise http.client.HTTPException("too large")
     return unpacked
 
 
-def _inflate(body: bytes) -> bytes:
+def _inflate(body: bytes, largest: int) -> bytes:
     # "deflate" means zlib's form; some servers send the bare one
     try:
-        return zlib.decompressobj().decompress(body, LARGEST_ANSWER + 1)
+        return zlib.decompressobj().decompress(body, largest + 1)
     except zlib.error:
-        return zlib.decompressobj(_BARE_DEFLATE).decompress(body, LARGEST_ANSWER + 1)
+        return zlib.decompressobj(_BARE_DEFLATE).decompress(body, largest + 1)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import httpx
 
 from embedd_dagster import network
-from embedd_dagster.embedders.http_connection import NOT_HTTP, ConnectionWasClosed, ProviderConnection
+from embedd_dagster.embedders.http_connection import LARGEST_ANSWER, NOT_HTTP, ConnectionWasClosed, ProviderConnection
 from embedd_dagster.errors import EmbeddingRejected
 from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
@@ -39,8 +39,10 @@ class VettedTransport(httpx.BaseTransport):
         tls: ssl.SSLContext | None,
         limits: httpx.Limits,
         deny_private_networks: bool,
+        largest_answer: int = LARGEST_ANSWER,
         resolver: Resolver = network.resolve,
     ) -> None:
+        self._largest_answer = largest_answer
         self._tls = tls
         self._limits = limits
         self._deny_private_networks = deny_private_networks
@@ -119,7 +121,8 @@ class VettedTransport(httpx.BaseTransport):
         failure: httpx.TransportError = httpx.ConnectError("The name has no address.")
         for address in addresses:
             try:
-                return ProviderConnection(self._open_socket(address, url.host, port, timeout), url.host, port)
+                opened = self._open_socket(address, url.host, port, timeout)
+                return ProviderConnection(opened, url.host, port, largest_answer=self._largest_answer)
             except TimeoutError:
                 failure = httpx.ConnectTimeout("No connection in time.")
             except OSError as error:

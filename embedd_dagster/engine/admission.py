@@ -58,6 +58,7 @@ def open_source_briefly(
         connect_timeout_seconds=max(2, min(_CONNECT_TIMEOUT_SECONDS, round(patience))),
         statement_timeout_seconds=min(statement_timeout_seconds, patience),
         deny_private_networks=runtime.settings.deny_private_networks,
+        allow_unix_sockets=runtime.settings.allow_unix_sockets,
     )
 
 
@@ -110,9 +111,17 @@ def admit_change(
         check_columns(new.columns)
     if (new.embedding_model, new.embedding_dimensions) != (old.embedding_model, old.embedding_dimensions):
         check_embedding(provider, new.embedding_model, new.embedding_dimensions)
-    if new.columns == old.columns:
+    is_moved = new.source_table != old.source_table
+    if new.columns == old.columns and not is_moved:
         return new
-    return _check_source(runtime, connection, new, check_key=False)
+    return _check_source(runtime, connection, new, check_key=is_moved)
+
+
+def source_key_type(runtime: Runtime, connection: Connection, configuration: VectorConfiguration) -> str:
+    """The source's own type name of the primary key. Raises as `Source.reader`."""
+    selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
+    with open_source_briefly(runtime, connection) as source:
+        return source.reader(selection).key_type
 
 
 def check_embedding(provider: EmbeddingProvider | None, model: str, dimensions: int) -> None:

@@ -37,7 +37,11 @@ class Runtime:
         """The source behind a connection; the caller closes it. Raises SecretUnreadable."""
         credentials = connections.open_credentials(connection, self.box)
         return sources.open_source(
-            connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
+            connection.provider,
+            credentials,
+            deny_private_networks=self.settings.deny_private_networks,
+            allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
@@ -55,11 +59,21 @@ class Runtime:
         """The store inside a connection's own database; the caller closes it. Raises SecretUnreadable."""
         credentials = connections.open_credentials(connection, self.box)
         return stores.open_platform_store(
-            connection.provider, credentials, deny_private_networks=self.settings.deny_private_networks
+            connection.provider,
+            credentials,
+            deny_private_networks=self.settings.deny_private_networks,
+            allow_unix_sockets=self.settings.allow_unix_sockets,
+            silence_seconds=self.settings.database_silence_seconds,
         )
 
     def open_embedder(
-        self, provider: EmbeddingProvider | None, model: str, dimensions: int, *, timeout_seconds: float | None = None
+        self,
+        provider: EmbeddingProvider | None,
+        model: str,
+        dimensions: int,
+        *,
+        timeout_seconds: float | None = None,
+        one_text_at_a_time: bool = False,
     ) -> Embedder:
         """One model of a provider, unpaced; the caller closes it. Raises SecretUnreadable, ConfigurationError."""
         if provider is None:
@@ -73,6 +87,7 @@ class Runtime:
             dimensions=dimensions,
             limits=provider.limits,
             timeout_seconds=timeout_seconds,
+            one_text_at_a_time=one_text_at_a_time,
             deny_private_networks=self.settings.deny_private_networks,
         )
 

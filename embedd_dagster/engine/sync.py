@@ -22,6 +22,7 @@ from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.engine.origins import require_same_table
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded, SourceRejected, VectorStoreRejected
 from embedd_dagster.sources.base import PAGE_BYTES, TableReader
@@ -216,6 +217,7 @@ def sync(work: Work) -> RowCounts:
     vector_set = work.vector_set(live)
     pipeline = work.pipeline(live, [vector_set])
     reader = work.reader(pipeline.configuration)
+    require_same_table(reader, live, work.table.source_table)
     _require_key_type(work, reader, live)
     with work.stage("digest"):
         digest, following = _take_digests(work, reader, vector_sets.stored_digest(live))
@@ -238,6 +240,7 @@ def sync(work: Work) -> RowCounts:
             raise RunSuperseded("The vector table is gone.")
         vector_sets.set_digest(row, following)
         row.truncated_count = (row.truncated_count or 0) + counts.truncated
+        row.source_origin = reader.origin
         if point_count is not None:
             failed = vector_sets.count_failures(session, live.vector_table_id, live.version)
             row.skipped_count = digest.row_count - point_count - failed
@@ -252,7 +255,9 @@ def sync(work: Work) -> RowCounts:
 
 def _require_key_type(work: Work, reader: TableReader, live: VectorSetRow) -> None:
     """Raises SourceRejected where the set keeps its keys in a column of another type than the source's by now."""
-    if work.table.mode == Mode.PLATFORM and live.key_type not in (None, reader.key_type):
+    # a type outside of pg_catalog was once kept without its schema
+    same_types = (None, reader.key_type, reader.key_type.rpartition(".")[2])
+    if work.table.mode == Mode.PLATFORM and live.key_type not in same_types:
         raise SourceRejected(
             f"Primary key column {work.table.primary_key_column!r} is of type {reader.key_type} by now, and the vectors are"
             f" kept by {live.key_type}.",

@@ -31,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from embedd_dagster import logs
 from embedd_dagster.local import qdrant_wire as wire
 from embedd_dagster.local.qdrant_calls import COLLECTION_HANDLERS, Call
 from embedd_dagster.local.qdrant_collections import QdrantCatalog
@@ -141,7 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.parse_args(arguments)
     # from the environment: arguments can be seen by every user of the machine
-    api_key = os.environ.get("EMBEDD_QDRANT_API_KEY") or None
+    api_key = os.environ.get("EMBEDD_QDRANT_API_KEY")
+    if api_key is not None and not api_key.strip():
+        parser.error("EMBEDD_QDRANT_API_KEY is empty. Give it a value, or unset it to serve without a key.")
+    logs.lose_unwritable_lines()
+    os.umask(0o077)  # the data directory holds rows
     # uvicorn raises the signal that ended it once more when all is closed: an asked-for end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))

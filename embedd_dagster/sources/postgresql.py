@@ -1,6 +1,7 @@
 """PostgreSQL 14 and newer as a source: introspection here, reading in `postgresql_reader`.
 
-Only reads, without locks, temporary tables or writes, so a read-only replica and a pooler in session mode will do.
+Only reads, without locks, temporary tables, writes or session-wide settings, so a read-only replica and a pooler in any mode
+will do; only following changes needs a session of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from psycopg.sql import SQL
 
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
+from embedd_dagster.postgresql import SILENCE_SECONDS
 from embedd_dagster.sources.base import Selection, SourceTable
 from embedd_dagster.sources.changes import FollowedTable
 from embedd_dagster.sources.postgresql_catalog import (
@@ -26,10 +28,11 @@ from embedd_dagster.sources.postgresql_catalog import (
     list_tables,
     row_estimate,
 )
-from embedd_dagster.sources.postgresql_changes import FEED_SESSION, PostgresChangeFeed
+from embedd_dagster.sources.postgresql_changes import FEED_SETTINGS, PostgresChangeFeed
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
 from embedd_dagster.sources.postgresql_followable import check_followable
+from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 
 
@@ -43,6 +46,8 @@ class PostgresSource:
         statement_timeout_seconds: float,
         connect_timeout_seconds: int,
         deny_private_networks: bool,
+        allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
@@ -51,6 +56,8 @@ class PostgresSource:
             statement_timeout_seconds=statement_timeout_seconds,
             connect_timeout_seconds=connect_timeout_seconds,
             deny_private_networks=deny_private_networks,
+            allow_unix_sockets=allow_unix_sockets,
+            silence_seconds=silence_seconds,
         )
         self._connections = self._connect()
 
@@ -94,12 +101,13 @@ class PostgresSource:
 
     def check_followable(self, table: FollowedTable) -> None:
         """Returns when changes of the table can be followed. Changes nothing."""
+        require_own_session(self._connections)
         with self._connection(table.table) as connection:
             check_followable(connection, table, self._connections.server)
 
     def change_feed(self, name: str) -> PostgresChangeFeed:
         """The feed of this name, over connections of its own, which the source's `close` leaves open."""
-        return PostgresChangeFeed(self._connect(settings=FEED_SESSION), name)
+        return PostgresChangeFeed(self._connect(settings=FEED_SETTINGS, read_only=False), name)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, Final
@@ -13,6 +14,7 @@ from psycopg import sql
 
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected, SourceTableNotFound
+from embedd_dagster.postgresql_sessions import role_schemas
 from embedd_dagster.sources.base import SourceColumn, SourceTable
 from embedd_dagster.sources.postgresql_errors import Server, access_denied, quoted
 from embedd_dagster.sources.postgresql_names import folded, readings, spelling, suggestion
@@ -87,9 +89,16 @@ class ColumnInfo:
         """The expression, of this column's type, in the form that is read."""
         if self.base_name == "bpchar":  # the cast drops the padding, which PostgreSQL itself does not regard
             return sql.SQL("{}::pg_catalog.text").format(expression)
+        if self.array_of and self.base_schema != "pg_catalog":
+            return sql.SQL("pg_catalog.textin(pg_catalog.array_out({}))::pg_catalog.text[]").format(expression)
         if self.array_of and (self.base_name == "_bpchar" or self.type_oid not in _DRIVER_ARRAYS):
             return sql.SQL("{}::pg_catalog.text[]").format(expression)
         return expression
+
+    def text(self, expression: sql.Composable) -> sql.Composable:
+        """The expression, of this column's type and not null, as text. `concat` is no cast, which an owner could replace."""
+        form = "pg_catalog.concat({})" if self.base_kind == "e" else "{}::pg_catalog.text"
+        return sql.SQL(form).format(expression)
 
     def parameter(self, *, array: bool = False) -> sql.Composable:
         """A placeholder for a key of this column (or a list of them), of a type that lets its index be used."""
@@ -176,7 +185,7 @@ class Relation:
             return
         listed = ", ".join(map(quoted, denied))
         what = f"({listed}) " if len(denied) < len(self.columns) else ""
-        grant = f"GRANT SELECT {what}ON {self.label} TO {quoted(server.user)};"
+        grant = f"GRANT SELECT {what}ON {self.label} TO {quoted(server.grantee)};"
         raise access_denied(server, self.label, grant=grant)
 
     def key(self, name: str) -> ColumnInfo:
@@ -190,16 +199,28 @@ class Relation:
         return column
 
 
+# As `pg_table_is_visible`, by the role's own search path instead of the one that is pinned.
+_VISIBLE: Final = """
+LATERAL (
+    SELECT n.nspname = (
+        SELECT h.nspname FROM pg_catalog.unnest(%(path)s::pg_catalog.text[]) WITH ORDINALITY AS s(name, place)
+        JOIN pg_catalog.pg_namespace h ON h.nspname = s.name
+        JOIN pg_catalog.pg_class o ON o.relnamespace = h.oid AND o.relname = c.relname
+        ORDER BY s.place LIMIT 1
+    ) IS TRUE
+) AS v(visible)
+"""
+
 _RELATIONS: Final = """
-SELECT c.oid, n.nspname, c.relname, c.relkind::pg_catalog.text, pg_catalog.pg_table_is_visible(c.oid),
+SELECT c.oid, n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
        pg_catalog.has_schema_privilege(n.oid, 'USAGE'), pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
-FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, <visible>
 WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[])
-  AND (c.relname = ANY (%(names)s::pg_catalog.text[]) AND pg_catalog.pg_table_is_visible(c.oid)
+  AND (c.relname = ANY (%(names)s::pg_catalog.text[]) AND v.visible
        OR EXISTS (SELECT FROM ROWS FROM (pg_catalog.unnest(%(schemas)s::pg_catalog.text[]),
                                          pg_catalog.unnest(%(tables)s::pg_catalog.text[])) AS g(s, t)
                   WHERE g.s = n.nspname AND g.t = c.relname))
-"""
+""".replace("<visible>", _VISIBLE)
 
 _COLUMNS: Final = """
 WITH RECURSIVE base(number, type_oid, modifier) AS (
@@ -211,7 +232,11 @@ WITH RECURSIVE base(number, type_oid, modifier) AS (
 )
 SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull OR d.typnotnull,
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
-       CASE WHEN n.nspname = 'pg_catalog' OR t.typname = 'citext' THEN t.typname::pg_catalog.text ELSE '' END,
+       CASE WHEN n.nspname = 'pg_catalog' OR t.typname = 'citext' AND EXISTS (
+           SELECT FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_extension e ON e.oid = p.refobjid
+           WHERE p.classid = 'pg_catalog.pg_type'::pg_catalog.regclass AND p.objid = t.oid AND p.deptype = 'e'
+             AND p.refclassid = 'pg_catalog.pg_extension'::pg_catalog.regclass AND e.extname = 'citext'
+       ) THEN t.typname::pg_catalog.text ELSE '' END,
        n.nspname, t.typtype::pg_catalog.text, t.typcategory::pg_catalog.text,
        pg_catalog.format_type(t.oid, b.modifier), pg_catalog.format_type(t.oid, -1), b.modifier,
        CASE WHEN t.typcategory = 'A' AND t.typlen = -1 THEN t.typelem::pg_catalog.int8 ELSE 0 END,
@@ -252,8 +277,7 @@ _TABLES: Final = """
 SELECT n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
        CASE WHEN c.reltuples >= 0 AND c.relkind <> 'v' THEN c.reltuples::pg_catalog.int8 END
 FROM pg_catalog.pg_class c
-JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace,
-LATERAL (SELECT pg_catalog.pg_table_is_visible(c.oid)) AS v(visible)
+JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace, <visible>
 WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[]) AND NOT c.relispartition
   AND n.nspname <> 'information_schema' AND n.nspname !~ '^pg_'
   AND pg_catalog.has_schema_privilege(n.oid, 'USAGE') AND pg_catalog.has_any_column_privilege(c.oid, 'SELECT')
@@ -261,13 +285,13 @@ WHERE c.relkind = ANY ('{r,p,v,m,f}'::pg_catalog."char"[]) AND NOT c.relispartit
                   WHERE p.classid = 'pg_catalog.pg_class'::pg_catalog.regclass AND p.objid = c.oid AND p.deptype = 'e')
 ORDER BY CASE WHEN v.visible THEN c.relname::pg_catalog.text
               ELSE pg_catalog.concat(n.nspname, '.', c.relname) END COLLATE pg_catalog."C"
-LIMIT %s
-"""
+LIMIT %(limit)s
+""".replace("<visible>", _VISIBLE)
 
 
 def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceTable]:
     """Up to `limit` readable tables, by name, without columns."""
-    rows = connection.execute(_TABLES, [limit]).fetchall()
+    rows = connection.execute(_TABLES, {"limit": limit, "path": role_schemas(connection)}).fetchall()
     return [
         SourceTable(spelling(schema, name, visible=visible), (), kind in "vm", estimate)
         for schema, name, kind, visible, estimate in rows
@@ -298,30 +322,68 @@ def planner_estimate(connection: psycopg.Connection[Any], relation: Relation) ->
     return int(row[0][0]["Plan"]["Plan Rows"]) if row else 0
 
 
-def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
-    """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
-    candidates = readings(given)
+def _in_short(column: ColumnInfo, path: list[str]) -> ColumnInfo:
+    """The column with its declared type as users write it: without a schema that is in their search path."""
+    for schema in path:
+        prefixes = (f"{schema}.", f"{quoted(schema)}.")
+        if column.declared_type.startswith(prefixes):
+            length = next(len(prefix) for prefix in prefixes if column.declared_type.startswith(prefix))
+            return replace(column, declared_type=column.declared_type[length:])
+    return column
+
+
+def resolve_names(connection: psycopg.Connection[Any], names: Iterable[str]) -> dict[str, int]:
+    """The OIDs of the tables that these names mean at this moment, in two round trips; those that mean none are left out."""
+    candidates = {name: readings(name) for name in names}
+    if not candidates:
+        return {}
+    pairs = [pair for readings_of_one in candidates.values() for pair in readings_of_one]
+    found = _find_candidates(connection, pairs, role_schemas(connection))
+    chosen = {name: _choose(pairs, found) for name, pairs in candidates.items()}
+    return {name: row[0] for name, row in chosen.items() if row is not None}
+
+
+def _find_candidates(
+    connection: psycopg.Connection[Any], candidates: Sequence[tuple[str | None, str]], path: Sequence[str]
+) -> list[tuple[Any, ...]]:
     qualified = [(schema, name) for schema, name in candidates if schema is not None]
-    found = connection.execute(
+    return connection.execute(
         _RELATIONS,
         {
             "names": [name for schema, name in candidates if schema is None],
             "schemas": [schema for schema, _ in qualified],
             "tables": [name for _, name in qualified],
+            "path": path,
         },
     ).fetchall()
+
+
+def _choose(candidates: Sequence[tuple[str | None, str]], found: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """The row of the likeliest reading of a name that there is."""
     for schema, name in candidates:
-        for oid, row_schema, row_name, kind, visible, schema_usage, readable in found:
-            if row_name != name or (not visible if schema is None else row_schema != schema):
-                continue
-            label = f"{quoted(row_schema)}.{quoted(row_name)}"
-            grants = [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(row_schema)} TO {quoted(server.user)};"]
-            if not readable:
-                grants.append(f"GRANT SELECT ON {label} TO {quoted(server.user)};")
-            if grants:
-                raise access_denied(server, label, grant=" ".join(grants))
-            columns = connection.execute(_COLUMNS, {"oid": oid}).fetchall()
-            return Relation(oid, row_schema, row_name, kind, visible, tuple(ColumnInfo(*column) for column in columns))
+        for row in found:
+            _oid, row_schema, row_name, _kind, visible, *_rights = row
+            if row_name == name and (visible if schema is None else row_schema == schema):
+                return row
+    return None
+
+
+def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
+    """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
+    candidates = readings(given)
+    path = role_schemas(connection)
+    chosen = _choose(candidates, _find_candidates(connection, candidates, path))
+    if chosen is not None:
+        oid, schema, name, kind, visible, schema_usage, readable = chosen
+        label = f"{quoted(schema)}.{quoted(name)}"
+        grants = [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(schema)} TO {quoted(server.grantee)};"]
+        if not readable:
+            grants.append(f"GRANT SELECT ON {label} TO {quoted(server.grantee)};")
+        if grants:
+            raise access_denied(server, label, grant=" ".join(grants))
+        columns = connection.execute(_COLUMNS, {"oid": oid}).fetchall()
+        found_columns = tuple(_in_short(ColumnInfo(*column), path) for column in columns)
+        return Relation(oid, schema, name, kind, visible, found_columns)
     known = [table.name for table in list_tables(connection, 2000)]
     raise SourceTableNotFound(
         f"There is no table {given!r} in database {server.database!r}.",

@@ -16,7 +16,9 @@ from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, SILENCE_SECONDS, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_login import accepted_methods, is_socket, socket_fault
+from embedd_dagster.postgresql_sessions import ScopedConnection, ScopedCursor
 from embedd_dagster.sources.network import allowed_addresses
 from embedd_dagster.sources.postgresql_errors import Server, connect_error, translated
 
@@ -24,8 +26,9 @@ _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "veri
 _KEPT: Final = 4  # idle connections; as many as there are threads at work are open
 _OLDEST_VERSION: Final = 140000  # bit_xor, and the last release that its makers support
 
-# Row hashes are made of the text of values: whatever a role, a database or the server sets, that text must be the same.
-_SESSION: Final = {
+# Of each transaction. Row hashes are made of the text of values: that text must be the same under every configuration of
+# role, database and server.
+_SETTINGS: Final = {
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",
     "IntervalStyle": "postgres",
@@ -41,7 +44,7 @@ _SESSION: Final = {
     "enable_sort": "off",
     "enable_bitmapscan": "off",
     "lock_timeout": "30s",  # behind an ALTER TABLE: say so, instead of hanging until the statement timeout
-    "default_transaction_read_only": "on",
+    "idle_in_transaction_session_timeout": "600s",  # while a caller works on the last rows of a statement
 }
 # Types that psycopg makes objects of, where the database's own text is what users know.
 _AS_TEXT: Final = (
@@ -90,15 +93,21 @@ class Connections:
         statement_timeout_seconds: float,
         connect_timeout_seconds: int,
         deny_private_networks: bool,
+        allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
         settings: Mapping[str, str] = MappingProxyType({}),
+        read_only: bool = True,
     ) -> None:
-        """`settings` of a session win over those that every source has."""
+        """`settings` of a transaction win over those that every source has."""
         self.server = credentials.server
+        self._read_only = read_only
         self._settings = settings
         self._credentials = credentials
         self._statement_timeout_seconds = statement_timeout_seconds
         self._connect_timeout_seconds = connect_timeout_seconds
         self._deny_private_networks = deny_private_networks
+        self._allow_unix_sockets = allow_unix_sockets
+        self._silence_seconds = silence_seconds
         self._pool = ConnectionPool(
             self.open,
             kept=_KEPT,
@@ -108,12 +117,14 @@ class Connections:
         """Whether the database is of no encoding, so that text may be any bytes; known from the first connection on."""
 
     @contextmanager
-    def borrow(self) -> Iterator[psycopg.Connection[Any]]:
-        """A working connection, in autocommit; closed instead of kept when the block raises or leaves a statement open."""
-        connection = self._pool.take()
+    def borrow(self) -> Iterator[ScopedConnection]:
+        """A working connection in a transaction, which ends with the block; closed when the block raises what is not ours."""
+        connection = self._pool.take(ScopedConnection.begin)
         try:
             yield connection
+            connection.end()
         except EmbeddError:  # what we found out by it, not what befell it
+            connection.abandon()
             self._pool.give_back(connection)
             raise
         except BaseException:
@@ -125,21 +136,13 @@ class Connections:
         """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
         self._pool.close()
 
-    def open(self) -> psycopg.Connection[Any]:
-        """A new connection, which whoever asked for it closes."""
-        credentials, server = self._credentials, self.server
+    def open(self) -> ScopedConnection:
+        """A new connection, which the caller closes. Each of its statements is a transaction of its own by default."""
+        server = self.server
         try:
-            connection = BoundedConnection.connect(
-                **self._addresses(),
-                dbname=server.database,
-                user=server.user,
-                password=credentials.password,
-                sslmode=credentials.ssl_mode,
-                connect_timeout=self._connect_timeout_seconds,
-                **CONNECT_OPTIONS,
-            )
+            connection = self._dial()
         except psycopg.Error as error:
-            raise connect_error(error, server, credentials.password) from None
+            raise connect_error(error, server, self._credentials.password) from None
         try:
             with translated(server):
                 self._prepare(connection)
@@ -148,16 +151,30 @@ class Connections:
             raise
         return connection
 
+    def _dial(self) -> ScopedConnection:
+        credentials, server = self._credentials, self.server
+        return ScopedConnection.connect(
+            **self._addresses(),
+            dbname=server.database,
+            user=server.user,
+            password=credentials.password,
+            sslmode=credentials.ssl_mode,
+            require_auth=accepted_methods(credentials.password, credentials.ssl_mode),
+            connect_timeout=self._connect_timeout_seconds,
+            **CONNECT_OPTIONS,
+        )
+
     def _addresses(self) -> dict[str, Any]:
         server = self.server
-        if server.host.startswith(("/", "@")):
-            if self._deny_private_networks:
-                raise SourceRejected("The host is a local socket, to which this service does not connect.")
+        fault = socket_fault(server.host, self._credentials.password, allow_unix_sockets=self._allow_unix_sockets)
+        if fault:
+            raise SourceRejected(fault[0], resolution=fault[1])
+        if is_socket(server.host):
             return {"host": server.host, "port": server.port}
         found = allowed_addresses(server.host, server.port, deny_private_networks=self._deny_private_networks)
         return host_parameters(server.host, server.port, found)
 
-    def _prepare(self, connection: psycopg.Connection[Any]) -> None:
+    def _prepare(self, connection: ScopedConnection) -> None:
         if connection.info.server_version < _OLDEST_VERSION:
             version = connection.info.server_version // 10000
             raise SourceRejected(
@@ -165,24 +182,25 @@ class Connections:
                 resolution="Upgrade the server, or replicate the table to a newer one.",
             )
         timeout = str(round(self._statement_timeout_seconds * 1000))
-        settings = {**_SESSION, "statement_timeout": timeout, **self._settings}
-        connection.execute(
-            "SELECT " + ", ".join(["pg_catalog.set_config(%s, %s, false)"] * len(settings)),
-            [part for setting in settings.items() for part in setting],
-        )
+        settings = {**_SETTINGS, "statement_timeout": timeout, **self._settings}
+        self.may_hold_invalid_text = connection.info.parameter_status("server_encoding") == "SQL_ASCII"
+        if self.may_hold_invalid_text:
+            # The server would refuse to send them as UTF-8. Only here, as each value costs a call into Python.
+            settings["client_encoding"] = "SQL_ASCII"
+        connection.configure(settings, read_only=self._read_only)
+        connection.longest_silence, connection.probe = self._silence_seconds, self._dial
         for name in _AS_TEXT:
             connection.adapters.register_loader(name, TextLoader)
         set_json_loads(_load_json, connection)
-        if connection.info.parameter_status("server_encoding") == "SQL_ASCII":
-            self.may_hold_invalid_text = True
-            # The server would refuse to send them as UTF-8. Only here, as each value costs a call into Python.
+        if self.may_hold_invalid_text:
             connection.cursor_factory = _Utf8Cursor
-            connection.execute("SELECT pg_catalog.set_config('client_encoding', 'SQL_ASCII', false)")
             for kind in ("text", "varchar", "bpchar", "name", 0):  # 0: every type that the driver does not know
                 connection.adapters.register_loader(kind, _ReplacingTextLoader)
+        with connection.scope():  # which also tells its role
+            self.server.role = connection.role or ""
 
 
-class _Utf8Cursor(psycopg.Cursor[Any]):
+class _Utf8Cursor(ScopedCursor):
     """Sends statements in UTF-8 over a connection without encoding, where the driver allows ASCII only."""
 
     def execute(self, query: Any, *args: Any, **kwargs: Any) -> Self:

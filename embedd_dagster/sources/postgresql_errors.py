@@ -19,9 +19,10 @@ from embedd_dagster.errors import (
     SourceTableNotFound,
     SourceUnavailable,
 )
+from embedd_dagster.postgresql_login import method_fault
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Server:
     """Where a connection leads and as whom: what a message may say of it."""
 
@@ -29,6 +30,13 @@ class Server:
     port: int
     database: str
     user: str
+    role: str = ""
+    """The role whose rights count, once connected: `ALTER ROLE … SET role` may make it another one than the user."""
+
+    @property
+    def grantee(self) -> str:
+        """The role that a missing right has to be granted to."""
+        return self.role or self.user
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -57,7 +65,12 @@ _STATES: Final[dict[str, tuple[type[SourceUnavailable | SourceRejected], str]]] 
     "58": (SourceUnavailable, "the server has trouble with its own machine"),
     "XX": (SourceRejected, "the server reports an internal error or damaged data"),
 }
+_PATH_ADVICE: Final = (
+    "If it is a view whose function names tables or functions without their schema: embedd reads with the search path"
+    " pg_catalog. Give that function its own: ALTER FUNCTION <name> SET search_path = <schemas>;"
+)
 _RESOLUTIONS: Final = {
+    "42883": _PATH_ADVICE,
     "53300": "Raise the server's max_connections, or end sessions that are not needed.",
     "57014": "Raise the statement timeout of sources, or give the primary key column an index.",
 }
@@ -94,7 +107,10 @@ def translate(error: Exception, server: Server, *, relation: str | None = None) 
         return no_database(server)
     what = f"table {relation}" if relation else f"database {server.database!r}"
     if state in _MISSING:
-        return SourceTableNotFound(f"The {what}, or a column that is read of it, is not there any more.")
+        return SourceTableNotFound(
+            f"The {what}, or a column that is read of it, is not there any more.",
+            resolution=f"{SourceTableNotFound.default_resolution} {_PATH_ADVICE}",
+        )
     kind, reason = _STATES.get(state) or _STATES.get(state[:2]) or (SourceRejected, "the server refuses the statement")
     resolution = _RESOLUTIONS.get(state) or (_LOOK if kind is SourceRejected else None)
     message = f"Reading {what} at {server} failed: {reason} ({type(error).__name__}, SQLSTATE {state})."
@@ -110,9 +126,9 @@ def _without_state(error: Exception, server: Server) -> EmbeddError:
 
 def access_denied(server: Server, relation: str | None, *, grant: str | None = None) -> SourceAccessDenied:
     """No right to read; the resolution is the statement that gives it."""
-    grant = grant or f"GRANT SELECT ON {relation or '<table>'} TO {quoted(server.user)};"
+    grant = grant or f"GRANT SELECT ON {relation or '<table>'} TO {quoted(server.grantee)};"
     return SourceAccessDenied(
-        f"The user {server.user!r} may not read {relation or 'a table'} in database {server.database!r}.",
+        f"The user {server.grantee!r} may not read {relation or 'a table'} in database {server.database!r}.",
         resolution=f"Run as the table's owner: {grant}",
     )
 
@@ -138,6 +154,8 @@ def connect_error(error: Exception, server: Server, password: str) -> EmbeddErro
     if getattr(error, "sqlstate", None):
         return translate(error, server)
     text = str(error)
+    if fault := method_fault(text, server.user):
+        return SourceAccessDenied(f"No connection to PostgreSQL at {server}: {fault[0]}.", resolution=fault[1])
     if any(part in text for part in _DENIED_TEXTS):
         return login_denied(server)
     if f'database "{server.database}" does not exist' in text:

@@ -52,7 +52,7 @@ class Prerequisites:
 
     def problems(self, server: Server, *, for_publication: bool, for_slot: bool) -> list[Problem]:
         """What is missing to read a slot; and to make a publication, or a slot, where that has to be done."""
-        user, found = quoted(server.user), []
+        user, found = quoted(server.grantee), []
         if self.is_standby:
             return [Problem("the server is a standby", advice="Let the connection lead to the primary server.")]
         if self.wal_level != "logical":
@@ -66,10 +66,10 @@ class Prerequisites:
             )
         if not self.may_replicate:
             statement = f"GRANT rds_replication TO {user};" if self.has_rds_role else f"ALTER ROLE {user} REPLICATION;"
-            found.append(Problem(f"the user {server.user!r} has no right to replicate", statement))
+            found.append(Problem(f"the user {server.grantee!r} has no right to replicate", statement))
         if for_publication and not self.may_create:
             statement = f"GRANT CREATE ON DATABASE {quoted(server.database)} TO {user};"
-            found.append(Problem(f"the user {server.user!r} may not create a publication", statement))
+            found.append(Problem(f"the user {server.grantee!r} may not create a publication", statement))
         if for_slot and not self.slot_is_free:
             found.append(
                 Problem(

@@ -14,6 +14,7 @@ from psycopg import errors
 from psycopg.sql import SQL
 
 from embedd_dagster.errors import SourceUnavailable
+from embedd_dagster.postgresql_sessions import ScopedConnection
 from embedd_dagster.sources.postgresql_errors import Server
 
 PLUGIN: Final = "pgoutput"
@@ -31,6 +32,8 @@ class Slot:
     confirmed: int | None
     invalid_because: str | None
     """A word of PostgreSQL for why the log before it is not kept any more; None while it is."""
+    is_two_phase: bool
+    """Whether it gives transactions when they are prepared, which may never be committed. Ours is not made so."""
 
     @classmethod
     def parse(cls, row: dict[str, Any]) -> Self:
@@ -47,6 +50,7 @@ class Slot:
             active_pid=row.get("active_pid"),
             confirmed=None if confirmed is None else parse_lsn(confirmed),
             invalid_because=reason,
+            is_two_phase=bool(row.get("two_phase")),
         )
 
     def fault(self, database: str) -> str | None:
@@ -57,6 +61,8 @@ class Slot:
             return f"is of another database ({self.database!r})"
         if self.invalid_because is not None:
             return f"was invalidated by the server ({self.invalid_because})"
+        if self.is_two_phase:
+            return "gives transactions before they are committed (two_phase)"
         if self.confirmed is None:
             return "has no position"
         return None
@@ -145,21 +151,22 @@ FROM pg_catalog.pg_replication_slots WHERE slot_name = %s
 """
 
 
-def prepare_session(connection: psycopg.Connection[Any]) -> None:
-    """Makes a session that may write a safe one, and a quiet one.
+def prepare_session(connection: ScopedConnection) -> None:
+    """Keeps decoding out of the server's log, and the session from being ended while it is idle.
 
-    Nobody's operators come before PostgreSQL's own. And where we may, its decoding stays out of the server's log: up to
-    version 18 at least, each start of one is two entries there, of level LOG, and a busy server is read some times a
-    second. From version 15 on, `GRANT SET ON PARAMETER log_min_messages TO …` lets others than superusers do this.
+    Up to version 18 at least, each start of decoding is two entries in the server's log, of level LOG, and a busy server is
+    read some times a second. Superusers may change that level; from version 15 on, others may after
+    `GRANT SET ON PARAMETER log_min_messages TO …`.
     """
-    row = connection.execute("SELECT pg_catalog.current_setting('search_path')").fetchone()
-    path = ", ".join(filter(None, ("pg_catalog", row[0] if row else "")))
-    connection.execute("SELECT pg_catalog.set_config('search_path', %s, false)", [path])
     if connection.info.server_version >= 150000:
         allowed = "pg_catalog.has_parameter_privilege('log_min_messages', 'SET')"
     else:
         allowed = "(SELECT r.rolsuper FROM pg_catalog.pg_roles r WHERE r.rolname = CURRENT_USER)"
-    connection.execute(SQL("SELECT pg_catalog.set_config('log_min_messages', 'fatal', false) WHERE ") + SQL(allowed))
+    row = connection.execute(SQL("SELECT ") + SQL(allowed)).fetchone()
+    if row and row[0]:
+        connection.settings = {**connection.settings, "log_min_messages": "fatal"}
+    if connection.is_direct:  # a setting of the session, which nobody else uses
+        connection.execute_outside("SET idle_session_timeout = 0")
 
 
 def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) -> int:

@@ -4,8 +4,8 @@
     row hash    64 bits of the text of ROW(key, columns…): the key is in it, so that two rows that swap their values show
 
 Text, because only it tells apart what a user would: PostgreSQL's own record hash takes 1.0 for 1.00 and, in citext, A for
-a, and folds a bigint into 32 bits. Functions and operators are named with their schema: a table's owner could otherwise
-put one of the same name into our search path.
+a, and folds a bigint into 32 bits. Functions and operators are named with their schema, besides the search path that is
+pinned. Values of a type that a user has defined are not cast: its owner could give it a cast with a function.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Statements:
     def by_keys(self) -> Composed:
         """As `page`, without order, of the keys in the one parameter, a list."""
         if self._key.base_kind == "e":  # a text that is no label would be an error as an enum
-            among = SQL("{}::pg_catalog.text OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])").format(
-                self._key_column
+            among = SQL("{} OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])").format(
+                self._key.text(self._key_column)
             )
         else:
             among = self._compare("=", SQL("ANY ({})").format(self._key.parameter(array=True)))
@@ -146,7 +146,7 @@ class Statements:
         if self._key.base_name == "numeric":  # 1.0 and 1.00 are one key
             hashed = SQL("pg_catalog.hash_numeric_extended({}, 1)").format(key)
         else:
-            hashed = SQL('pg_catalog.hashtextextended({}::pg_catalog.text COLLATE pg_catalog."C", 1)').format(key)
+            hashed = SQL('pg_catalog.hashtextextended({} COLLATE pg_catalog."C", 1)').format(self._key.text(key))
         highest = SQL("pg_catalog.int8and(pg_catalog.int8shr({}, {}), {})")
         return highest.format(hashed, sql.Literal(48 + bits_dropped), sql.Literal(0xFFFF >> bits_dropped))
 

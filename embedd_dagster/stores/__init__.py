@@ -23,7 +23,13 @@ def open_qdrant(url: str, api_key: str | None = None, *, read_timeout_seconds: f
 
 
 def open_platform_store(
-    provider: str, credentials: Mapping[str, Any], schema: str | None = None, *, deny_private_networks: bool = False
+    provider: str,
+    credentials: Mapping[str, Any],
+    schema: str | None = None,
+    *,
+    deny_private_networks: bool = False,
+    allow_unix_sockets: bool = False,
+    silence_seconds: float = 60.0,
 ) -> PlatformStore:
     """The store inside a source database (platform mode), which is connected to when it is first used; to be closed.
 
@@ -32,6 +38,8 @@ def open_platform_store(
         credentials: As the API takes them for this provider.
         schema: Where new vector tables go; by default the first schema of the search path that may be written.
         deny_private_networks: Refuse hosts in private networks; link-local and metadata addresses always are.
+        allow_unix_sockets: Whether the host may be the directory of a Unix socket; then a password is needed.
+        silence_seconds: After so long without a byte, the server is asked whether it still works.
 
     Raises:
         ConfigurationError: The provider has no platform store, or a credential is missing.
@@ -40,16 +48,28 @@ def open_platform_store(
         raise ConfigurationError(
             f"{provider!r} has no platform store.", resolution=f"Known providers: {', '.join(PLATFORM_PROVIDERS)}."
         )
-    return _PLATFORM_STORES[provider](credentials, schema, deny_private_networks)
+    return _PLATFORM_STORES[provider](credentials, schema, deny_private_networks, allow_unix_sockets, silence_seconds)
 
 
-def _open_pgvector(credentials: Mapping[str, Any], schema: str | None, deny_private_networks: bool) -> PlatformStore:  # noqa: FBT001
+def _open_pgvector(
+    credentials: Mapping[str, Any],
+    schema: str | None,
+    deny_private_networks: bool,  # noqa: FBT001
+    allow_unix_sockets: bool,  # noqa: FBT001
+    silence_seconds: float,
+) -> PlatformStore:
     from embedd_dagster.stores.pgvector import PgvectorStore
 
-    return PgvectorStore(credentials, schema, deny_private_networks=deny_private_networks)
+    return PgvectorStore(
+        credentials,
+        schema,
+        deny_private_networks=deny_private_networks,
+        allow_unix_sockets=allow_unix_sockets,
+        silence_seconds=silence_seconds,
+    )
 
 
-_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None, bool], PlatformStore]]] = {
+_PLATFORM_STORES: Final[dict[str, Callable[[Mapping[str, Any], str | None, bool, bool, float], PlatformStore]]] = {
     "postgresql": _open_pgvector,
 }
 PLATFORM_PROVIDERS: Final = tuple(_PLATFORM_STORES)

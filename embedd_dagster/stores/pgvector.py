@@ -20,7 +20,7 @@ from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreUnavailable
-from embedd_dagster.postgresql import Connection
+from embedd_dagster.postgresql import SILENCE_SECONDS, Connection
 from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.pgvector_database import Database, TableMissing
 from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
@@ -60,10 +60,21 @@ class PgvectorStore:
     """
 
     def __init__(
-        self, credentials: Mapping[str, Any], schema: str | None = None, *, deny_private_networks: bool = False
+        self,
+        credentials: Mapping[str, Any],
+        schema: str | None = None,
+        *,
+        deny_private_networks: bool = False,
+        allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
     ) -> None:
         """`schema` is where new vector tables go: by default the first of the search path that may be written."""
-        self._database = Database(credentials, deny_private_networks=deny_private_networks)
+        self._database = Database(
+            credentials,
+            deny_private_networks=deny_private_networks,
+            allow_unix_sockets=allow_unix_sockets,
+            silence_seconds=silence_seconds,
+        )
         self._wanted_schema = schema
         self._lock = threading.Lock()
         self._writers = threading.Semaphore(_WRITERS)
@@ -79,13 +90,13 @@ class PgvectorStore:
         """The schema in which new vector tables are made."""
         with self._lock:
             if self._schema is None:
-                with self._database.connection() as connection:
+                with self._database.transaction() as connection:
                     self._schema = find_schema(connection, self._database, self._wanted_schema)
             return self._schema
 
     def check(self) -> None:
         """Returns when tables with vectors could be made. Raises with the SQL that an administrator has to run first."""
-        with self._database.connection() as connection, connection.transaction(force_rollback=True):
+        with self._database.transaction() as connection, connection.transaction(force_rollback=True):
             find_schema(connection, self._database, self._wanted_schema)
             find_vector_schema(connection, self._database)
 
@@ -119,10 +130,10 @@ class PgvectorStore:
 
         with self._writers:
             if vector_set.versioned_name in self._new:
-                with self._database.connection() as connection:
+                with self._database.transaction() as connection:
                     try:
                         write(connection)
-                    except psycopg.errors.UniqueViolation:
+                    except psycopg.errors.UniqueViolation:  # which has rolled it back
                         self._new.discard(vector_set.versioned_name)
                     else:
                         return
@@ -165,16 +176,16 @@ class PgvectorStore:
     def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
         """For each of these keys that has a point: its text hash and its vector."""
         key_type = self._key_type(vector_set)
-        query = sql.SQL("SELECT {key}, text_hash, embedding FROM {table} WHERE pk_value = ANY(%s::{array}[])").format(
+        query = sql.SQL("SELECT {key}, text_hash, embedding FROM {table} WHERE {is_among}").format(
             key=_key_column(key_type),
             table=self._table(vector_set).identifier,
-            array=sql.SQL(key_type.base_name),
+            is_among=sql.SQL(key_type.is_among),
         )
         found: dict[Key, tuple[int, Vectors]] = {}
         keys = [key for key in keys if key_type.can_hold(key)]
         with self._database.transaction() as connection, connection.cursor(binary=True) as cursor:
             for start in range(0, len(keys), _KEYS_PER_STATEMENT):
-                cursor.execute(query, [list(keys[start : start + _KEYS_PER_STATEMENT])])
+                cursor.execute(query, [key_type.parameter(keys[start : start + _KEYS_PER_STATEMENT])])
                 for key, text_hash, raw in cursor:
                     found[load_key(key)] = (text_hash, load_vector(raw))
         return found
@@ -246,7 +257,7 @@ class PgvectorStore:
     def versions(self, vector_table_id: str) -> list[int]:
         """The versions of this vector table that have a table, ascending."""
         prefix = f"embedd_{vector_table_id}_v"
-        with self._database.connection() as connection:
+        with self._database.transaction() as connection:
             names = relations(connection, vector_table_id)
         numbers = (name.removeprefix(prefix) for _schema, name in names)
         return sorted({int(number) for number in numbers if number.isdecimal()})
@@ -299,7 +310,7 @@ class PgvectorStore:
     def _find_vector_schema(self) -> str:
         with self._lock:
             if self._vector_schema is None:
-                with self._database.connection() as connection:
+                with self._database.transaction() as connection:
                     self._vector_schema = find_vector_schema(connection, self._database)
             return self._vector_schema
 
@@ -308,7 +319,7 @@ class PgvectorStore:
         home = self._homes.get(vector_table_id)
         if home is not None:
             return home
-        with self._database.connection() as connection:
+        with self._database.transaction() as connection:
             found = relations(connection, vector_table_id)
         if not found:
             return self.schema
@@ -324,7 +335,7 @@ class PgvectorStore:
     def _key_type(self, vector_set: VectorSet) -> KeyType:
         name = vector_set.versioned_name
         if name not in self._key_types:
-            with self._database.connection() as connection:
+            with self._database.transaction() as connection:
                 self._key_types[name] = resolve_key_type(connection, vector_set.key_type)
         return self._key_types[name]
 
@@ -345,16 +356,16 @@ def platform_vector_ref(schema: str, public_name: str) -> str:
 
 
 def _key_column(key_type: KeyType) -> sql.SQL:
-    return sql.SQL("pk_value::text" if key_type.is_read_as_text else "pk_value")
+    return sql.SQL(key_type.key_expression)
 
 
 def _delete(
     connection: Connection, table: sql.Identifier, key_type: KeyType, keys: list[Key], *, exactly: bool = False
 ) -> None:
     """Removes the rows whose keys the type holds for equal to these; `exactly`: not `ABC` of a citext for `abc`."""
-    statement = sql.SQL("DELETE FROM {} WHERE pk_value = ANY(%s::{}[])").format(table, sql.SQL(key_type.base_name))
-    parameters = [keys]
+    statement = sql.SQL("DELETE FROM {} WHERE {}").format(table, sql.SQL(key_type.is_among))
+    parameters: list[Any] = [key_type.parameter(keys)]
     if exactly and key_type.is_read_as_text:
-        statement += sql.SQL(' AND pk_value::text COLLATE "C" = ANY(%s::text[])')
-        parameters *= 2
+        statement += sql.SQL(' AND {} COLLATE "C" = ANY(%s::text[])').format(_key_column(key_type))
+        parameters.append(keys)
     connection.execute(statement, parameters)

@@ -6,7 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
@@ -21,7 +21,9 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
-from embedd_dagster.postgresql import CONNECT_OPTIONS, BoundedConnection, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql import CONNECT_OPTIONS, SILENCE_SECONDS, Connection, ConnectionPool, host_parameters
+from embedd_dagster.postgresql_login import accepted_methods, is_socket, method_fault, socket_fault
+from embedd_dagster.postgresql_sessions import PINNED_SEARCH_PATH, ScopedConnection, settings_calls
 
 Result = TypeVar("Result")
 
@@ -30,8 +32,8 @@ _CONNECT_SECONDS: Final = 10
 _LOCK_SECONDS: Final = 2
 _LOCK_PATIENCE_SECONDS: Final = 30.0
 _CONFLICT_ATTEMPTS: Final = 12
-# whatever the role's own settings are, which are made for its other programs
-_SESSION: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in_transaction_session_timeout": "600s"}
+# Of each transaction, instead of the role's own settings, which are made for its other programs.
+_SETTINGS: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in_transaction_session_timeout": "600s"}
 
 # By SQLSTATE or by its class: what passes by itself.
 _TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
@@ -49,7 +51,14 @@ class TableMissing(VectorStoreRejected):
 class Database:
     """Connections to one database. Safe to use from several threads; nothing is connected to before the first use."""
 
-    def __init__(self, credentials: Mapping[str, Any], *, deny_private_networks: bool = False) -> None:
+    def __init__(
+        self,
+        credentials: Mapping[str, Any],
+        *,
+        deny_private_networks: bool = False,
+        allow_unix_sockets: bool = False,
+        silence_seconds: float = SILENCE_SECONDS,
+    ) -> None:
         try:
             self._host, self._port = str(credentials["host"]), int(credentials.get("port") or 5432)
             self._parameters: dict[str, Any] = {
@@ -60,6 +69,11 @@ class Database:
             }
         except KeyError as error:
             raise ConfigurationError(f"credentials.{error.args[0]}: required.") from None
+        if not self._host or "," in self._host:  # libpq takes these for its default, and for a list
+            raise ConfigurationError("credentials.host: exactly one host is required.")
+        self._parameters["require_auth"] = accepted_methods(self._parameters["password"], self._parameters["sslmode"])
+        self._allow_unix_sockets = allow_unix_sockets
+        self._silence_seconds = silence_seconds
         self.user = str(self._parameters["user"])
         self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
         self._deny_private_networks = deny_private_networks
@@ -69,36 +83,52 @@ class Database:
         )
 
     @contextmanager
-    def connection(self) -> Iterator[Connection]:
-        """A working connection, in autocommit. psycopg's errors leave the block as ours, and close it."""
-        connection = self._pool.take()
+    def transaction(
+        self, *, timeout_seconds: float | None = None, settings: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[ScopedConnection]:
+        """A transaction of its own: committed at the end of the block, rolled back when it raises.
+
+        psycopg's errors leave the block as ours. `timeout_seconds` of each statement: ten minutes by default, 0 for none.
+        `settings` of the server hold until its end.
+        """
+        if timeout_seconds is not None:
+            settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
+        try:
+            with self._transaction(settings) as connection:
+                yield connection
+        except psycopg.Error as error:
+            raise self.translate(error) from None
+
+    @contextmanager
+    def _transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[ScopedConnection]:
+        connection = self._pool.take(lambda taken: taken.begin(settings))
         try:
             yield connection
-        except EmbeddError:
+            connection.end()
+        except (EmbeddError, psycopg.Error):
+            connection.abandon()
             self._pool.give_back(connection)
             raise
-        except psycopg.Error as error:
-            self._pool.give_back(connection)
-            raise self.translate(error) from None
         except BaseException:
             connection.close()
             raise
         self._pool.give_back(connection)
 
-    @contextmanager
-    def transaction(
-        self, *, timeout_seconds: float | None = None, settings: Mapping[str, str] = MappingProxyType({})
-    ) -> Iterator[Connection]:
-        """A transaction of its own: committed at the end of the block, rolled back when it raises.
+    def vacuum(self, table: sql.Identifier) -> None:
+        """Vacuums the table, which cannot be done in a transaction.
 
-        `timeout_seconds` of each statement: ten minutes unless told, 0 for none. `settings` of the server hold until its end.
+        It makes index-only scans possible at once, and autovacuum will do it later in any case. So a timeout that the role
+        has for all of its statements may end it, and nothing is lost but time.
         """
-        if timeout_seconds is not None:
-            settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
-        with self.connection() as connection, connection.transaction():
-            if settings:
-                set_local(connection, settings)
-            yield connection
+        connection = self._pool.take(ScopedConnection.begin)
+        try:
+            connection.end()
+            with suppress(psycopg.errors.QueryCanceled, psycopg.errors.LockNotAvailable):
+                connection.execute_outside(sql.SQL("VACUUM {}").format(table))
+        except psycopg.Error as error:
+            raise self.translate(error) from None
+        finally:
+            self._pool.give_back(connection)
 
     def read(self, statement: sql.Composed, *, timeout_seconds: float, settings: Mapping[str, str]) -> list[Any]:
         """The rows of one SELECT under these settings of the server, which hold for it alone: one round trip.
@@ -106,18 +136,22 @@ class Database:
         Statements that are sent together are one transaction. A connection that was lost while it was idle is replaced,
         and the question asked again. A few are asked at a time: more would only share the server's processors.
         """
-        settings = {"statement_timeout": f"{int(timeout_seconds * 1000)}ms", **settings}
-        calls = [sql.SQL("pg_catalog.set_config({}, {}, true)").format(*pair) for pair in settings.items()]
-        both = sql.SQL("SELECT {}; {}").format(sql.SQL(", ").join(calls), statement)
+        settings = {
+            "search_path": PINNED_SEARCH_PATH,
+            "statement_timeout": f"{int(timeout_seconds * 1000)}ms",
+            **settings,
+        }
+        both = sql.SQL("SELECT {}; {}").format(sql.SQL(settings_calls(settings)), statement)
         if not self._readers.acquire(timeout=timeout_seconds):
             raise VectorStoreUnavailable(f"PostgreSQL at {self.address} has no time for another search.")
         try:
             for is_last in (False, True):
-                connection = self._pool.take(checked=is_last)
+                connection = self._pool.take(_answers if is_last else None)
                 try:
-                    cursor = connection.execute(both)
-                    cursor.nextset()
-                    return cursor.fetchall()
+                    with psycopg.Cursor[Any](connection) as cursor:  # what is sent together is a scope by itself
+                        cursor.execute(both)
+                        cursor.nextset()
+                        return cursor.fetchall()
                 except psycopg.Error as error:
                     if is_last or not connection.closed:
                         raise self.translate(error) from None
@@ -134,26 +168,27 @@ class Database:
         """
         deadline = time.monotonic() + _LOCK_PATIENCE_SECONDS
         while True:
-            with self.connection() as connection:
-                try:
-                    with connection.transaction():
-                        set_local(connection, {"lock_timeout": f"{_LOCK_SECONDS}s"})
-                        return action(connection)
-                except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected):
-                    if time.monotonic() > deadline:
-                        raise
+            try:
+                with self._transaction({"lock_timeout": f"{_LOCK_SECONDS}s"}) as connection:
+                    return action(connection)
+            except (psycopg.errors.LockNotAvailable, psycopg.errors.DeadlockDetected) as error:
+                if time.monotonic() > deadline:
+                    raise self.translate(error) from None
+            except psycopg.Error as error:
+                raise self.translate(error) from None
             time.sleep(random.uniform(0.1, 0.5))  # noqa: S311 - jitter, no secret
 
     def retrying_conflicts(self, action: Callable[[Connection], Result]) -> Result:
         """The result of a transaction that another writer of the same keys may disturb."""
         for attempt in range(1, _CONFLICT_ATTEMPTS + 1):
-            with self.connection() as connection:
-                try:
-                    with connection.transaction():
-                        return action(connection)
-                except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected):
-                    if attempt == _CONFLICT_ATTEMPTS:
-                        raise
+            try:
+                with self._transaction() as connection:
+                    return action(connection)
+            except (psycopg.errors.UniqueViolation, psycopg.errors.DeadlockDetected) as error:
+                if attempt == _CONFLICT_ATTEMPTS:
+                    raise self.translate(error) from None
+            except psycopg.Error as error:
+                raise self.translate(error) from None
             time.sleep(random.uniform(0, 0.02 * attempt))  # noqa: S311 - jitter, no secret
         raise AssertionError("unreachable")
 
@@ -179,26 +214,26 @@ class Database:
             )
         return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
 
-    def _open(self) -> Connection:
+    def _open(self) -> ScopedConnection:
         try:
-            connection = BoundedConnection.connect(
-                **self._parameters,
-                **self._addresses(),
-                connect_timeout=_CONNECT_SECONDS,
-                **CONNECT_OPTIONS,
-            )
+            connection = self._dial()
         except psycopg.Error as error:
             raise self._connect_error(error) from None
-        try:
-            _set(connection, _SESSION)
-        except psycopg.Error as error:
-            connection.close()
-            raise self.translate(error) from None
+        connection.configure(_SETTINGS, read_only=False)
+        connection.longest_silence, connection.probe = self._silence_seconds, self._dial
         return connection
+
+    def _dial(self) -> ScopedConnection:
+        return ScopedConnection.connect(
+            **self._parameters, **self._addresses(), connect_timeout=_CONNECT_SECONDS, **CONNECT_OPTIONS
+        )
 
     def _addresses(self) -> dict[str, Any]:
         host, port = self._host, self._port
-        if host.startswith(("/", "@")) and not self._deny_private_networks:
+        fault = socket_fault(host, self._parameters["password"], allow_unix_sockets=self._allow_unix_sockets)
+        if fault:
+            raise VectorStoreRejected(fault[0], resolution=fault[1])
+        if is_socket(host):
             return {"host": host, "port": port}
         try:
             found = network.vetted_addresses(host, port, deny_private_networks=self._deny_private_networks)
@@ -213,6 +248,10 @@ class Database:
 
     def _connect_error(self, error: psycopg.Error) -> EmbeddError:
         text = str(error)
+        if fault := method_fault(text, self.user):
+            return SourceAccessDenied(
+                f"No connection to PostgreSQL at {self.address}: {fault[0]}.", resolution=fault[1]
+            )
         if any(part in text for part in _DENIED):
             return SourceAccessDenied(
                 f"PostgreSQL at {self.address} does not let user {self.user!r} in.",
@@ -226,25 +265,8 @@ class Database:
         return kind(f"No connection to PostgreSQL at {self.address}: {reason}.")
 
 
-def set_local(connection: Connection, settings: Mapping[str, str]) -> None:
-    """Sets these server settings until the end of the transaction, in one round trip."""
-    _set(connection, settings, is_local=True)
-
-
-@contextmanager
-def without_timeouts(connection: Connection) -> Iterator[None]:
-    """For a statement that may take as long as it needs and cannot be in a transaction."""
-    _set(connection, {"statement_timeout": "0"})
-    try:
-        yield
-    finally:
-        if not connection.closed:
-            _set(connection, _SESSION)
-
-
-def _set(connection: Connection, settings: Mapping[str, str], *, is_local: bool = False) -> None:
-    calls = ", ".join([f"pg_catalog.set_config(%s, %s, {is_local})"] * len(settings))
-    connection.execute(f"SELECT {calls}", [part for setting in settings.items() for part in setting])
+def _answers(connection: Connection) -> None:
+    connection.execute("")
 
 
 def access_denied(user: str, address: str, what: str, grant: str | None = None) -> SourceAccessDenied:

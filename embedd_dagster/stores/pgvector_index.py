@@ -11,8 +11,9 @@ from psycopg import sql
 
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.postgresql import Connection
+from embedd_dagster.postgresql_sessions import set_local
 from embedd_dagster.stores.base import ReportIndexed
-from embedd_dagster.stores.pgvector_database import Database, set_local, without_timeouts
+from embedd_dagster.stores.pgvector_database import Database
 from embedd_dagster.stores.pgvector_filters import index_expressions
 from embedd_dagster.stores.pgvector_objects import Place
 from embedd_dagster.stores.pgvector_progress import reported_build
@@ -71,9 +72,10 @@ def build_indexes(
             except _MemoryShort:
                 with database.transaction(timeout_seconds=0) as connection:
                     _build(connection, place, suffix, method, {"max_parallel_maintenance_workers": "0"})
-    # Without it the table has no visibility map, and no index alone answers; and statistics of the new expressions.
-    with database.connection() as connection, without_timeouts(connection):
-        connection.execute(sql.SQL("VACUUM (ANALYZE) {}").format(table))
+    # Without it the table has no visibility map, and no index alone answers.
+    database.vacuum(table)
+    with database.transaction(timeout_seconds=0) as connection:  # statistics of the indexes' expressions
+        connection.execute(sql.SQL("ANALYZE {}").format(table))
 
 
 def build_bucket_index(database: Database, place: Place) -> None:

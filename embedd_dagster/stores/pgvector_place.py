@@ -3,46 +3,54 @@
 from __future__ import annotations
 
 import psycopg
+from psycopg import sql
 
 from embedd_dagster.errors import VectorStoreRejected
-from embedd_dagster.postgresql import Connection
+from embedd_dagster.postgresql_sessions import ScopedConnection, role_schemas
 from embedd_dagster.stores.pgvector_database import Database, access_denied, quoted
 
 
-def find_schema(connection: Connection, database: Database, schema: str | None) -> str:
+def find_schema(connection: ScopedConnection, database: Database, schema: str | None) -> str:
     """Where sets can be made: `schema`, or the first of the search path that may be written.
 
     Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected where there is no such schema.
     """
+    path = [schema] if schema else [name for name in role_schemas(connection) if not name.startswith("pg_")]
     row = connection.execute(
         """
-        SELECT nspname, has_schema_privilege(oid, 'CREATE')
-        FROM pg_namespace, coalesce(array_position(current_schemas(false), nspname), 0) AS position
-        WHERE CASE WHEN %(schema)s::text IS NULL THEN position > 0 ELSE nspname = %(schema)s::text END
-        ORDER BY has_schema_privilege(oid, 'CREATE') DESC, position LIMIT 1
+        SELECT n.nspname, pg_catalog.has_schema_privilege(n.oid, 'CREATE') AS is_writable
+        FROM pg_catalog.unnest(%s::pg_catalog.text[]) WITH ORDINALITY AS s(name, place)
+        JOIN pg_catalog.pg_namespace n ON n.nspname = s.name
+        ORDER BY is_writable DESC, s.place LIMIT 1
         """,
-        {"schema": schema},
+        [path],
     ).fetchone()
+    if row is None and schema is not None:
+        raise VectorStoreRejected(f"There is no schema {schema} in {database.address} to write vectors to.")
     if row is None:
+        role = connection.role or database.user
         raise VectorStoreRejected(
-            f"There is no schema {schema or 'in the search path'} in {database.address} to write vectors to."
+            f"The search path of {role!r} leads to no schema in {database.address}, so there is none to write vectors to.",
+            resolution="Name a schema that this role may write to, as an administrator:"
+            f" ALTER ROLE {quoted(database.user)} SET search_path = <schema>;",
         )
     found, writable = row
     if not writable:
-        grant = f"GRANT USAGE, CREATE ON SCHEMA {quoted(found)} TO {quoted(database.user)};"
-        raise access_denied(database.user, database.address, f"tables to schema {found!r}", grant)
+        role = connection.role or database.user
+        grant = f"GRANT USAGE, CREATE ON SCHEMA {quoted(found)} TO {quoted(role)};"
+        raise access_denied(role, database.address, f"tables to schema {found!r}", grant)
     return str(found)
 
 
-def find_vector_schema(connection: Connection, database: Database) -> str:
+def find_vector_schema(connection: ScopedConnection, database: Database) -> str:
     """The schema that pgvector's names are in; it is installed where it is not.
 
     Raises SourceAccessDenied or VectorStoreRejected with the SQL that an administrator has to run.
     """
     for _attempt in range(2):
         row = connection.execute(
-            "SELECT n.nspname, e.extversion FROM pg_extension e JOIN pg_namespace n ON n.oid = e.extnamespace"
-            " WHERE e.extname = 'vector'"
+            "SELECT n.nspname, e.extversion FROM pg_catalog.pg_extension e"
+            " JOIN pg_catalog.pg_namespace n ON n.oid = e.extnamespace WHERE e.extname = 'vector'"
         ).fetchone()
         if row is None:
             _create_extension(connection, database)
@@ -57,17 +65,22 @@ def find_vector_schema(connection: Connection, database: Database) -> str:
     raise VectorStoreRejected(f"pgvector could not be installed in {database.address}.")
 
 
-def _create_extension(connection: Connection, database: Database) -> None:
-    if not connection.execute("SELECT 1 FROM pg_available_extensions WHERE name = 'vector'").fetchone():
+def _create_extension(connection: ScopedConnection, database: Database) -> None:
+    is_available = "SELECT 1 FROM pg_catalog.pg_available_extensions WHERE name = 'vector'"
+    if not connection.execute(is_available).fetchone():
         raise VectorStoreRejected(
             f"PostgreSQL at {database.address} does not have the pgvector extension.",
             resolution="Install pgvector 0.8 or newer on the database server, then run: CREATE EXTENSION vector;",
         )
+    schema = find_schema(connection, database, None)
     try:
-        connection.execute("CREATE EXTENSION IF NOT EXISTS vector")
+        with connection.transaction():
+            connection.execute(
+                sql.SQL("CREATE EXTENSION IF NOT EXISTS vector SCHEMA {}").format(sql.Identifier(schema))
+            )
     except psycopg.errors.InsufficientPrivilege:
         raise access_denied(
-            database.user, database.address, "the extension pgvector", "CREATE EXTENSION vector;"
+            connection.role or database.user, database.address, "the extension pgvector", "CREATE EXTENSION vector;"
         ) from None
     except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateObject):
         return  # somebody else made it just now

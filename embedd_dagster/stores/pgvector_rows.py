@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import Decimal
@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import orjson
-from psycopg import Connection
+from psycopg import Connection, sql
 from psycopg.types.datetime import DateBinaryDumper, DatetimeBinaryDumper, DatetimeNoTzBinaryDumper
 from psycopg.types.numeric import DecimalBinaryDumper
 
@@ -20,6 +20,7 @@ from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import PointBatch, Vectors
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import VectorStoreRejected
+from embedd_dagster.postgresql_sessions import role_schemas
 
 COPIED_COLUMNS: Final = "embedding, row_hash, text_hash, bucket, pk_value, embedded_text, metadata"
 """Those of one size first: NumPy makes that part of every row of a batch at once."""
@@ -59,6 +60,26 @@ class KeyType:
     """Of a domain its base type, else the same: what arrays are made of and what values are read as."""
     is_read_as_text: bool
     dump: Dump
+    equals: str = "OPERATOR(pg_catalog.=)"
+    """The equality that the primary key's index is made for."""
+
+    @property
+    def key_expression(self) -> str:
+        """`pk_value` as it is read. `concat` is no cast: for a cast to text, the type's owner could give a function."""
+        return "pg_catalog.concat(pk_value)" if self.is_read_as_text else "pk_value"
+
+    @property
+    def is_among(self) -> str:
+        """The condition of the rows whose key is in the one parameter, which `parameter` makes of keys."""
+        return f"pk_value {self.equals} ANY (%s::{self.base_name.replace('%', '%%')}[])"
+
+    def parameter(self, keys: Sequence[Key]) -> Any:
+        """These keys as the parameter of `is_among`."""
+        if not self.is_read_as_text:
+            return list(keys)
+        # as an array's text: an array of text would be cast element by element, by what may be a function of the type's owner
+        escaped = (str(key).replace("\\", "\\\\").replace('"', '\\"') for key in keys)
+        return "{" + ",".join(f'"{key}"' for key in escaped) + "}"
 
     def can_hold(self, key: Key) -> bool:
         """Whether it could be the key of a row; one of before the source's column took another type may not."""
@@ -69,27 +90,47 @@ class KeyType:
         return isinstance(key, str) == (self.dump is _encode_text)
 
 
+_KEY_TYPE: Final = """
+WITH RECURSIVE chain AS (
+    SELECT oid, typtype, typbasetype, typcategory, typnamespace, 0 AS depth
+    FROM pg_catalog.pg_type WHERE oid = %(oid)s::pg_catalog.oid
+    UNION ALL
+    SELECT t.oid, t.typtype, t.typbasetype, t.typcategory, t.typnamespace, depth + 1
+    FROM chain JOIN pg_catalog.pg_type t ON t.oid = chain.typbasetype WHERE chain.typtype = 'd'
+)
+SELECT pg_catalog.format_type(%(oid)s::pg_catalog.oid, -1), pg_catalog.format_type(chain.oid, -1),
+       typtype::pg_catalog.text, typcategory::pg_catalog.text, n.nspname
+FROM chain JOIN pg_catalog.pg_namespace n ON n.oid = chain.typnamespace ORDER BY depth DESC LIMIT 1
+"""
+
+
+def _type_oid(connection: Connection[Any], name: str) -> int | None:
+    """The type of this name; one without a schema, as older versions kept it, is looked for in the role's search path."""
+    schemas = ["", *role_schemas(connection)]
+    for schema in schemas:
+        qualified = f"{sql.Identifier(schema).as_string(None)}.{name}" if schema else name
+        row = connection.execute("SELECT pg_catalog.to_regtype(%s)::pg_catalog.oid", [qualified]).fetchone()
+        if row is not None and row[0] is not None:
+            return int(row[0])
+        if "." in name:
+            break
+    return None
+
+
 def resolve_key_type(connection: Connection[Any], name: str | None) -> KeyType:
     """The type of this name, as the server knows it. Raises VectorStoreRejected for one that no key may have."""
-    row = connection.execute(
-        """
-        WITH RECURSIVE chain AS (
-            SELECT oid, typtype, typbasetype, typcategory, 0 AS depth FROM pg_type WHERE oid = to_regtype(%(name)s)
-            UNION ALL
-            SELECT t.oid, t.typtype, t.typbasetype, t.typcategory, depth + 1
-            FROM chain JOIN pg_type t ON t.oid = chain.typbasetype WHERE chain.typtype = 'd'
-        )
-        SELECT format_type(to_regtype(%(name)s)::oid, -1), format_type(oid, -1), typtype::text, typcategory::text
-        FROM chain ORDER BY depth DESC LIMIT 1
-        """,
-        {"name": name or ""},
-    ).fetchone()
+    row = connection.execute(_KEY_TYPE, {"oid": _type_oid(connection, name or "")}).fetchone()
     if row is not None:
-        sql_name, base_name, kind, category = row
+        sql_name, base_name, kind, category, schema = row
         if base_name in _DUMPERS:
             return KeyType(sql_name, base_name, is_read_as_text=False, dump=_DUMPERS[base_name])
-        if base_name in _TEXTS or category == "S" or kind == "e":  # citext and the like, enums: their wire form is text
-            return KeyType(sql_name, base_name, is_read_as_text=base_name not in _TEXTS, dump=_encode_text)
+        if base_name in _TEXTS:
+            return KeyType(sql_name, base_name, is_read_as_text=False, dump=_encode_text)
+        if kind == "e":
+            return KeyType(sql_name, base_name, is_read_as_text=True, dump=_encode_text)
+        if category == "S":  # citext and the like: their wire form is text, their operators are in their own schema
+            equals = sql.SQL("OPERATOR({}.=)").format(sql.Identifier(schema)).as_string(None).replace("%", "%%")
+            return KeyType(sql_name, base_name, is_read_as_text=True, dump=_encode_text, equals=equals)
     raise VectorStoreRejected(
         f"The database cannot store primary keys of type {name or '(unknown)'} beside vectors.",
         resolution="Use a primary key of type integer, text, uuid, numeric, date or timestamp.",

@@ -62,7 +62,8 @@ class QdrantStore:
 
     def check(self) -> None:
         """Returns when Qdrant answers to this key. Raises VectorStoreRejected if its version is too old."""
-        self._rest.call("GET", ("collections",))
+        # asks for the key, and costs the same however many collections there are
+        self._rest.call("GET", ("collections", "embedd", "exists"))
         if not self._is_version_checked:
             self._check_version()
             self._is_version_checked = True

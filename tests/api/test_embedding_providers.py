@@ -28,7 +28,8 @@ def test_life(tenant: Tenant, server: RunningServer) -> None:
     }
     made = tenant.made(PATH, body)
     assert set(made) == {
-        "id", "org_id", "environment_id", "name", "provider", "base_url", "limits", "created_at", "updated_at",
+        "id", "org_id", "environment_id", "name", "provider", "base_url", "limits", "status", "last_error", "tested_at",
+        "created_at", "updated_at",
     }  # fmt: skip
     assert (made["base_url"], made["limits"]) == (server.base_url, {"concurrency": 2})
     path = f"{PATH}/{made['id']}"

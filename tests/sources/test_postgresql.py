@@ -637,7 +637,7 @@ class TestConnecting:
     def test_sessions_cannot_write(self, admin, source: Source) -> None:
         admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
         admin.execute(
-            "CREATE FUNCTION write() RETURNS int LANGUAGE sql AS 'INSERT INTO t VALUES (1) RETURNING id';"
+            "CREATE FUNCTION write() RETURNS int LANGUAGE sql AS 'INSERT INTO public.t VALUES (1) RETURNING id';"
             "CREATE VIEW v AS SELECT write() AS id"
         )
         with pytest.raises(SourceRejected, match="wants to write"):

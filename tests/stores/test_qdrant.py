@@ -112,7 +112,7 @@ def test_the_api_key_and_a_path_prefix_are_sent() -> None:
 
     opened(handler, "https://cloud.example/prefix", "k3y").check()
     assert seen[0].headers["api-key"] == "k3y"
-    assert str(seen[0].url) == "https://cloud.example/prefix/collections"
+    assert str(seen[0].url) == "https://cloud.example/prefix/collections/embedd/exists"
 
 
 def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,11 @@ class FreezingProxy:
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port: int = self._listener.getsockname()[1]
         self.freeze_on: bytes | None = None
+        self.thaw_by_itself = False
+        """Whether only the connection that `freeze_on` is met in freezes, and others are forwarded."""
         self._frozen = threading.Event()
         self._sockets: list[socket.socket] = []
+        self._dead: set[int] = set()
         threading.Thread(target=self._accept, daemon=True).start()
 
     def freeze(self) -> None:
@@ -60,11 +63,16 @@ class FreezingProxy:
         with suppress(OSError):
             while data := source.recv(65536):
                 if is_client and self.freeze_on is not None and self.freeze_on in data:
-                    self._frozen.set()
-                if self._frozen.is_set():
+                    if self.thaw_by_itself:
+                        self.freeze_on = None
+                        self._dead.add(id(source))
+                        self._dead.add(id(target))
+                    else:
+                        self._frozen.set()
+                if self._frozen.is_set() or id(source) in self._dead:
                     return
                 target.sendall(data)
-            if not self._frozen.is_set():
+            if not self._frozen.is_set() and id(source) not in self._dead:
                 target.shutdown(socket.SHUT_WR)
 
 
