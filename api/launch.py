@@ -16,7 +16,7 @@ import httpx
 import structlog
 from pydantic import SecretStr
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import partitions, tasks
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
@@ -85,7 +85,7 @@ class Launcher:
 
     def _launch(self, task_id: str, vector_table_id: str, label: RunLabel, task_type: TaskType) -> None:
         with self._catalog.transaction() as session:
-            place = vector_tables.queue_places(session, [vector_table_id]).get(vector_table_id, QueuePlace())
+            place = partitions.queue_places(session, [vector_table_id]).get(vector_table_id, QueuePlace())
             waiting = tasks.count_waiting(session, place.environment_id)
         if waiting > _MAX_WAITING_TASKS:
             _log.info("task left to the sensor", task_id=task_id, waiting=waiting)

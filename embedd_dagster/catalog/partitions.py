@@ -1,4 +1,4 @@
-"""Dagster's partitions as the catalog knows them: which key stands for which vector table. A key is never taken apart."""
+"""Dagster's partitions as the catalog knows them, and what a run is launched with. A key is never taken apart."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.tables import VectorTable
+from embedd_dagster.core.fairness import QueuePlace
 
 
 def find_table(session: Session, partition_key: str, *, lock: bool = False) -> VectorTable | None:
@@ -48,3 +49,16 @@ def run_labels(session: Session, vector_table_ids: Collection[str]) -> dict[str,
     wanted = select(VectorTable.id, VectorTable.partition_key, VectorTable.name)
     found = session.execute(wanted.where(VectorTable.id.in_(vector_table_ids)))
     return {key: RunLabel(partition_key, name) for key, partition_key, name in found}
+
+
+def queue_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, QueuePlace]:
+    """Whose work each of these vector tables is, and how many rows there are."""
+    statement = select(
+        VectorTable.id,
+        VectorTable.org_id,
+        VectorTable.environment_id,
+        VectorTable.embedding_provider_id,
+        VectorTable.total_rows,
+    )
+    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
+    return {key: QueuePlace(org, environment, provider, rows) for key, org, environment, provider, rows in found}

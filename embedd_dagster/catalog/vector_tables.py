@@ -15,7 +15,6 @@ from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free, violated_constraint
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
-from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
@@ -327,19 +326,6 @@ def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[
     statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
     found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
     return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
-
-
-def queue_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, QueuePlace]:
-    """Whose work each of these vector tables is, and how many rows there are."""
-    statement = select(
-        VectorTable.id,
-        VectorTable.org_id,
-        VectorTable.environment_id,
-        VectorTable.embedding_provider_id,
-        VectorTable.total_rows,
-    )
-    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
-    return {key: QueuePlace(org, environment, provider, rows) for key, org, environment, provider, rows in found}
 
 
 def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]:

@@ -119,7 +119,7 @@ def _still_to_do(session: Session, works: Iterable[GivenUpWork], wanted: Mapping
 def _places(session: Session, vector_table_ids: list[str]) -> dict[str, QueuePlace]:
     places: dict[str, QueuePlace] = {}
     for start in range(0, len(vector_table_ids), _PLACES_PER_QUERY):
-        places |= vector_tables.queue_places(session, vector_table_ids[start : start + _PLACES_PER_QUERY])
+        places |= catalog_partitions.queue_places(session, vector_table_ids[start : start + _PLACES_PER_QUERY])
     return places
 
 
