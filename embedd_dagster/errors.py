@@ -162,8 +162,7 @@ class SourceTableNotFound(PermanentError):
     default_code = "source_table_not_found"
     default_resolution = (
         "Check the spelling against GET /v1/connections/{id}/tables; names follow the database's own case rules. "
-        "A vector table takes a renamed column by PUT /v1/vector-tables/{id}; a renamed table needs its old name back, or a "
-        "view that has it."
+        "If a column or the table was renamed, give its new name by PUT /v1/vector-tables/{id} (`columns`, `source_table`)."
     )
 
 

@@ -10,11 +10,11 @@ from typing import Final
 
 from embedd_dagster.core.status import TaskType
 
-LANE_TAG: Final = "embedd/lane"
+LANE_TAG: Final = "embedd/queue_lane"
 """`small` or `large`: each lane is limited, so that neither can take all slots."""
-LARGE_ENVIRONMENT_TAG: Final = "embedd/large_environment"
+LARGE_ENVIRONMENT_TAG: Final = "embedd/queue_environment"
 """On large work: one environment cannot take all slots of the lane."""
-LARGE_PROVIDER_TAG: Final = "embedd/large_provider"
+LARGE_PROVIDER_TAG: Final = "embedd/queue_provider"
 """On large work: nor can the tables of one embedding provider, which may be down."""
 PRIORITY_TAG: Final = "dagster/priority"
 

@@ -86,9 +86,9 @@ def test_a_backfill_is_launched_with_its_partition_and_task(
                     {"key": "embedd/task_id", "value": task_id},
                     {"key": "embedd/name", "value": table["name"]},
                     {"key": "embedd/task_type", "value": "backfill"},
-                    {"key": "embedd/lane", "value": "large"},
-                    {"key": "embedd/large_environment", "value": request_tags(request)["embedd/large_environment"]},
-                    {"key": "embedd/large_provider", "value": table["embedding_provider_id"]},
+                    {"key": "embedd/queue_lane", "value": "large"},
+                    {"key": "embedd/queue_environment", "value": request_tags(request)["embedd/queue_environment"]},
+                    {"key": "embedd/queue_provider", "value": table["embedding_provider_id"]},
                 ]
             },
         }

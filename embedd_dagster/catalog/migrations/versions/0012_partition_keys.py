@@ -7,8 +7,8 @@ sensor adds the new partitions, moves the history of the old ones (whose keys we
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0013"
-down_revision = "0012"
+revision = "0012"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 
