@@ -17,6 +17,7 @@ from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
 from api.schemas.embedding_providers import (
     EmbeddingCredentials,
+    EmbeddingLimits,
     EmbeddingProviderAnswer,
     EmbeddingProviderCreate,
     EmbeddingProviderList,
@@ -28,6 +29,7 @@ from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.embedders import open_embedder
+from embedd_dagster.embedders.question import embed_question
 from embedd_dagster.errors import EmbeddError, SourceRejected, SourceUnavailable, ValidationFailed
 from embedd_dagster.sources.network import allowed_addresses
 
@@ -46,6 +48,7 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, att
     """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
     runtime = caller.state.runtime
     with attempt:
+        _check_limits(body.provider, body.limits)
         credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
         with runtime.catalog.transaction() as session:
             row = embedding_providers.create(
@@ -73,6 +76,17 @@ def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) ->
         return credentials
     _check_address(caller, credentials["base_url"])
     return credentials
+
+
+def _check_limits(kind: str, limits: EmbeddingLimits) -> None:
+    """Raises ValidationFailed for a limit that the provider cannot keep."""
+    if kind != ProviderKind.LOCAL:
+        return
+    for name in ("request_timeout_seconds", "max_input_tokens"):
+        if getattr(limits, name) is not None:
+            raise ValidationFailed(
+                f"limits.{name}: the local provider has a fixed model and no requests; leave it out."
+            )
 
 
 def _check_address(caller: Caller, base_url: str) -> None:
@@ -131,6 +145,7 @@ def update_embedding_provider(
         if "credentials" in given:
             embedding_providers.set_credentials(row, caller.state.runtime.box, credentials)
         if "limits" in given:
+            _check_limits(row.provider, body.limits)
             embedding_providers.set_limits(row, body.limits.model_dump(exclude_none=True))
     return EmbeddingProviderAnswer.model_validate(row)
 
@@ -169,7 +184,7 @@ def check_embedding_provider(
             timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
             deny_private_networks=caller.state.settings.deny_private_networks,
         ) as embedder:
-            embedder.embed_query("test")
+            embed_question(embedder, "test")
     except EmbeddError as error:
         fault = f"{error.message} {error.resolution}"
     latency_ms = round((time.perf_counter() - begun) * 1000, 1)

@@ -55,11 +55,29 @@ class EmbeddingCredentials(Body):
 
 
 class EmbeddingLimits(Body):
-    """What your account at the provider allows; what is left out is found out by the provider's answers."""
+    """What your account or your own server allows; what is left out is found out by the provider's answers."""
 
     requests_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     tokens_per_minute: int | None = Field(default=None, ge=1, le=_MAX_LIMIT)
     concurrency: int | None = Field(default=None, ge=1, le=256, description="Requests in flight at the most")
+    max_batch_items: int | None = Field(
+        default=None, ge=1, le=2048, description="Texts in one request at the most; the provider's own limit stays"
+    )
+    max_batch_tokens: int | None = Field(
+        default=None, ge=16, le=_MAX_LIMIT, description="Tokens in one request at the most, as estimated"
+    )
+    request_timeout_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=3600,
+        description="How long a run waits for one answer, 60 if left out; a query waits no longer than its own limit",
+    )
+    max_input_tokens: int | None = Field(
+        default=None,
+        ge=16,
+        le=1_000_000,
+        description="What the model reads of one text, such as 512; longer texts are cut and counted as truncated",
+    )
 
 
 class EmbeddingProviderCreate(Body):

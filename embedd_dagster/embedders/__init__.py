@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from embedd_dagster.core.models import ProviderKind
-from embedd_dagster.embedders.base import Embedder
+from embedd_dagster.embedders.base import DEFAULT_TIMEOUT_SECONDS, Embedder
 from embedd_dagster.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -27,17 +27,19 @@ def open_embedder(
     model: str,
     dimensions: int,
     limits: Mapping[str, int | None] | None = None,
-    timeout_seconds: float = 60.0,
+    timeout_seconds: float | None = None,
     deny_private_networks: bool = False,
 ) -> Embedder:
     """One model of a provider at these dimensions, unpaced; the caller closes it. Nothing is connected to yet.
 
-    Of `limits` only `concurrency` matters here; `PacedEmbedder` keeps the others. A base_url that leads to a link-local,
-    metadata or multicast address (or, with `deny_private_networks`, a private one) is refused when it is used. Raises
+    Of `limits`, `concurrency`, `max_input_tokens` and `request_timeout_seconds` matter here; `PacedEmbedder` keeps the
+    others. `timeout_seconds` is the most that the caller can wait. A base_url that leads to a link-local, metadata or
+    multicast address (or, with `deny_private_networks`, a private one) is refused when it is used. Raises
     ConfigurationError for a provider that is not known or not installed, EmbeddingRejected for credentials that cannot be
     right.
     """
-    concurrency = (limits or {}).get("concurrency")
+    limits = limits or {}
+    concurrency = limits.get("concurrency")
     if provider == ProviderKind.LOCAL:
         from embedd_dagster.embedders.local import LocalEmbedder
 
@@ -49,7 +51,8 @@ def open_embedder(
             model=model,
             dimensions=dimensions,
             concurrency=concurrency,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=_timeout_seconds(limits, timeout_seconds),
+            max_input_tokens=limits.get("max_input_tokens"),
             deny_private_networks=deny_private_networks,
         )
     known = ", ".join(KNOWN_PROVIDERS)
@@ -57,6 +60,11 @@ def open_embedder(
         f"There is no embedding provider {str(provider)!r} in this version; known: {known}.",
         resolution=f"Use one of {known}; `openai` with a base_url reaches any OpenAI-compatible server.",
     )
+
+
+def _timeout_seconds(limits: Mapping[str, int | None], most: float | None) -> float:
+    configured = float(limits.get("request_timeout_seconds") or DEFAULT_TIMEOUT_SECONDS)
+    return configured if most is None else min(configured, most)
 
 
 def _http_embedder(

@@ -4,6 +4,9 @@ An embedder is one raw client: one call is one request. It does not retry, does 
 does that for all of them. It raises only: EmbeddingUnavailable and EmbeddingRateLimited (try again, with
 `retry_after_seconds` where the provider said), EmbeddingRejected (every text would fail), TextRejected (one of these
 texts is the fault). Error messages never hold a text or a key.
+
+Details of an error that pacing goes by: `failure` (`suspicion.Failure`), `too_large` (fewer texts may be taken), `too_long`
+(a shorter text may be taken), `max_input_tokens` and `max_request_tokens` as the provider states them.
 """
 
 from __future__ import annotations
@@ -11,14 +14,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Final, NamedTuple, Protocol, Self
 
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 
+DEFAULT_TIMEOUT_SECONDS: Final = 60.0
+"""How long a run waits for one answer."""
+
 
 class Embedded(NamedTuple):
-    """The answer of one request: `vectors` is float32, (n, dimensions), in the order of the texts."""
+    """The answer of one request: `vectors` is float32, (n, dimensions), in the order of the texts.
+
+    A vector that the provider did not give in a usable form may be NaN, zeros or of any length: the caller checks them all.
+    """
 
     vectors: Vectors
     tokens: int

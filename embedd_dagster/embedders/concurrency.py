@@ -18,16 +18,32 @@ class AdaptiveGate:
     """
 
     def __init__(self, maximum: int) -> None:
-        self._maximum = max(1, maximum)
-        self._limit = self._maximum
+        self.maximum = max(1, maximum)
+        self._limit = self.maximum
         self._in_flight = 0
         self._answered = self._refused = 0
+        self._is_open = True
         self._condition = threading.Condition()
 
     @property
     def limit(self) -> int:
         """How many are let through at present."""
         return self._limit
+
+    def start_with_one(self) -> None:
+        """Lets one through until `open` is called."""
+        self._limit = 1
+        self._is_open = False
+
+    def open(self, at_most: int) -> None:
+        """Lets as many through as this, within the maximum, if it has not been opened yet."""
+        if self._is_open:
+            return
+        with self._condition:
+            self._is_open = True
+            self._limit = max(1, min(self.maximum, at_most))
+            self._answered = self._refused = 0
+            self._condition.notify_all()
 
     def enter(self, check: Callable[[], None]) -> None:
         """Waits for a place; `check` is called several times a second and ends the wait by raising."""
@@ -41,7 +57,7 @@ class AdaptiveGate:
         """Gives the place back; `refused` is None where the answer says nothing about the provider's load."""
         with self._condition:
             self._in_flight -= 1
-            if refused is not None:
+            if refused is not None and self._is_open:
                 self._count(refused=refused)
             self._condition.notify_all()
 
@@ -53,5 +69,5 @@ class AdaptiveGate:
         if 2 * self._refused > self._answered:
             self._limit = max(1, self._limit // 2)
         else:
-            self._limit = min(self._maximum, self._limit + 1)
+            self._limit = min(self.maximum, self._limit + 1)
         self._answered = self._refused = 0

@@ -10,17 +10,14 @@ from collections.abc import Sequence
 from typing import Any, Final, Unpack
 from urllib.parse import quote
 
-import numpy as np
-import orjson
-
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.cutting import cut_at_bytes
 from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
-from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER
+from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, load_json, read_vectors
 
 DEFAULT_BASE_URL: Final = "https://generativelanguage.googleapis.com/v1beta"
 
@@ -48,7 +45,9 @@ class GeminiEmbedder(HttpEmbedder):
         known = find_model(ProviderKind.GEMINI, name)
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
-            max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
+            max_tokens_per_text=self._max_tokens_per_text(
+                known.max_tokens if known else None, _UNKNOWN_MODEL_MAX_BYTES
+            ),
             concurrency=self._concurrency,
         )
         self._options: dict[str, Any] = {"model": f"models/{name}"}
@@ -57,8 +56,8 @@ class GeminiEmbedder(HttpEmbedder):
         self._url = self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents")
 
     def cut(self, text: str) -> CutText:
-        """The text cut by bytes, which are never fewer than tokens: Gemini's tokenizer is not public in a small form."""
-        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+        """The text cut without Gemini's tokenizer, which is not public in a small form."""
+        return self._cut_without_tokenizer(text, self.limits.max_tokens_per_text)
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts as documents: one request. Its tokens are estimated."""
@@ -77,20 +76,14 @@ class GeminiEmbedder(HttpEmbedder):
             vectors = _parse_answer(content, len(texts))
         except NOT_AN_ANSWER:
             raise self._not_an_answer(len(texts)) from None
-        self._check_finite(vectors)
         if vectors.shape[1] != self._dimensions:
             raise self._wrong_dimensions(vectors.shape[1])
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        vectors /= np.where(lengths > 0, lengths, 1)
-        return vectors
+        return to_unit_length(vectors)[0]
 
 
 def _parse_answer(content: bytes, text_count: int) -> Vectors:
     """The vectors, in the order of the requests. Raises one of `NOT_AN_ANSWER` for what is none."""
-    items = orjson.loads(content)["embeddings"]
+    items = load_json(content)["embeddings"]
     if len(items) != text_count:
         raise ValueError("not one vector a text")
-    vectors = np.asarray([item["values"] for item in items], dtype=np.float32)
-    if vectors.ndim != 2:
-        raise ValueError("not one vector a text")
-    return vectors
+    return read_vectors([item["values"] for item in items])

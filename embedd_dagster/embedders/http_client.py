@@ -13,13 +13,13 @@ from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
 
 import httpx
-import numpy as np
 import orjson
 
 from embedd_dagster import network
-from embedd_dagster.core.rows import Vectors
-from embedd_dagster.embedders.cutting import byte_count
+from embedd_dagster.embedders.base import CutText
+from embedd_dagster.embedders.cutting import byte_count, cut_at_bytes, cut_at_unknown_tokens
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
+from embedd_dagster.embedders.suspicion import Failure
 from embedd_dagster.embedders.vetted_transport import LARGEST_ANSWER, VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
 
@@ -36,6 +36,7 @@ class HttpOptions(TypedDict):
     concurrency: NotRequired[int | None]
     timeout_seconds: NotRequired[float]
     deny_private_networks: NotRequired[bool]
+    max_input_tokens: NotRequired[int | None]
 
 
 class HttpEmbedder:
@@ -55,6 +56,7 @@ class HttpEmbedder:
         self._model = model
         self._dimensions = dimensions
         self._timeout_seconds = timeout_seconds
+        self._max_input_tokens = options.get("max_input_tokens")
         self._concurrency = concurrency = options.get("concurrency") or _DEFAULT_CONCURRENCY
         url = _parse_base_url(base_url or default_base_url, example=default_base_url)
         self._name = f"The embedding provider at {url.host}" if base_url else provider
@@ -119,7 +121,9 @@ class HttpEmbedder:
         try:
             response = self._send(self._http.build_request("POST", url, content=body))
         except httpx.TimeoutException:
-            raise EmbeddingUnavailable(f"{self._name} did not answer within {self._timeout_seconds:g} s.") from None
+            raise EmbeddingUnavailable(
+                f"{self._name} did not answer within {self._timeout_seconds:g} s.", failure=Failure.TIMEOUT
+            ) from None
         except httpx.RequestError as error:
             raise EmbeddingUnavailable(f"{self._name} cannot be reached ({type(error).__name__}).") from None
         if response.status_code != httpx.codes.OK:
@@ -136,16 +140,25 @@ class HttpEmbedder:
         except FieldRefused:
             raise self._wrong_dimensions(None) from None
 
+    def _max_tokens_per_text(self, known: int | None, unknown_max_bytes: int) -> int:
+        """What one text may hold: the model's limit (for an unknown model in bytes), or the lower one that is configured."""
+        if self._max_input_tokens is None:
+            return unknown_max_bytes if known is None else known
+        return self._max_input_tokens if known is None else min(known, self._max_input_tokens)
+
+    def _cut_without_tokenizer(self, text: str, limit: int) -> CutText:
+        """The text cut by bytes, which are never fewer than tokens; at a configured limit by an estimate of the tokens."""
+        if self._max_input_tokens is None:
+            return cut_at_bytes(text, limit)
+        return cut_at_unknown_tokens(text, limit)
+
     def _not_an_answer(self, text_count: int) -> EmbeddingUnavailable:
         # nothing of the cause: it may quote the answer
         return EmbeddingUnavailable(
             f"{self._name} gave an answer that is not one of the embeddings protocol, for {text_count} texts.",
             resolution="It is tried again. If it goes on, check that the provider's base_url is that of its API.",
+            failure=Failure.NONSENSE,
         )
-
-    def _check_finite(self, vectors: Vectors) -> None:
-        if not np.isfinite(vectors).all():
-            raise TextRejected(f"{self._name} gives a vector with numbers that are not finite.")
 
     def _wrong_dimensions(self, given: int | None) -> EmbeddingRejected:
         if given is None:
@@ -158,6 +171,7 @@ class HttpEmbedder:
         return EmbeddingRejected(
             message,
             resolution="Set the vector table's embedding_dimensions to what the model gives, or change the model.",
+            failure=Failure.REFUSED,
         )
 
 

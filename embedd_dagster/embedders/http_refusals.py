@@ -13,6 +13,8 @@ import httpx
 import orjson
 
 from embedd_dagster.embedders.http_answers import parse_duration, retry_after_seconds
+from embedd_dagster.embedders.stated_limits import stated_request_limit, stated_text_limit
+from embedd_dagster.embedders.suspicion import Failure
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRateLimited,
@@ -75,6 +77,8 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
         return EmbeddingRejected(
             f"{provider} refuses the api_key ({reason}).",
             resolution="Set credentials.api_key of the embedding provider to a key that may use embeddings.",
+            # a firewall in front of the provider may refuse one text like this
+            failure=Failure.REFUSED if status == 403 and not codes & _KEY_CODES else Failure.ERROR,
         )
     if codes & {"FAILED_PRECONDITION"}:
         return EmbeddingRejected(
@@ -87,10 +91,16 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
             f"{provider} does not have model {model!r}, or no embeddings at this address ({reason}).",
             resolution="Check the vector table's embedding_model, and that base_url is that of the API (before `/embeddings`).",
         )
+    if status == 429 and (request_limit := stated_request_limit(fault.message)):
+        return TextRejected(
+            f"{provider} refuses the request as too large for this account ({reason}).", **request_limit
+        )
     if status == 429:
         return EmbeddingRateLimited(f"{provider} asks to slow down ({reason}).", retry_after_seconds=wanted)
     if status in {400, 413, 422}:
         return _bad_request(status, fault, f"{provider} refuses the text ({reason}).")
+    if status >= 500 and (text_limit := stated_text_limit(fault.message)):
+        return TextRejected(f"{provider} refuses the text as too long ({reason}).", **text_limit)
     # Ollama's answer to a text whose vector holds a NaN
     if status >= 500 and "unsupported value: NaN" in fault.message:
         return TextRejected(f"{provider} fails on this text: its vector holds a NaN ({reason}).")
@@ -99,10 +109,13 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
     return EmbeddingRejected(
         f"{provider} does not answer as an embeddings server does ({reason}).",
         resolution="Check the embedding provider's base_url: it must be that of the API, such as `https://host/v1`.",
+        failure=Failure.REFUSED,
     )
 
 
 def _bad_request(status: int, fault: _Fault, message: str) -> EmbeddError | FieldRefused:
+    if text_limit := stated_text_limit(fault.message):
+        return TextRejected(message, **text_limit)
     words = fault.message.lower()
     if fault.param == "dimensions" or _DIMENSIONS.search(words):
         return FieldRefused("dimensions")

@@ -18,7 +18,7 @@ from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.cutting import cut_at_bytes, cut_at_tokens
+from embedd_dagster.embedders.cutting import cut_at_tokens
 from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.http_refusals import FieldRefused
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, Answer, parse_answer
@@ -67,16 +67,18 @@ class OpenAIEmbedder(HttpEmbedder):
         self._settling = threading.Lock()
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_DEFAULT_MAX_ITEMS, max_tokens=_MAX_TOKENS_PER_REQUEST),
-            max_tokens_per_text=known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES,
+            max_tokens_per_text=self._max_tokens_per_text(
+                known.max_tokens if known else None, _UNKNOWN_MODEL_MAX_BYTES
+            ),
             concurrency=self._concurrency,
         )
         self._dialect = _Dialect(encoding_format=True, dimensions=known is not None and known.dimensions != dimensions)
 
     def cut(self, text: str) -> CutText:
-        """The text cut at the model's token limit; for an unknown model by bytes, which are never fewer than tokens."""
+        """The text cut at the model's token limit; for an unknown model without its tokenizer."""
         if self._is_known:
             return cut_at_tokens(text, self.limits.max_tokens_per_text, "cl100k_base")
-        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+        return self._cut_without_tokenizer(text, self.limits.max_tokens_per_text)
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts: one request; the first time, with a model that the catalog does not know, a few."""
@@ -126,7 +128,6 @@ class OpenAIEmbedder(HttpEmbedder):
             answer = parse_answer(content, len(texts))
         except NOT_AN_ANSWER:
             raise self._not_an_answer(len(texts)) from None
-        self._check_finite(answer.vectors)
         return answer
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +17,10 @@ NOT_AN_ANSWER = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 class Answer(NamedTuple):
-    """The vectors in the order of the texts, and the tokens where they were counted."""
+    """The vectors in the order of the texts, and the tokens where they were counted.
+
+    An item whose vector cannot be read, or is of another length than most, is a vector of NaN: the others are kept.
+    """
 
     vectors: Vectors
     tokens: int | None
@@ -23,7 +28,7 @@ class Answer(NamedTuple):
 
 def parse_answer(content: bytes, text_count: int) -> Answer:
     """The answer for so many texts, floats or base64. Raises one of `NOT_AN_ANSWER` for what is none."""
-    document = orjson.loads(content)
+    document = load_json(content)
     items = document["data"]
     if len(items) != text_count:
         raise ValueError("not one vector a text")
@@ -32,14 +37,62 @@ def parse_answer(content: bytes, text_count: int) -> Answer:
         by_index[item.get("index", position)] = item["embedding"]
     if any(embedding is None for embedding in by_index):
         raise ValueError("an index is missing")
-    is_base64 = isinstance(by_index[0], str)
-    # in a list, null (some servers' NaN) becomes NaN
-    vectors = _decode_base64(by_index) if is_base64 else np.asarray(by_index, dtype=np.float32)
-    if vectors.ndim != 2:
-        raise ValueError("not one vector a text")
+    vectors = read_vectors(by_index)
     usage = document.get("usage") or {}
     tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
     return Answer(vectors, int(tokens) if tokens is not None else None)
+
+
+def load_json(content: bytes) -> Any:
+    """The document, also where it has `NaN` or `Infinity`, as Python's own servers write them. Raises ValueError."""
+    try:
+        return orjson.loads(content)
+    except ValueError:
+        if b"NaN" not in content and b"Infinity" not in content:
+            raise
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_vectors(embeddings: list[Any]) -> Vectors:
+    """The vectors, float lists or base64. Raises one of `NOT_AN_ANSWER` if none of them can be read."""
+    with np.errstate(over="ignore"):  # beyond float32: Infinity
+        return _read_all(embeddings)
+
+
+def _read_all(embeddings: list[Any]) -> Vectors:
+    try:
+        # in a list, null (some servers' NaN) becomes NaN
+        is_base64 = isinstance(embeddings[0], str)
+        vectors = _decode_base64(embeddings) if is_base64 else np.asarray(embeddings, dtype=np.float32)
+        if vectors.ndim == 2 and vectors.shape[1]:
+            return vectors
+    except NOT_AN_ANSWER:
+        pass  # one of them at least is odd
+    return _read_one_by_one(embeddings)
+
+
+def _read_one_by_one(embeddings: list[Any]) -> Vectors:
+    rows = [_read_vector(embedding) for embedding in embeddings]
+    lengths = Counter(len(row) for row in rows if row is not None)
+    if not lengths:
+        raise ValueError("no vector can be read")
+    dimensions = lengths.most_common(1)[0][0]
+    vectors = np.full((len(rows), dimensions), np.nan, dtype=np.float32)
+    for position, row in enumerate(rows):
+        if row is not None and len(row) == dimensions:
+            vectors[position] = row
+    return vectors
+
+
+def _read_vector(embedding: Any) -> Vectors | None:
+    try:
+        vector = _decode_base64([embedding])[0] if isinstance(embedding, str) else np.asarray(embedding, np.float32)
+    except NOT_AN_ANSWER:
+        return None
+    return vector if vector.ndim == 1 and len(vector) else None
 
 
 def _decode_base64(embeddings: list[str]) -> Vectors:

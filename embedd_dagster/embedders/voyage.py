@@ -10,7 +10,6 @@ from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.cutting import cut_at_bytes
 from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, parse_answer
 
@@ -48,7 +47,11 @@ class VoyageEmbedder(HttpEmbedder):
         most = _MAX_TOKENS_PER_REQUEST.get(model, _LEAST_MAX_TOKENS_PER_REQUEST)
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=most - _MAX_ITEMS * _PROMPT_TOKENS),
-            max_tokens_per_text=(known.max_tokens if known else _UNKNOWN_MODEL_MAX_BYTES) - _PROMPT_TOKENS,
+            max_tokens_per_text=max(
+                1,
+                self._max_tokens_per_text(known.max_tokens if known else None, _UNKNOWN_MODEL_MAX_BYTES)
+                - _PROMPT_TOKENS,
+            ),
             concurrency=self._concurrency,
         )
         # what is longer is cut and counted here: a text that were cut there would be cut in silence
@@ -58,8 +61,8 @@ class VoyageEmbedder(HttpEmbedder):
         self._url = self._endpoint("/embeddings")
 
     def cut(self, text: str) -> CutText:
-        """The text cut by bytes, which are never fewer than tokens: Voyage's tokenizers would have to be downloaded."""
-        return cut_at_bytes(text, self.limits.max_tokens_per_text)
+        """The text cut without Voyage's tokenizers, which would have to be downloaded."""
+        return self._cut_without_tokenizer(text, self.limits.max_tokens_per_text)
 
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts as documents: one request."""
@@ -76,7 +79,6 @@ class VoyageEmbedder(HttpEmbedder):
             answer = parse_answer(content, len(texts))
         except NOT_AN_ANSWER:
             raise self._not_an_answer(len(texts)) from None
-        self._check_finite(answer.vectors)
         given = answer.vectors.shape[1]
         if given != self._dimensions:
             raise self._wrong_dimensions(given)

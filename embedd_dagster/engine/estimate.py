@@ -21,6 +21,7 @@ _SAMPLED_ROWS = 64
 _BYTES_A_TOKEN = 4
 """What OpenAI reckons with for English; other languages have fewer, so that their estimate is too low."""
 _REMOTE_ROWS_A_SECOND = 5_000.0
+_TEXTS_PER_REQUEST = 256
 _LOCAL_ROWS_A_SECOND = 130.0
 """Measured on two cores (docs/decisions/0003, docs/benchmarks.md); what a provider's own limits allow may be less."""
 
@@ -115,6 +116,6 @@ def _seconds(rows: int, tokens: int, limits: dict[str, int], *, is_local: bool) 
     if per_minute := limits.get("tokens_per_minute"):
         seconds = max(seconds, tokens / per_minute * 60)
     if per_minute := limits.get("requests_per_minute"):
-        # packed by some 256 texts a request
-        seconds = max(seconds, rows / 256 / per_minute * 60)
+        texts = min(_TEXTS_PER_REQUEST, limits.get("max_batch_items") or _TEXTS_PER_REQUEST)
+        seconds = max(seconds, rows / texts / per_minute * 60)
     return seconds

@@ -22,6 +22,7 @@ from embedd_dagster.core.embedded_text import check_metadata_length, compose_tex
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet
 from embedd_dagster.core.shards import BatchLimits, pack_batches
+from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.core.vector_table import VectorConfiguration
 from embedd_dagster.embedders.pacing import PacedEmbedder
 from embedd_dagster.engine.reuse import TextMemory
@@ -186,13 +187,18 @@ class RowPipeline:
         hashes = text_hashes([row.text for row in rows])
         known = self._find_vectors([row.key for row in rows], hashes)
         missing = {hashed: row.text for row, hashed in zip(rows, hashes, strict=True) if hashed not in known}
-        embedded, rejected = self._embed(missing, known, outcome)
+        embedded, rejected, cut = self._embed(missing, known, outcome)
         if rejected:
             for row, hashed in zip(rows, hashes, strict=True):
                 if error := rejected.get(hashed):
                     _note_failure(outcome, row, "embed", error)
             rows = [row for row, hashed in zip(rows, hashes, strict=True) if hashed not in rejected]
             hashes = [hashed for hashed in hashes if hashed not in rejected]
+        if cut:
+            rows = [
+                row._replace(text=cut[hashed], truncated=True) if hashed in cut else row
+                for row, hashed in zip(rows, hashes, strict=True)
+            ]
         outcome.counts.embedded += len(embedded)
         outcome.counts.reused += len(rows) - len(embedded)
         if not rows:
@@ -204,7 +210,7 @@ class RowPipeline:
             texts=list(texts),
             metadata=list(metadata),
             row_hashes=list(row_hashes),
-            text_hashes=hashes,
+            text_hashes=text_hashes(list(texts)) if cut else hashes,
             buckets=list(buckets),
             vectors=np.concatenate([known[hashed] for hashed in hashes]).reshape(len(hashes), -1),
         )
@@ -230,17 +236,31 @@ class RowPipeline:
         if not wanted:
             return {}
         stored = self._patiently(partial(self._store.vectors, vector_set, list(wanted)))
-        return {hashed: vector for key, (hashed, vector) in stored.items() if wanted.get(key) == hashed}
+        found = {hashed: vector for key, (hashed, vector) in stored.items() if wanted.get(key) == hashed}
+        if not found:
+            return found
+        # an earlier version stored vectors as they came; one without a direction is asked for again
+        vectors, usable = to_unit_length(np.stack(list(found.values())))
+        pairs = zip(found, vectors, strict=True)
+        return (
+            dict(pairs)
+            if usable is None
+            else {hashed: vector for (hashed, vector), good in zip(pairs, usable, strict=True) if good}
+        )
 
     def _embed(
         self, missing: dict[int, str], known: dict[int, Vectors], outcome: BatchOutcome
-    ) -> tuple[set[int], dict[int, TextRejected]]:
-        """Adds the missing vectors to `known`; gives which texts were embedded here, and which the provider rejects."""
+    ) -> tuple[set[int], dict[int, TextRejected], dict[int, str]]:
+        """Adds the missing vectors to `known`.
+
+        Gives which texts were embedded here, which the provider rejects, and what is left of those it called too long.
+        """
         embedded: set[int] = set()
         rejected: dict[int, TextRejected] = {}
+        cut: dict[int, str] = {}
         while missing:
             mine, others = self._memory.claim(missing)
-            found = self._embed_claimed({hashed: missing[hashed] for hashed in mine}, outcome)
+            found = self._embed_claimed({hashed: missing[hashed] for hashed in mine}, cut, outcome)
             embedded.update(hashed for hashed, vector in found.items() if not isinstance(vector, TextRejected))
             for hashed, future in others.items():
                 if (theirs := future.result().get(hashed)) is not None:
@@ -254,9 +274,11 @@ class RowPipeline:
             missing = {
                 hashed: text for hashed, text in missing.items() if hashed not in known and hashed not in rejected
             }
-        return embedded, rejected
+        return embedded, rejected, cut
 
-    def _embed_claimed(self, claimed: dict[int, str], outcome: BatchOutcome) -> dict[int, Vectors | TextRejected]:
+    def _embed_claimed(
+        self, claimed: dict[int, str], cut: dict[int, str], outcome: BatchOutcome
+    ) -> dict[int, Vectors | TextRejected]:
         found: dict[int, Vectors | TextRejected] = {}
         try:
             if claimed:
@@ -265,6 +287,7 @@ class RowPipeline:
                 hashes = list(claimed)
                 found = dict(zip(hashes, result.vectors, strict=True))
                 found.update((hashes[index], error) for index, error in result.failed.items())
+                cut.update((hashes[index], text) for index, text in result.cut.items())
         finally:
             self._memory.resolve(list(claimed), dict(found))
         return found

@@ -67,7 +67,7 @@ class Runtime:
         )
 
     def open_embedder(
-        self, provider: EmbeddingProvider | None, model: str, dimensions: int, *, timeout_seconds: float = 60.0
+        self, provider: EmbeddingProvider | None, model: str, dimensions: int, *, timeout_seconds: float | None = None
     ) -> Embedder:
         """One model of a provider, unpaced; the caller closes it. Raises SecretUnreadable, ConfigurationError."""
         if provider is None:

@@ -17,6 +17,7 @@ from embedd_dagster.core.filters import Filter, parse_filter
 from embedd_dagster.core.rows import Hit, Vectors
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.embedders.base import Embedder
+from embedd_dagster.embedders.question import embed_question
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, NotFound, NotReady, TransientError, VectorStoreRejected
 from embedd_dagster.stores.base import Store
@@ -159,7 +160,7 @@ class Searcher:
         kind = provider.kind if provider else "none"
         try:
             with _timed(stages, "embed"):
-                vector = embedder.embed_query(query)
+                vector = embed_question(embedder, query)
         except EmbeddError as error:
             if self._observer is not None:
                 self._observer.provider_call(kind, error.code, 0)

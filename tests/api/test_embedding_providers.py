@@ -91,3 +91,43 @@ def test_the_catalog_of_models(tenant: Tenant) -> None:
     models = {model["model"]: model for model in listed["data"]}
     assert models["text-embedding-3-small"]["accepted_dimensions"] == "1 to 1536"
     assert listed["pagination"]["has_more"] is False
+
+
+BATCHING = {"max_batch_items": 32, "max_batch_tokens": 8192, "request_timeout_seconds": 120, "max_input_tokens": 512}
+
+
+def test_limits_of_an_own_server_are_kept(tenant: Tenant) -> None:
+    body = {
+        "name": "own",
+        "provider": "openai",
+        "credentials": {"base_url": "http://127.0.0.1:9/v1"},
+        "limits": BATCHING,
+    }
+    made = tenant.made("/v1/embedding-providers", body)
+    assert tenant.get(f"/v1/embedding-providers/{made['id']}").json()["limits"] == BATCHING
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_batch_items", 0), ("max_batch_items", 2049), ("max_batch_tokens", 15), ("request_timeout_seconds", 0),
+        ("request_timeout_seconds", 3601), ("max_input_tokens", 15), ("max_input_tokens", 1_000_001),
+    ],
+)  # fmt: skip
+def test_a_limit_out_of_its_range_is_named(tenant: Tenant, name: str, value: int) -> None:
+    body = {
+        "name": "own",
+        "provider": "openai",
+        "credentials": {"base_url": "http://127.0.0.1:9/v1"},
+        "limits": {name: value},
+    }
+    response = tenant.post("/v1/embedding-providers", body)
+    assert response.status_code == 422
+    assert name in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["request_timeout_seconds", "max_input_tokens"])
+def test_the_local_provider_takes_no_limit_that_it_cannot_keep(tenant: Tenant, name: str) -> None:
+    response = tenant.post("/v1/embedding-providers", {"name": "l", "provider": "local", "limits": {name: 100}})
+    assert response.status_code == 422
+    assert f"limits.{name}" in response.json()["error"]["message"]
