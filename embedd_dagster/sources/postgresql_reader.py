@@ -307,5 +307,4 @@ _LENIENT_LOADERS: Final = {
     "timetz": _lenient(driver_types.TimetzLoader),
     "timestamp": _lenient(driver_types.TimestampLoader),
     "timestamptz": _lenient(driver_types.TimestamptzLoader),
-    "interval": _lenient(driver_types.IntervalLoader),
 }
