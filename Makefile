@@ -45,9 +45,11 @@ format: setup  ## put the code into its form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-lock:  ## pin what pyproject.toml asks for (needs uv)
+lock:  ## pin what pyproject.toml asks for, for development and for the image (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
+	@uv pip compile --quiet pyproject.toml --extra openai --extra redis --universal --python-version 3.11 \
+		--constraint requirements.lock --no-emit-index-url --no-header --generate-hashes --output-file deploy/requirements.lock
 
 audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and PyPI itself: a plain mirror knows of none)
 	@uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock

@@ -1,15 +1,17 @@
-"""The application: `uvicorn api.app:create_app --factory`."""
+"""The application: `uvicorn api.app:create_app --factory --http api.http_limits:LimitedHttp`."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
 from api import docs, errors, idempotency, logs
+from api.http_facts import STATE, HttpFacts
 from api.middleware import BodyLimit, RequestContext
+from api.parameters import KNOWN_PARAMETERS, KNOWN_PARAMETERS_WITHOUT_KEY
 from api.routers import (
     api_keys,
     connections,
@@ -25,6 +27,7 @@ from api.routers import (
 )
 from api.state import ApiState
 from api.strict_json import StrictRoute
+from embedd_dagster import __version__
 from embedd_dagster.settings import Settings, get_settings
 
 _DESCRIPTION = """Keeps tables of your database searchable by meaning.
@@ -40,17 +43,17 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     logs.configure()
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[Mapping[str, Any]]:
         state = ApiState.open(settings)
         app.state.embedd = state
         try:
-            yield
+            yield {STATE: HttpFacts(settings.api_url, settings.max_connections)}
         finally:
             state.close()
 
     app = FastAPI(
         title="embedd",
-        version=version("embedd"),
+        version=__version__,
         description=_DESCRIPTION,
         lifespan=lifespan,
         docs_url=None,
@@ -66,9 +69,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(RequestContext)
     # first, as routes are tried in turn, and there is none that is asked for as often
     app.include_router(queries.router, prefix="/v1")
-    app.include_router(health.router)
-    app.include_router(metrics.router)
-    v1 = APIRouter(prefix="/v1", route_class=StrictRoute)
+    app.include_router(health.router, dependencies=KNOWN_PARAMETERS_WITHOUT_KEY)
+    app.include_router(metrics.router, dependencies=KNOWN_PARAMETERS_WITHOUT_KEY)
+    v1 = APIRouter(prefix="/v1", route_class=StrictRoute, dependencies=KNOWN_PARAMETERS)
     for module in (
         environments,
         api_keys,

@@ -13,12 +13,11 @@ from sqlalchemy.orm import Session
 from api.state import ApiState
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
-from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
+from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.catalog.tables import ApiKey, Environment
 from embedd_dagster.errors import NotFound, PermissionDenied, Unauthorized
 
 _KEY: Final = re.compile(r"sk_[A-Za-z0-9_-]{20,100}")
-_ENVIRONMENT_ID: Final = re.compile(r"env_[0-9a-z]{26}")
 MAX_SHOWN: Final = 64
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="An API key, `sk_…`")
@@ -52,18 +51,14 @@ def check_key_form(raw_key: str | None) -> str:
     return raw_key
 
 
-def is_environment_id(text: str) -> bool:
-    """Whether it has the form of one."""
-    return _ENVIRONMENT_ID.fullmatch(text) is not None
-
-
 def authenticate(
     request: Request,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
     x_environment_id: Annotated[
         str | None,
         Header(
-            description="The environment of the request; left out, the key's own, or else the one named `prod`",
+            description="The environment of the request, by its id or its name; left out, the key's own, or else the one "
+            "named `prod`",
             examples=["env_1q3k8zc0v5tq9n2m4x7wb6dhpa"],
         ),
     ] = None,
@@ -79,7 +74,7 @@ def authenticate(
         request.state.key_prefix = key.prefix
         environment = _find_environment(session, key, x_environment_id)
     # not within the transaction: a Redis that hangs must not keep the catalog's connections
-    standing, excess = state.rate_limiter.hit(key.id)
+    standing, excess = state.rate_limiter.hit(key.counted_as)
     request.state.rate_limit = standing
     if excess is not None:
         raise excess
@@ -89,16 +84,14 @@ def authenticate(
 
 
 def _find_environment(session: Session, key: ApiKey, wanted: str | None) -> Environment | NotFound:
-    if wanted is None and key.environment_id is None:
-        found = environments.find_by_name(session, key.org_id, DEFAULT_ENVIRONMENT)
-        return NotFound("environment", DEFAULT_ENVIRONMENT) if found is None else found
-    environment_id = wanted if wanted is not None else key.environment_id or ""
-    if not is_environment_id(environment_id) or key.environment_id not in (None, environment_id):
-        return NotFound("environment", environment_id[:MAX_SHOWN])
-    try:
-        return environments.get(session, key.org_id, environment_id)
-    except NotFound as error:
-        return error
+    by = EnvironmentWanted.read(wanted if wanted is not None else key.environment_id or DEFAULT_ENVIRONMENT)
+    if by.name is None:
+        found = environments.find(session, key.org_id, by.id or "")
+    else:
+        found = environments.find_by_name(session, key.org_id, by.name)
+    if found is None or key.environment_id not in (None, found.id):
+        return NotFound("environment", (wanted or key.environment_id or DEFAULT_ENVIRONMENT)[:MAX_SHOWN])
+    return found
 
 
 Reader = Annotated[Caller, Depends(authenticate)]

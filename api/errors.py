@@ -20,12 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
+from api.hints import nearest_operation
 from embedd_dagster.core.embedded_text import MAX_METADATA_LENGTH
 from embedd_dagster.errors import Conflict, EmbeddError, PermanentError, TransientError, ValidationFailed
 
 ERROR_PAGE: Final = "/docs/errors"
 _MAX_FAULTS: Final = 5
 _MAX_NAME: Final = 80
+_MAX_PATH: Final = 300
 _log = structlog.get_logger("embedd.api")
 
 
@@ -37,6 +39,7 @@ class ErrorCode(NamedTuple):
 
 
 ERROR_CODES: Final[dict[str, ErrorCode]] = {
+    "malformed_request": ErrorCode(400, "What was sent is not HTTP/1.1."),
     "unauthorized": ErrorCode(401, "There is no key in the request, or it is malformed or not known."),
     "key_revoked": ErrorCode(401, "The key was revoked."),
     "permission_denied": ErrorCode(403, "The key may not do this: a `read_only` key reads and queries."),
@@ -50,6 +53,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "task_not_found": ErrorCode(404, "No such task in this environment."),
     "source_table_not_found": ErrorCode(404, "The table, or a configured column, is not in the source."),
     "method_not_allowed": ErrorCode(405, "The path exists, the method does not; `Allow` names those that do."),
+    "request_timeout": ErrorCode(408, "The request's head or body did not arrive in time."),
     "name_conflict": ErrorCode(409, "The name is taken in this environment."),
     "environment_conflict": ErrorCode(409, "The environment is still used; the message says by what."),
     "connection_conflict": ErrorCode(409, "The connection is still used; the message says by what."),
@@ -67,10 +71,13 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "metadata_too_large": ErrorCode(
         422, f"A row's metadata is longer than {MAX_METADATA_LENGTH:,} characters, all columns together."
     ),
+    "headers_too_large": ErrorCode(431, "The path and the headers are larger than 64 KiB, or more than 100 headers."),
     "rate_limit_exceeded": ErrorCode(429, "Too many requests with this key; `Retry-After` says how long to wait."),
     "internal_error": ErrorCode(500, "A fault of ours. The service's log has more under the request id."),
     "too_many_queries": ErrorCode(503, "Too many queries are under way; `Retry-After` says how long to wait."),
-    "server_busy": ErrorCode(503, "Too many requests wait for slow databases or providers; see `Retry-After`."),
+    "server_busy": ErrorCode(
+        503, "Too many connections, large bodies, or requests that wait for databases and providers; see `Retry-After`."
+    ),
     "embedding_failed": ErrorCode(502, "The embedding provider failed or refuses; the message says how."),
     "source_unavailable": ErrorCode(503, "The source database does not answer, or cannot do what was asked."),
     "vector_store_unavailable": ErrorCode(503, "The vector store does not answer, or cannot do what was asked."),
@@ -132,19 +139,29 @@ def error_response(
     extra: Mapping[str, Any] | None = None,
 ) -> Response:
     """The envelope. `extra` stands beside `error`."""
-    body = {
-        "error": {
-            "code": code,
-            "message": message,
-            "resolution": resolution,
-            "docs_url": f"{_base_url(scope)}{ERROR_PAGE}#{code}",
-            "request_id": scope.get("state", {}).get("request_id", ""),
-        },
-        **(extra or {}),
+    request_id = scope.get("state", {}).get("request_id", "")
+    body = envelope(code, message, resolution, base_url=_base_url(scope), request_id=request_id, extra=extra)
+    return Response(body, status_code=ERROR_CODES[code].status, headers=headers, media_type="application/json")
+
+
+def envelope(
+    code: str,
+    message: str,
+    resolution: str,
+    *,
+    base_url: str,
+    request_id: str,
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The envelope as JSON. `base_url` is where the pages of this API are, without a slash at the end."""
+    error = {
+        "code": code,
+        "message": message,
+        "resolution": resolution,
+        "docs_url": f"{base_url}{ERROR_PAGE}#{code}",
+        "request_id": request_id,
     }
-    return Response(
-        orjson.dumps(body), status_code=ERROR_CODES[code].status, headers=headers, media_type="application/json"
-    )
+    return orjson.dumps({"error": error, **(extra or {})})
 
 
 def _base_url(scope: Mapping[str, Any]) -> str:
@@ -211,16 +228,23 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 - registered for this type
     method, path = request.method, request.url.path[:_MAX_NAME]
     if error.status_code == HTTPStatus.NOT_FOUND:
+        hint = nearest_operation(request.app.openapi()["paths"], method, request.url.path[:_MAX_PATH])
+        resolution = f"Did you mean {hint}? " if hint else ""
         return error_response(
-            request.scope, "not_found", f"There is nothing at {path}.", "GET /openapi.json lists every path."
+            request.scope,
+            "not_found",
+            f"There is nothing at {path}.",
+            f"{resolution}GET /openapi.json lists every path.",
         )
     if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         allowed = ", ".join(_methods_at(request))
+        hint = nearest_operation(request.app.openapi()["paths"], method, request.url.path[:_MAX_PATH])
+        meant = f" Did you mean {hint}?" if hint else ""
         return error_response(
             request.scope,
             "method_not_allowed",
             f"{method} is not accepted at {path}.",
-            f"Use {allowed}." if allowed else "GET /openapi.json lists every method.",
+            f"Use {allowed}.{meant}" if allowed else "GET /openapi.json lists every method.",
             headers={"Allow": allowed},
         )
     return response_of(request.scope, ValidationFailed("The request could not be read."))
@@ -306,7 +330,7 @@ def _place(location: Sequence[int | str]) -> str:
     for part in parts:
         if isinstance(part, int):
             place += f"[{part}]"
-        else:
+        elif not part.startswith("~"):  # which variant of a field was taken says nothing to anybody
             place += f"{'.' if place else ''}{str(part)[:_MAX_NAME]}"
     return place
 

@@ -57,6 +57,11 @@ class Attempt:
         self._request_hash = request_hash
         self._claim: Claim | None = None
 
+    def of_caller_alone(self, caller: Caller) -> Attempt:
+        """The attempt, whose answer no other key gets, because it holds a secret."""
+        self._operation += f" {caller.key.id}"
+        return self
+
     def __enter__(self) -> None:
         """Claims the key. Raises Replay, KeyInUse, ValidationFailed."""
         if self._key is None:
@@ -135,6 +140,14 @@ async def _begin(
 
 Once = Annotated[Attempt, Depends(_begin)]
 """The attempt of a caller whose key has permission `full`."""
+
+
+def _for_one_key(caller: Writer, attempt: Once) -> Attempt:
+    return attempt.of_caller_alone(caller)
+
+
+OncePerKey = Annotated[Attempt, Depends(_for_one_key)]
+"""The same for an answer with a secret in it: the same Idempotency-Key of another API key is another request."""
 
 
 def answers_once(status: int, *codes: str) -> dict[int | str, dict[str, Any]]:

@@ -16,8 +16,9 @@ import httpx
 import structlog
 from pydantic import SecretStr
 
-from embedd_dagster.catalog import tasks
+from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.errors import EmbeddError, OrchestratorUnavailable
 
@@ -32,6 +33,9 @@ TERMINATE: Final = """mutation TerminateRun($runId: String!) {
 }"""
 _TIMEOUT_SECONDS: Final = 5.0
 _MAX_WAITING: Final = 200
+_MAX_WAITING_TASKS: Final = 4
+"""An environment with more tasks that wait does not add to Dagster's queue, which is first come, first served: the sensor
+launches them in turn with those of others."""
 _log = structlog.get_logger("embedd.api")
 
 
@@ -79,8 +83,14 @@ class Launcher:
             self._waiting.release()
 
     def _launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+        with self._catalog.transaction() as session:
+            place = vector_tables.queue_places(session, [vector_table_id]).get(vector_table_id, QueuePlace())
+            waiting = tasks.count_waiting(session, place.environment_id)
+        if waiting > _MAX_WAITING_TASKS:
+            _log.info("task left to the sensor", task_id=task_id, waiting=waiting)
+            return
         mode = "sync" if task_type is TaskType.SYNC else "backfill"
-        tags = {"dagster/partition": vector_table_id, "embedd/task_id": task_id}
+        tags = {"dagster/partition": vector_table_id, "embedd/task_id": task_id, **queue_tags(task_type, place)}
         answer = self._send(
             LAUNCH,
             {

@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import structlog
 
+from embedd_dagster.logs import LossyLogger
+
 _MAX_MESSAGE: Final = 1000
 _TRACE: Final = "Traceback (most recent call last)"
 
@@ -29,7 +31,8 @@ def configure() -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
+        # a line that cannot be written is lost: raised, it would turn a committed request into a 500
+        logger_factory=lambda *_: LossyLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
     logging.getLogger().addHandler(_Forward())

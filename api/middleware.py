@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import dataclass
 from typing import Any, Final
 
+import anyio
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,6 +20,11 @@ from embedd_dagster.postgresql import patience
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GRACE_SECONDS: Final = 1.0
+_SMALL_BODY: Final = 64 * 2**10  # as much as the server itself takes in before anybody reads
+_ALL_BODIES_BYTES: Final = 64 * 2**20
+_ALL_BODIES_LARGEST: Final = 4
+_DISCARD_BYTES: Final = 16 * 2**20
+_DISCARD_SECONDS: Final = 2.0
 _log = structlog.get_logger("embedd.api")
 
 
@@ -94,12 +101,56 @@ def _measure(scope: Scope, status: int, seconds: float) -> None:
     scope["app"].state.embedd.metrics.request(scope["method"], template, status, seconds)
 
 
+@dataclass(slots=True)
+class BodyBudget:
+    """How many bytes of all bodies together may be in memory, beyond the first 64 KiB of each."""
+
+    left: int
+
+
+class BodyShare:
+    """What one request holds of the budget."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def grow(self, size: int) -> bool:
+        """Holds what a body of this size needs; False where not so much is left."""
+        more = max(0, size - _SMALL_BODY) - self._held
+        if more > self._budget.left:
+            return False
+        self._budget.left -= more
+        self._held += more
+        return True
+
+    def give_back(self) -> None:
+        """Holds nothing any more. Idempotent."""
+        self._budget.left += self._held
+        self._held = 0
+
+
+async def _discard(receive: Receive) -> None:
+    """Throws away what its client still sends, for a moment: a client that cannot send does not read the answer."""
+    seen = 0
+    with anyio.move_on_after(_DISCARD_SECONDS):
+        while seen < _DISCARD_BYTES:
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if not message.get("more_body", False):
+                return
+
+
 class BodyLimit:
-    """Reads the body before the application is called, and refuses a large one, by its announced or its true size."""
+    """Reads the body before the application is called, and refuses a large one, by its announced or its true size.
+
+    All bodies together are bounded as well: what one more large one would take beyond that is refused for now.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._budget = BodyBudget(max(_ALL_BODIES_BYTES, _ALL_BODIES_LARGEST * max_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -110,17 +161,32 @@ class BodyLimit:
         if announced.isdecimal() and int(announced[:18]) > self._max_bytes:
             await self._refuse(scope, receive, send)
             return
+        share = BodyShare(self._budget)
+        try:
+            body = await self._read(scope, receive, send, share)
+            if body is not None:
+                await self._pass_on(bytes(body), scope, receive, send)
+        finally:
+            share.give_back()
+
+    async def _read(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> bytearray | None:
+        """The whole body; None where it was refused, or its client is gone."""
         body = bytearray()
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                return None
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
                 await self._refuse(scope, receive, send)
-                return
+                return None
+            if not share.grow(len(body)):
+                await self._refuse_for_now(scope, receive, send)
+                return None
             if not message.get("more_body", False):
-                break
+                return body
+
+    async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         delivered = False
 
         async def receive_again() -> Message:
@@ -128,11 +194,22 @@ class BodyLimit:
             if delivered:
                 return await receive()
             delivered = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
+            return {"type": "http.request", "body": body, "more_body": False}
 
         await self._app(scope, receive_again, send)
 
+    async def _refuse_for_now(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = error_response(
+            scope,
+            "server_busy",
+            "Too many large bodies are being received.",
+            "Wait as long as Retry-After says.",
+            headers={"Connection": "close", "Retry-After": "1"},
+        )
+        await response(scope, receive, send)
+
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _discard(receive)
         response = error_response(
             scope,
             "payload_too_large",

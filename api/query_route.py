@@ -18,12 +18,13 @@ from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from api.auth import MAX_SHOWN, check_key_form, is_environment_id
+from api.auth import MAX_SHOWN, check_key_form
+from api.parameters import refuse_unknown_parameters
 from api.schemas.base import known_form
 from api.schemas.queries import QueryBody
 from api.state import ApiState
 from api.strict_json import StrictRoute, validate_body
-from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
+from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.catalog.live_tables import LiveTable, authorize_query, find_live
 from embedd_dagster.core.keys import render_key
 from embedd_dagster.engine.search import Question, SearchAnswer, StageSeconds
@@ -100,21 +101,24 @@ class _Query:
     def _authorize(self, raw_key: str, environment_id: str | None) -> tuple[str, str, LiveTable | None]:
         """The environment, the table's id, and the table if it is there. Raises as `auth.authenticate` does, and NotFound."""
         vector_table_id: str = self._scope["path_params"]["vector_table_id"]
-        is_sane = environment_id is None or is_environment_id(environment_id)
         begun = time.perf_counter()
         access = authorize_query(
-            self._state.runtime.catalog, raw_key, environment_id if is_sane else "", _as_parameter(vector_table_id)
+            self._state.runtime.catalog,
+            raw_key,
+            EnvironmentWanted.read(environment_id),
+            _as_parameter(vector_table_id),
         )
         self.stages.catalog = time.perf_counter() - begun
         request_state = self._scope["state"]
         request_state["key_prefix"] = access.key_prefix
-        standing, excess = self._state.rate_limiter.hit(access.key_id)
+        standing, excess = self._state.rate_limiter.hit(access.counted_as)
         request_state["rate_limit"] = standing
         if excess is not None:
             raise excess
         if access.environment_id is None:
             wanted = DEFAULT_ENVIRONMENT if environment_id is None else environment_id
             raise NotFound("environment", wanted[:MAX_SHOWN])
+        refuse_unknown_parameters(self._scope)
         return access.environment_id, _check_table_id(vector_table_id), access.table
 
 

@@ -6,41 +6,60 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, ParamSpec, TypeVar
+from typing import Annotated, NoReturn, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
+from embedd_dagster import logs
 from embedd_dagster.errors import EmbeddError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# No markup anywhere: in help, messages and tables, what stands in [brackets] is text.
 app = typer.Typer(
-    help="Keeps the tables of your database searchable by meaning.", no_args_is_help=True, add_completion=False
+    help="Keeps the tables of your database searchable by meaning.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
 )
-keys_app = typer.Typer(help="API keys, and the key that stored credentials are encrypted with.", no_args_is_help=True)
+keys_app = typer.Typer(
+    help="API keys, and the key that stored credentials are encrypted with.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 app.add_typer(keys_app, name="keys")
 
 StateDir = Annotated[Path, typer.Option("--state-dir", help="Where the embedded stack keeps its state.")]
 _DEFAULT_STATE_DIR = Path(".embedd")
-_console = Console()
-_errors = Console(stderr=True)
+_console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+_errors = Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def _explained(command: Callable[P, R]) -> Callable[P, R]:
-    """Our own errors end a command with their message and what to do, not with a stack trace."""
+    """Our own errors, and the system's about files, end a command with a message and what to do, not with a stack trace."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        logs.lose_unwritable_lines()
         try:
             return command(*args, **kwargs)
         except EmbeddError as error:
-            _errors.print(f"[bold red]Error:[/] {error.message}", highlight=False)
-            _errors.print(f"{error.resolution}", highlight=False)
-            raise typer.Exit(1) from None
+            _fail(error.message, error.resolution)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", "Check the file's permissions and the space left on its disk.")
 
     return run
+
+
+def _fail(message: str, resolution: str) -> NoReturn:
+    _errors.print(Text.assemble(("Error:", "bold red"), " ", message))
+    _errors.print(resolution)
+    raise typer.Exit(1)
 
 
 @app.command()
@@ -57,16 +76,20 @@ def up(
     from embedd_dagster.local.stack import Stack, StackSettings
 
     def ready(endpoints: Endpoints) -> None:
-        _console.print("[bold green]embedd is up.[/]")
+        _console.print("embedd is up.", style="bold green")
         _console.print(f"  API      {endpoints.api}/docs")
-        # whole on one line, whatever the terminal's width: it is to be clicked
-        _console.print(f"  Dagster  {endpoints.dagster_login}", soft_wrap=True)
+        _console.print(f"  Dagster  {endpoints.dagster_login}")
         _console.print(f"  Qdrant   {endpoints.qdrant}   (its key is in endpoints.json)")
         _console.print(f"  State    {state_dir.resolve()}   (addresses in endpoints.json, logs in logs/)")
-        _console.print("Make a key with [cyan]embedd keys create[/]. Ctrl-C stops everything.")
+        _console.print("Make a key with `embedd keys create`. Ctrl-C stops everything.")
+
+    def stopping() -> None:
+        _console.print("Stopping … Runs hand their tasks back first. Ctrl-C again stops at once.")
 
     _console.print("Starting …")
-    Stack(state_dir, settings=StackSettings(code_location_module=code_location)).up(on_ready=ready)
+    settings = StackSettings(code_location_module=code_location, tell=lambda step: _console.print(f"  {step}"))
+    Stack(state_dir, settings=settings).up(on_ready=ready, on_stopping=stopping)
+    _console.print("Stopped.")
 
 
 @app.command()
@@ -92,11 +115,15 @@ def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     from embedd_dagster.local import outside
 
     found = outside.status(state_dir)
-    _console.print(f"[bold]{found.state}[/]" + (f" (process {found.pid})" if found.pid else ""))
+    problems = outside.find_problems(state_dir, found)
+    state = "degraded" if problems and found.state == "ready" else found.state
+    _console.print(Text.assemble((state, "bold"), f" (process {found.pid})" if found.pid else ""))
     for name, child in found.children.items():
         _console.print(f"  {name:18} {child['state']}")
     if found.endpoints:
-        _console.print(f"API {found.endpoints.api}/docs · Dagster {found.endpoints.dagster_login}", soft_wrap=True)
+        _console.print(f"API {found.endpoints.api}/docs · Dagster {found.endpoints.dagster_login}")
+    for problem in problems:
+        _console.print(problem)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dagster as dg
 
+from embedd_dagster import logs
 from embedd_dagster.defs.assets import source_table, vector_table
 from embedd_dagster.defs.checks import vector_table_checks
 from embedd_dagster.defs.following import follow_job, follower_sensor
@@ -12,6 +13,8 @@ from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_schedule
 from embedd_dagster.defs.schedules import sync_schedule
 from embedd_dagster.defs.sensors import cleanup_sensor, reconcile_sensor
+
+logs.lose_unwritable_lines()
 
 defs = dg.Definitions(
     assets=[source_table, vector_table],

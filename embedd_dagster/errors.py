@@ -48,7 +48,7 @@ class EmbeddError(Exception):
     """Anything this product raises on purpose."""
 
     default_code: ClassVar[str] = "internal_error"
-    default_resolution: ClassVar[str] = "Try again; if it goes on, look at the service's log with the request id."
+    default_resolution: ClassVar[str] = "Try again. If it goes on, read the service's log."
 
     def __init__(self, message: str, *, resolution: str | None = None, code: str | None = None, **details: Any) -> None:
         super().__init__(message)

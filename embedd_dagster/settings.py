@@ -32,6 +32,11 @@ class Settings(BaseSettings):
     rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
     redis_url: SecretStr | None = Field(default=None, description="Counts rate limits across processes")
     max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    max_connections: int = Field(
+        default=1000,
+        ge=8,
+        description="Connections to one API process; fewer where its file descriptors do not suffice",
+    )
     request_timeout_seconds: float = Field(
         default=30.0, gt=0, description="How long a request waits for a source, for a store and for a provider, each"
     )

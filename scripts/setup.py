@@ -20,26 +20,45 @@ def main() -> None:
     target = Path(sys.argv[1]).resolve()
     python = target / "bin" / "python"
     uv = shutil.which("uv")
-    print(f"Setting up {target} with {'uv' if uv else 'pip'} …", flush=True)  # noqa: T201
+    _say(f"Setting up {target} with {'uv' if uv else 'pip'} …")
     if uv:
         if not _works(python):
+            _say("  making the virtual environment")
             _run(uv, "venv", "--quiet", "--clear", "--python", sys.executable, target)
+        _say(_what_is_installed())
         _run(uv, "pip", "sync", "--quiet", "--compile-bytecode", "--python", python, ROOT / "requirements.lock")
         _run(
             uv, "pip", "install", "--quiet", "--python", python, "--no-deps", "--no-build-isolation", "--editable", ROOT
         )
     else:
         if not _works(python):
+            _say("  making the virtual environment")
             _run(sys.executable, "-m", "venv", "--clear", target)
         elif not _works(python, "-m", "pip", "--version"):
             # uv made it, and has gone since
             _run(python, "-m", "ensurepip")
         pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+        _say(_what_is_installed())
         _run(*pip, "--require-hashes", "--no-deps", "--requirement", ROOT / "requirements.lock")
         _run(*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
+        _say("  compiling them, so that Dagster starts faster")
         # pip compiles by itself unless PYTHONDONTWRITEBYTECODE says otherwise; Dagster starts twice as fast compiled
         _run(python, "-m", "compileall", "-q", "-j", "0", target / "lib")
     _run(python, "-m", "compileall", "-q", ROOT / "embedd_dagster", ROOT / "api")
+    _say("  ready")
+
+
+def _what_is_installed() -> str:
+    lines = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+    count = sum("==" in line and not line.startswith((" ", "#")) for line in lines)
+    return (
+        f"  installing {count} packages that requirements.lock pins: Dagster, FastAPI, PostgreSQL, Qdrant's engine, a small "
+        "model … (some minutes the first time)"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
 
 
 def _works(python: Path, *arguments: str) -> bool:

@@ -6,8 +6,8 @@ from fastapi import APIRouter
 
 from api.auth import Reader, Writer
 from api.errors import answers
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.idempotency import OncePerKey, answers_once
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.api_keys import ApiKeyAnswer, ApiKeyCreate, ApiKeyList, NewApiKeyAnswer
 from api.schemas.base import ApiKeyId
 from api.strict_json import StrictRoute
@@ -19,25 +19,32 @@ router = APIRouter(prefix="/api-keys", tags=["API keys"], route_class=StrictRout
 
 
 @router.post("", status_code=201, responses=answers_once(201, "permission_denied"))
-def create_api_key(body: ApiKeyCreate, caller: Writer, attempt: Once) -> NewApiKeyAnswer:
-    """Create an API key. A key that is good for one environment makes keys for that one only."""
+def create_api_key(body: ApiKeyCreate, caller: Writer, attempt: OncePerKey) -> NewApiKeyAnswer:
+    """Create an API key. A key that is good for one environment makes keys for that one only.
+
+    A key and those that it has made share one rate limit.
+    """
     environment_id = body.environment_id or caller.only_environment_id
     if caller.only_environment_id not in (None, environment_id):
         raise NotFound("environment", str(environment_id))
     with attempt, caller.state.runtime.catalog.transaction() as session:
         if environment_id is not None:
             environments.get(session, caller.org_id, environment_id)
-        new = api_keys.create(session, caller.org_id, environment_id, body.name, Permission(body.permission))
+        new = api_keys.create(
+            session, caller.org_id, environment_id, body.name, Permission(body.permission), made_by=caller.key
+        )
         return attempt.answer(session, NewApiKeyAnswer(key=new.raw, api_key=ApiKeyAnswer.model_validate(new.api_key)))
 
 
 @router.get("", responses=answers())
-def list_api_keys(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> ApiKeyList:
+def list_api_keys(
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
+) -> ApiKeyList:
     """List API keys, revoked ones included. Nobody can see a key itself again."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = api_keys.page(session, caller.org_id, caller.only_environment_id, limit, after)
-    return list_answer(ApiKeyList, page, limit, ApiKeyAnswer.model_validate)
+        page = api_keys.page(session, caller.org_id, caller.only_environment_id, limit, asked.after, name=name)
+    return list_answer(ApiKeyList, page, asked, ApiKeyAnswer.model_validate)
 
 
 @router.delete("/{api_key_id}", status_code=204, responses=answers("permission_denied", "api_key_not_found"))

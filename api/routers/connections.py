@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
@@ -11,23 +13,45 @@ from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Attempt, Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import (
+    DEFAULT_LIMIT,
+    Cursor,
+    Limit,
+    NameFilter,
+    PageRequest,
+    list_answer,
+    place_at,
+    place_of,
+    text_filter,
+)
 from api.schemas.base import ConnectionId
 from api.schemas.connections import (
     ConnectionAnswer,
     ConnectionList,
     ConnectionUpdate,
     PostgresqlConnectionCreate,
+    PostgresqlPassword,
     SourceTableAnswer,
+    SourceTableColumnAnswer,
+    SourceTableColumnList,
     SourceTableList,
     TestAnswer,
 )
 from api.strict_json import StrictRoute
 from embedd_dagster import sources
 from embedd_dagster.catalog import connections
+from embedd_dagster.catalog.pages import Page
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine import admission
-from embedd_dagster.errors import EmbeddError, NotReady, SecretUnreadable, ValidationFailed
+from embedd_dagster.errors import (
+    EmbeddError,
+    NotReady,
+    SecretUnreadable,
+    SourceAccessDenied,
+    SourceTableNotFound,
+    ValidationFailed,
+)
+from embedd_dagster.sources.base import Source, SourceColumn, SourceTable
 
 router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 
@@ -69,12 +93,14 @@ def create_unsupported_connection(
 
 
 @router.get("/connections", responses=answers())
-def list_connections(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> ConnectionList:
+def list_connections(
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
+) -> ConnectionList:
     """List connections."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = connections.page(session, caller.environment.id, limit, after)
-    return list_answer(ConnectionList, page, limit, ConnectionAnswer.model_validate)
+        page = connections.page(session, caller.environment.id, limit, asked.after, name=name)
+    return list_answer(ConnectionList, page, asked, ConnectionAnswer.model_validate)
 
 
 @router.get("/connections/{connection_id}", responses=answers("connection_not_found"))
@@ -101,7 +127,9 @@ def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, calle
         if "name" in given:
             connections.rename(session, row, body.name)
         if "credentials" in given:
-            connections.set_credentials(row, caller.state.runtime.box, body.credentials.model_dump())
+            # a password alone leaves everything else as it is
+            others = row.settings if isinstance(body.credentials, PostgresqlPassword) else {}
+            connections.set_credentials(row, caller.state.runtime.box, {**others, **body.credentials.model_dump()})
     return _test(caller, row)[1] if "credentials" in given else ConnectionAnswer.model_validate(row)
 
 
@@ -168,18 +196,75 @@ def list_source_tables(
     connection_id: ConnectionId,
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=10_000, description="How many at the most")] = 1000,
+    name: Annotated[str | None, text_filter("Only the table that `source_table` may name so", max_length=255)] = None,
 ) -> SourceTableList:
     """List the tables and views that the connection may read, by name."""
-    connection = _get(caller, connection_id)
-    try:
-        with admission.open_source_briefly(caller.state.runtime, connection) as source:
-            found = source.tables(limit + 1)
-    except SecretUnreadable as error:
-        raise NotReady(error.message, code="connection_not_ready", resolution=error.resolution) from None
+    with _open_source(caller, connection_id) as source:
+        found = source.tables(limit + 1) if name is None else _named(source, name)
     return SourceTableList(
         tables=[
             SourceTableAnswer(name=t.name, type="view" if t.is_view else "table", row_estimate=t.row_estimate)
             for t in found[:limit]
         ],
         truncated=len(found) > limit,
+    )
+
+
+@contextmanager
+def _open_source(caller: Caller, connection_id: str) -> Iterator[Source]:
+    connection = _get(caller, connection_id)
+    try:
+        opened = admission.open_source_briefly(caller.state.runtime, connection)
+    except SecretUnreadable as error:
+        raise NotReady(error.message, code="connection_not_ready", resolution=error.resolution) from None
+    with opened as source:
+        yield source
+
+
+def _named(source: Source, name: str) -> list[SourceTable]:
+    try:
+        return [source.describe(name)]
+    except (SourceTableNotFound, SourceAccessDenied):
+        return []
+
+
+@router.get(
+    "/connections/{connection_id}/tables/{table:path}/columns",
+    dependencies=OUTSIDE,
+    responses=answers(
+        "connection_not_found",
+        "connection_not_ready",
+        "source_table_not_found",
+        "source_table_access_denied",
+        "source_unavailable",
+        "server_busy",
+    ),
+)
+def list_source_columns(
+    connection_id: ConnectionId,
+    table: Annotated[
+        str, Path(max_length=255, pattern=r"^[^\x00]+$", description="As `source_table`", examples=["public.products"])
+    ],
+    caller: Reader,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+    name: Annotated[str | None, text_filter("Only the column of exactly this name", max_length=255)] = None,
+) -> SourceTableColumnList:
+    """List the columns of a table or view, before there is a vector table of it, in the table's own order."""
+    asked = PageRequest.read(limit, cursor, table=table, name=name)
+    with _open_source(caller, connection_id) as source:
+        columns = [column for column in source.describe(table).columns if name in (None, column.name)]
+    begin = place_of(asked.after)
+    shown = columns[begin : begin + limit]
+    following = place_at(begin + limit) if begin + limit < len(columns) else None
+    return list_answer(SourceTableColumnList, Page(shown, following), asked, _shown_column)
+
+
+def _shown_column(column: SourceColumn) -> SourceTableColumnAnswer:
+    return SourceTableColumnAnswer(
+        name=column.name,
+        type=column.type,
+        nullable=column.nullable,
+        filter_types=sorted(column.filter_types),
+        can_be_key=column.is_key_type,
     )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from fastapi import APIRouter
 
 from api.auth import Reader
 from api.errors import answers
-from api.pagination import whole_list
+from api.pagination import text_filter, whole_list
 from api.schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
 from api.strict_json import StrictRoute
 from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
@@ -28,6 +30,9 @@ def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
 
 
 @router.get("", responses=answers())
-def list_embedding_models(caller: Reader) -> EmbeddingModelList:  # noqa: ARG001 - a key is needed all the same
+def list_embedding_models(
+    caller: Reader,  # noqa: ARG001 - a key is needed all the same
+    name: Annotated[str | None, text_filter("Only the models of exactly this name", max_length=200)] = None,
+) -> EmbeddingModelList:
     """List the known embedding models: all of them, on one page."""
-    return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS])
+    return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS if name in (None, model.name)])

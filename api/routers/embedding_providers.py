@@ -10,9 +10,9 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
-from api.idempotency import Once, answers_once
+from api.idempotency import Attempt, Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
 from api.schemas.embedding_providers import (
@@ -30,7 +30,14 @@ from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.embedders import open_embedder
 from embedd_dagster.embedders.question import embed_question
-from embedd_dagster.errors import EmbeddError, SourceRejected, SourceUnavailable, ValidationFailed
+from embedd_dagster.errors import (
+    EmbeddError,
+    EmbeddingRejected,
+    RowError,
+    SourceRejected,
+    SourceUnavailable,
+    ValidationFailed,
+)
 from embedd_dagster.sources.network import allowed_addresses
 
 router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], route_class=StrictRoute)
@@ -45,7 +52,10 @@ _TEST_TIMEOUT_SECONDS: Final = 10.0
     responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
 )
 def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
-    """Create an embedding provider: an account, or a server that speaks OpenAI's protocol."""
+    """Create an embedding provider: an account, or a server that speaks OpenAI's protocol.
+
+    It is tested at once: see `status` and `last_error`.
+    """
     runtime = caller.state.runtime
     with attempt:
         _check_limits(body.provider, body.limits)
@@ -60,7 +70,8 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, att
                 credentials=credentials,
                 limits=body.limits.model_dump(exclude_none=True),
             )
-            return attempt.answer(session, EmbeddingProviderAnswer.model_validate(row))
+            attempt.answer(session, EmbeddingProviderAnswer.model_validate(row), more_follows=True)
+        return _test_by_itself(caller, row, attempt)
 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
@@ -106,13 +117,13 @@ def _check_address(caller: Caller, base_url: str) -> None:
 
 @router.get("", responses=answers())
 def list_embedding_providers(
-    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EmbeddingProviderList:
     """List embedding providers."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = embedding_providers.page(session, caller.environment.id, limit, after)
-    return list_answer(EmbeddingProviderList, page, limit, EmbeddingProviderAnswer.model_validate)
+        page = embedding_providers.page(session, caller.environment.id, limit, asked.after, name=name)
+    return list_answer(EmbeddingProviderList, page, asked, EmbeddingProviderAnswer.model_validate)
 
 
 @router.get("/{embedding_provider_id}", responses=answers("embedding_provider_not_found"))
@@ -134,7 +145,7 @@ def _get(caller: Caller, embedding_provider_id: str) -> EmbeddingProvider:
 def update_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, body: EmbeddingProviderUpdate, caller: Writer
 ) -> EmbeddingProviderAnswer:
-    """Rename an embedding provider, or give it other credentials or limits."""
+    """Rename an embedding provider, or give it other limits or credentials, which are tested at once."""
     given = body.model_fields_set
     kind = ProviderKind(_get(caller, embedding_provider_id).provider)
     credentials = _checked(caller, kind, body.credentials) if "credentials" in given else {}
@@ -147,7 +158,7 @@ def update_embedding_provider(
         if "limits" in given:
             _check_limits(row.provider, body.limits)
             embedding_providers.set_limits(row, body.limits.model_dump(exclude_none=True))
-    return EmbeddingProviderAnswer.model_validate(row)
+    return _test_by_itself(caller, row) if "credentials" in given else EmbeddingProviderAnswer.model_validate(row)
 
 
 @router.delete(
@@ -169,26 +180,67 @@ def delete_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller
 def check_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, caller: Writer, body: EmbeddingProviderTest | None = None
 ) -> TestAnswer:
-    """Test an embedding provider by embedding one word. A failed test is a 200 with `status: failed`."""
+    """Test an embedding provider by embedding one word, and keep the outcome as its `status`.
+
+    A failed test is a 200 with `status: failed`.
+    """
     row = _get(caller, embedding_provider_id)
-    model, dimensions = _test_model(caller, row, body)
+    return _test(caller, row, _test_model(caller, row, body), is_model_known=True)[0]
+
+
+def _test(
+    caller: Caller,
+    row: EmbeddingProvider,
+    model: tuple[str, int],
+    *,
+    is_model_known: bool,
+    attempt: Attempt | None = None,
+) -> tuple[TestAnswer, EmbeddingProviderAnswer]:
+    """The outcome, and the provider with it recorded; outside of any transaction, as a provider may be slow."""
     begun = time.perf_counter()
-    fault: str | None = None
+    fault: EmbeddError | None = None
     try:
-        with open_embedder(
-            row.provider,
-            credentials=embedding_providers.open_credentials(row, caller.state.runtime.box),
-            model=model,
-            dimensions=dimensions,
-            limits=row.limits,
-            timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
-            deny_private_networks=caller.state.settings.deny_private_networks,
-        ) as embedder:
-            embed_question(embedder, "test")
+        _embed_one_word(caller, row, *model)
     except EmbeddError as error:
-        fault = f"{error.message} {error.resolution}"
+        fault = error
     latency_ms = round((time.perf_counter() - begun) * 1000, 1)
-    return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault)
+    told = f"{fault.message} {fault.resolution}" if fault is not None else None
+    # without a model that the server has, a rejection proves something only if it is one of the key
+    is_certain = is_model_known or not isinstance(fault, EmbeddingRejected | RowError) or "api_key" in fault.resolution
+    with caller.state.runtime.catalog.transaction() as session:
+        row_now = embedding_providers.get(session, caller.environment.id, row.id, lock=True)
+        if row_now.updated_at == row.updated_at:  # else other credentials came meanwhile, with a test of their own
+            embedding_providers.record_test(row_now, told, is_certain=is_certain)
+        shown = EmbeddingProviderAnswer.model_validate(row_now)
+        if attempt is not None:
+            attempt.answer(session, shown)
+    return TestAnswer(status="failed" if told else "ok", latency_ms=latency_ms, error=told), shown
+
+
+def _embed_one_word(caller: Caller, row: EmbeddingProvider, model: str, dimensions: int) -> None:
+    """Returns when the provider has embedded a word. Raises what is wrong with it."""
+    with open_embedder(
+        row.provider,
+        credentials=embedding_providers.open_credentials(row, caller.state.runtime.box),
+        model=model,
+        dimensions=dimensions,
+        limits=row.limits,
+        timeout_seconds=min(_TEST_TIMEOUT_SECONDS, caller.state.settings.request_timeout_seconds),
+        deny_private_networks=caller.state.settings.deny_private_networks,
+        one_text_at_a_time=True,
+    ) as embedder:
+        embed_question(embedder, "test")
+
+
+def _test_by_itself(caller: Caller, row: EmbeddingProvider, attempt: Attempt | None = None) -> EmbeddingProviderAnswer:
+    """The provider after the test that follows new credentials."""
+    with caller.state.runtime.catalog.transaction() as session:
+        used = embedding_providers.find_used_model(session, row.id)
+    # a server of the user's own need not have the model that the catalog names first
+    is_model_known = used is not None or row.base_url is None
+    return _test(
+        caller, row, used or _first_model(ProviderKind(row.provider)), is_model_known=is_model_known, attempt=attempt
+    )[1]
 
 
 def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderTest | None) -> tuple[str, int]:
@@ -206,7 +258,10 @@ def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderT
         raise ValidationFailed("embedding_dimensions: only accepted together with embedding_model.")
     with caller.state.runtime.catalog.transaction() as session:
         used = embedding_providers.find_used_model(session, row.id)
-    if used is not None:
-        return used
+    return used or _first_model(kind)
+
+
+def _first_model(kind: ProviderKind) -> tuple[str, int]:
+    """The catalog's first."""
     first = next(model for model in EMBEDDING_MODELS if model.provider is kind)
     return first.name, first.dimensions

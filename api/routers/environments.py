@@ -7,7 +7,7 @@ from fastapi import APIRouter
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, pagination, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
 from api.schemas.base import EnvironmentId
 from api.schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
 from api.strict_json import StrictRoute
@@ -38,16 +38,19 @@ def create_environment(body: EnvironmentCreate, caller: Writer, attempt: Once) -
 
 
 @router.get("", responses=answers())
-def list_environments(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> EnvironmentList:
+def list_environments(
+    caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
+) -> EnvironmentList:
     """List the environments that the key can see."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, name=name)
     if caller.only_environment_id is not None:
+        own = [caller.environment] if name in (None, caller.environment.name) else []
         return EnvironmentList(
-            data=[EnvironmentAnswer.model_validate(caller.environment)], pagination=pagination(None, limit)
+            data=[EnvironmentAnswer.model_validate(found) for found in own], pagination=pagination(None, limit)
         )
     with caller.state.runtime.catalog.transaction() as session:
-        page = environments.page(session, caller.org_id, limit, after)
-    return list_answer(EnvironmentList, page, limit, EnvironmentAnswer.model_validate)
+        page = environments.page(session, caller.org_id, limit, asked.after, name=name)
+    return list_answer(EnvironmentList, page, asked, EnvironmentAnswer.model_validate)
 
 
 @router.get("/{environment_id}", responses=answers())

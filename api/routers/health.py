@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Literal
+from importlib.metadata import version
+from typing import Annotated, Any, Final, Literal
 
 import httpx
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 
-from api.errors import error_response
-from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer
+from api.errors import ErrorEnvelope, error_response
+from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from api.state import ApiState
 from embedd_dagster.errors import EmbeddError
 
@@ -25,6 +26,23 @@ _CODES: Final = {
 }
 
 
+_LINKS: Final = {
+    "documentation": "/docs",
+    "openapi": "/openapi.json",
+    "error_codes": "/docs/errors",
+    "health": "/health",
+    "ready": "/ready",
+    "metrics": "/metrics",
+    "api": "/v1",
+}
+
+
+@router.get("/")
+async def get_service() -> ServiceAnswer:
+    """Tell what answers here, and where its documentation is."""
+    return ServiceAnswer(name="embedd", version=version("embedd"), links=_LINKS)
+
+
 @router.get("/health")
 async def get_health() -> HealthAnswer:
     """Tell that the process lives."""
@@ -35,12 +53,21 @@ async def get_health() -> HealthAnswer:
 @router.get(
     "/ready",
     response_model=ReadyAnswer,
-    responses={503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"}},
+    responses={
+        422: {"model": ErrorEnvelope, "description": "`validation_error`: a parameter is not accepted"},
+        503: {"model": NotReadyAnswer, "description": "A part that the service needs does not answer"},
+    },
 )
-def get_ready(request: Request) -> Any:
+def get_ready(
+    request: Request,
+    purpose: Annotated[
+        Literal["query"] | None,
+        Query(alias="for", description="`query`: only what queries need, so without Dagster; left out, everything"),
+    ] = None,
+) -> Any:
     """Tell whether the catalog, Dagster and Qdrant answer, each by name."""
     state: ApiState = request.app.state.embedd
-    parts = check_parts(state)
+    parts = check_parts(state, without={"dagster"} if purpose == "query" else frozenset())
     checks = {name: part.model_dump() for name, part in parts.items()}
     down = [name for name, part in parts.items() if part.status == "down"]
     if not down:
@@ -57,8 +84,8 @@ def get_ready(request: Request) -> Any:
     return response
 
 
-def check_parts(state: ApiState) -> dict[str, PartAnswer]:
-    """Every part, asked at the same time."""
+def check_parts(state: ApiState, *, without: Set[str] = frozenset()) -> dict[str, PartAnswer]:
+    """Every part (without some), asked at the same time."""
     headers = {"api-key": key.get_secret_value()} if (key := state.settings.qdrant_api_key) else {}
     token = state.settings.dagster_token
     dagster_headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
@@ -69,6 +96,7 @@ def check_parts(state: ApiState) -> dict[str, PartAnswer]:
         else None,
         "qdrant": _get(f"{state.settings.qdrant_url.rstrip('/')}/readyz", headers),
     }
+    checks = {name: check for name, check in checks.items() if name not in without}
     with ThreadPoolExecutor(len(checks)) as workers:
         return dict(zip(checks, workers.map(_check, checks.values()), strict=True))
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Query
 
 from api.auth import Reader, Writer
 from api.errors import answers
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
 from api.schemas.base import TaskId
 from api.schemas.tasks import TaskAnswer, TaskList, TaskStatusName
 from api.strict_json import StrictRoute
@@ -17,9 +17,8 @@ from embedd_dagster.errors import NotFound
 
 router = APIRouter(prefix="/tasks", tags=["Tasks"], route_class=StrictRoute)
 
-TargetId = Annotated[
-    str | None, Query(max_length=100, pattern=r"^[^\x00]*$", description="Only tasks of this vector table")
-]
+TargetId = Annotated[str | None, text_filter("Only tasks of this vector table")]
+TargetName = Annotated[str | None, text_filter("Only tasks of the vector table that has this name now")]
 WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks in this state")]
 
 
@@ -30,12 +29,15 @@ def list_tasks(
     cursor: Cursor = None,
     target_id: TargetId = None,
     status: WantedStatus = None,
+    name: TargetName = None,
 ) -> TaskList:
     """List tasks."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor, target_id=target_id, status=status, name=name)
     with caller.state.runtime.catalog.transaction() as session:
-        page = tasks.page(session, caller.environment.id, limit, after, target_id=target_id, status=status)
-    return list_answer(TaskList, page, limit, TaskAnswer.of)
+        page = tasks.page(
+            session, caller.environment.id, limit, asked.after, target_id=target_id, status=status, name=name
+        )
+    return list_answer(TaskList, page, asked, TaskAnswer.of)
 
 
 @router.get("/{task_id}", responses=answers("task_not_found"))

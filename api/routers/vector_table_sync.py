@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
 from api.schemas.base import VectorTableId
 from api.schemas.vector_table_sync import (
     FailedRowAnswer,
@@ -52,6 +52,9 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
         pending = max(0, row.total_rows - row.synced_rows)
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
+    error, error_at = row.last_error, row.last_error_at
+    if error is None and feed is not None and not row.paused:  # what holds up all tables of the connection
+        error, error_at = feed.last_error, feed.last_error_at
     staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
     return SyncStatusAnswer(
         vector_table_id=row.id,
@@ -60,8 +63,8 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
         rows_pending=pending,
         staleness_secs=None if staleness is None else round(staleness, 3),
         log_lag_bytes=None if feed is None else feed.lag_bytes,
-        last_error=row.last_error,
-        last_error_at=row.last_error_at,
+        last_error=error,
+        last_error_at=error_at,
     )
 
 
@@ -122,11 +125,11 @@ def list_failed_rows(
     vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> FailedRowList:
     """List the rows that could not be embedded or written: of the newest build that has any."""
-    after = read_cursor(cursor)
+    asked = PageRequest.read(limit, cursor)
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
-        page = vector_sets.failed_page(session, row.id, limit, after)
-    return list_answer(FailedRowList, page, limit, _shown_failure)
+        page = vector_sets.failed_page(session, row.id, limit, asked.after)
+    return list_answer(FailedRowList, page, asked, _shown_failure)
 
 
 def _shown_failure(row: FailedRow) -> FailedRowAnswer:

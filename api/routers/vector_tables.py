@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from typing import Annotated
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
 from api.idempotency import Once, answers_once
 from api.outside import OUTSIDE
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, list_answer, read_cursor
+from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
     BackfillAnswer,
     EstimateAnswer,
     SourceColumnAnswer,
     SourceSchemaAnswer,
+    SyncStatusName,
     VectorTableAnswer,
     VectorTableCreate,
     VectorTableList,
     VectorTableUpdate,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import connections, tasks, vector_tables
+from embedd_dagster.catalog import connections, moved_tables, tasks, vector_tables
 from embedd_dagster.catalog.tables import Connection, VectorTable
 from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import admission
 from embedd_dagster.engine.estimate import estimate
-from embedd_dagster.errors import NotFound
+from embedd_dagster.errors import NotFound, ValidationFailed
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
 
@@ -77,12 +79,28 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
 
 
 @router.get("", response_model_exclude_unset=True, responses=answers())
-def list_vector_tables(caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None) -> VectorTableList:
-    """List vector tables."""
-    after = read_cursor(cursor)
+def list_vector_tables(
+    caller: Reader,
+    limit: Limit = DEFAULT_LIMIT,
+    cursor: Cursor = None,
+    name: NameFilter = None,
+    sync_status: Annotated[SyncStatusName | None, Query(description="Only those in this state")] = None,
+    connection_id: Annotated[str | None, text_filter("Only those of this connection")] = None,
+    source_table: Annotated[
+        str | None, text_filter("Only those whose `source_table` is spelled exactly so", max_length=255)
+    ] = None,
+) -> VectorTableList:
+    """List vector tables: those that have all of the values that are asked for."""
+    wanted = {
+        "name": name,
+        "sync_status": sync_status,
+        "connection_id": connection_id,
+        "source_table": source_table,
+    }
+    asked = PageRequest.read(limit, cursor, **wanted)
     with caller.state.runtime.catalog.transaction() as session:
-        page = vector_tables.page(session, caller.environment.id, limit, after)
-    return list_answer(VectorTableList, page, limit, VectorTableAnswer.of)
+        page = vector_tables.page(session, caller.environment.id, limit, asked.after, **wanted)
+    return list_answer(VectorTableList, page, asked, VectorTableAnswer.of)
 
 
 @router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))
@@ -96,21 +114,31 @@ def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTa
     "/{vector_table_id}",
     response_model_exclude_unset=True,
     dependencies=OUTSIDE,
-    responses=answers(*_ADMISSION, "vector_table_not_found"),
+    responses=answers(*_ADMISSION, "vector_table_not_found", "backfill_in_progress"),
 )
 def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
     """Update a vector table.
 
     Changing `columns`, `embedding_model` or `embedding_dimensions` sets `sync_status` to `pending_rebackfill`; the
     re-backfill builds new vectors beside the live ones and swaps them in atomically. A change that changes nothing does not.
+    Changing `source_table`, as after a rename, starts a sync that compares and embeds only what differs.
     """
     runtime = caller.state.runtime
     with runtime.catalog.transaction() as session:
         seen = _endpoints(session, caller, vector_table_id)
     old = seen.vector_table.configuration
+    is_moved = "source_table" in body.model_fields_set and body.source_table != old.source_table
+    if is_moved and seen.vector_table.sync_mode == SyncMode.CDC:
+        raise ValidationFailed(
+            "source_table: it can be changed of batch tables only.",
+            resolution="Rename the table back, or create a new vector table.",
+        )
     checked = admission.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
+    key_type = admission.source_key_type(runtime, seen.connection, checked) if is_moved else None
     with runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        if key_type is not None:
+            moved_tables.move(session, row, checked.source_table, key_type)
         _change(session, row, body, seen, checked)
     return VectorTableAnswer.of(row)
 
@@ -127,6 +155,8 @@ def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfigur
     """The configuration with what the body gives."""
     given = body.model_fields_set
     new = old
+    if "source_table" in given:
+        new = replace(new, source_table=body.source_table)
     if "columns" in given:
         new = replace(new, columns=tuple(column.to_column() for column in body.columns))
     if "embedding_model" in given:

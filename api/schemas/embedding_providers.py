@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
 from api.pagination import ListAnswer
 from api.schemas.base import Answer, Body, Name, Timestamp, unset
+from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url
 
 _MAX_LIMIT = 1_000_000_000
 
 
 def _http_url(value: str) -> str:
     try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable or not value.isascii() or any(character <= " " for character in value):
-        raise PydanticCustomError("base_url", "a URL that begins with https:// or http:// is accepted")
-    if "@" in parts.netloc or parts.fragment:
-        raise PydanticCustomError("base_url", "a URL without user, password and fragment is accepted")
+        parse_base_url(value)
+    except UnusableUrl as error:
+        raise PydanticCustomError("base_url", str(error)) from None
     return value
 
 
@@ -122,6 +117,12 @@ class EmbeddingProviderAnswer(Answer):
     provider: Literal["openai", "gemini", "voyage", "local"]
     base_url: str | None
     limits: dict[str, int | None]
+    status: Literal["pending", "connected", "failed"] = Field(
+        description="The outcome of the last test; `pending`: none yet, or a server of your own that answers, "
+        "and was not asked for a model that it has"
+    )
+    last_error: str | None = Field(description="Why the last test failed")
+    tested_at: Timestamp | None
     created_at: Timestamp
     updated_at: Timestamp
 

@@ -16,6 +16,14 @@ class HealthAnswer(Answer):
     status: Literal["ok"]
 
 
+class ServiceAnswer(Answer):
+    """What answers here."""
+
+    name: Literal["embedd"]
+    version: str
+    links: dict[str, str] = Field(description="Where to go on", examples=[{"documentation": "/docs"}])
+
+
 class PartAnswer(Answer):
     """One of the systems that the service stands on."""
 
@@ -25,7 +33,7 @@ class PartAnswer(Answer):
 
 
 class ReadyAnswer(Answer):
-    """Whether everything that the service stands on answers."""
+    """Whether everything that the service stands on (or what was asked for) answers."""
 
     status: Literal["ready", "not_ready"]
     checks: dict[Literal["catalog", "dagster", "qdrant"], PartAnswer]

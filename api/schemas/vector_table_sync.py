@@ -28,7 +28,9 @@ class SyncStatusAnswer(Answer):
         description="cdc tables: how much of its log the source keeps for what is not yet applied (of the slot, "
         "which all cdc tables of a connection share); null where nothing is followed"
     )
-    last_error: str | None
+    last_error: str | None = Field(
+        description="The last error; of a cdc table that has none of its own, what holds up all cdc tables of the connection"
+    )
     last_error_at: Timestamp | None
 
 

@@ -108,13 +108,18 @@ class VectorTableUpdate(Body):
 
     immutable_fields = frozenset(
         {
-            "id", "org_id", "environment_id", "connection_id", "embedding_provider_id", "source_table",
-            "primary_key_column", "mode", "sync_mode", "sync_status", "qdrant_collection", "platform_vector_ref",
+            "id", "org_id", "environment_id", "connection_id", "embedding_provider_id", "primary_key_column",
+            "mode", "sync_mode", "sync_status", "qdrant_collection", "platform_vector_ref",
             "total_rows", "synced_rows", "created_at", "updated_at",
         }
     )  # fmt: skip
 
     name: Name = Field(default_factory=unset, description="Updated name; the vectors and where they are stored stay")
+    source_table: _Identifier = Field(
+        default_factory=unset,
+        description="Batch tables: the table's new name, if it was renamed. Compared by digests; only what differs is "
+        "embedded",
+    )
     columns: _Columns = Field(default_factory=unset, description="Updated column configuration (triggers re-backfill)")
     embedding_model: _Model = Field(default_factory=unset, description="New embedding model (triggers re-backfill)")
     embedding_dimensions: _Dimensions = Field(

@@ -39,7 +39,9 @@ class ApiProcess:
 
 
 @contextmanager
-def running_api(environment: Mapping[str, str], **settings: object) -> Iterator[ApiProcess]:
+def running_api(
+    environment: Mapping[str, str], *, http: str = "api.http_limits:LimitedHttp", **settings: object
+) -> Iterator[ApiProcess]:
     """One worker with these settings (`EMBEDD_…` in small letters); its log goes to a file, as under the supervisor."""
     with socket.create_server((LOOPBACK, 0)) as free:
         port = free.getsockname()[1]
@@ -54,6 +56,8 @@ def running_api(environment: Mapping[str, str], **settings: object) -> Iterator[
         LOOPBACK,
         "--port",
         str(port),
+        "--http",
+        http,
     ]
     with tempfile.TemporaryFile() as log:
         begun = time.perf_counter()

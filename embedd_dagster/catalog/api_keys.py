@@ -14,7 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import ApiKey
 from embedd_dagster.errors import NotFound, Unauthorized
 
@@ -35,8 +35,16 @@ class NewKey(NamedTuple):
     api_key: ApiKey
 
 
-def create(session: Session, org_id: str, environment_id: str | None, name: str, permission: Permission) -> NewKey:
-    """A new key: `sk_` and 32 random bytes."""
+def create(
+    session: Session,
+    org_id: str,
+    environment_id: str | None,
+    name: str,
+    permission: Permission,
+    *,
+    made_by: ApiKey | None = None,
+) -> NewKey:
+    """A new key: `sk_` and 32 random bytes. One that another key has made counts against that one's rate limit."""
     raw = "sk_" + base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
     key = ApiKey(
         id=new_id("key"),
@@ -46,6 +54,7 @@ def create(session: Session, org_id: str, environment_id: str | None, name: str,
         permission=permission.value,
         prefix=raw[:PREFIX_LENGTH],
         key_hash=hash_key(raw),
+        rate_limit_key_id=made_by.counted_as if made_by is not None else None,
         created_at=now(),
         revoked_at=None,
     )
@@ -84,9 +93,17 @@ def unknown_key() -> Unauthorized:
     return Unauthorized("The API key is not known.")
 
 
-def page(session: Session, org_id: str, environment_id: str | None, limit: int, after: Position | None) -> Page[ApiKey]:
-    """The organization's keys, newest first; with an environment, only those of it alone."""
-    statement = select(ApiKey).where(ApiKey.org_id == org_id)
+def page(
+    session: Session,
+    org_id: str,
+    environment_id: str | None,
+    limit: int,
+    after: Position | None,
+    *,
+    name: str | None = None,
+) -> Page[ApiKey]:
+    """The organization's keys (of this name), newest first; with an environment, only those of it alone."""
+    statement = having(select(ApiKey).where(ApiKey.org_id == org_id), {ApiKey.name: name})
     if environment_id is not None:
         statement = statement.where(ApiKey.environment_id == environment_id)
     return fetch_page(session, statement, ApiKey, limit, after)

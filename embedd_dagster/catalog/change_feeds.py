@@ -247,6 +247,14 @@ def set_followed(
     return anew
 
 
+def followed_among(session: Session, vector_table_ids: Collection[str]) -> list[str]:
+    """Those of these vector tables that are recorded as followed."""
+    statement = select(VectorTable.id).where(
+        VectorTable.id.in_(vector_table_ids), VectorTable.followed_since.is_not(None)
+    )
+    return list(session.scalars(statement))
+
+
 def stop_following(session: Session, connection_id: str, error: str) -> None:
     """None of the connection's tables can be followed until somebody acts: they say so, and are compared afterwards."""
     set_followed(session, connection_id, {}, [])

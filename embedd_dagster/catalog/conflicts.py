@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
 
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
@@ -34,6 +34,31 @@ def name_must_be_free(session: Session, noun: str, name: str) -> Iterator[None]:
         raise Conflict(
             f"The name {name!r} is taken by another {noun} in this {where}.", resolution="Choose another name."
         ) from None
+
+
+_ENDPOINTS: Final[dict[type[Any], tuple[str, str]]] = {
+    Connection: ("connections", '{"credentials": {"password": …}}'),
+    EmbeddingProvider: ("embedding-providers", '{"credentials": {"api_key": …}}'),
+}
+
+
+def mendable(
+    session: Session,
+    conflict: Conflict,
+    model: type[Connection] | type[EmbeddingProvider],
+    environment_id: str,
+    name: str,
+) -> Conflict:
+    """The conflict of a name; if what has it failed its last test, with what mends that."""
+    holder: Any = session.scalar(select(model).where(model.environment_id == environment_id, model.name == name))
+    if holder is None or holder.status != "failed":
+        return conflict
+    path, body = _ENDPOINTS[model]
+    return Conflict(
+        f"{conflict.message} It is {holder.id}, which failed its last test.",
+        code=conflict.code,
+        resolution=f"Correct it with PUT /v1/{path}/{holder.id} and {body}, delete it, or choose another name.",
+    )
 
 
 def must_be_unused(

@@ -10,8 +10,8 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.conflicts import mendable, must_be_unused, name_must_be_free
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
 from embedd_dagster.core.vector_table import Mode
@@ -52,8 +52,11 @@ def create(
         updated_at=now(),
     )
     set_credentials(connection, box, credentials)
-    with name_must_be_free(session, "connection", name):
-        session.add(connection)
+    try:
+        with name_must_be_free(session, "connection", name):
+            session.add(connection)
+    except Conflict as conflict:
+        raise mendable(session, conflict, Connection, environment.id, name) from None
     return connection
 
 
@@ -99,11 +102,12 @@ def find(session: Session, connection_id: str) -> Connection | None:
     return session.get(Connection, connection_id, populate_existing=True)
 
 
-def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[Connection]:
-    """The environment's connections, newest first."""
-    return fetch_page(
-        session, select(Connection).where(Connection.environment_id == environment_id), Connection, limit, after
-    )
+def page(
+    session: Session, environment_id: str, limit: int, after: Position | None, *, name: str | None = None
+) -> Page[Connection]:
+    """The environment's connections (of this name), newest first."""
+    statement = select(Connection).where(Connection.environment_id == environment_id)
+    return fetch_page(session, having(statement, {Connection.name: name}), Connection, limit, after)
 
 
 def delete(session: Session, environment_id: str, connection_id: str, *, force: bool = False) -> None:

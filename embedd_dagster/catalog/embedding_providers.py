@@ -9,11 +9,12 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
-from embedd_dagster.catalog.conflicts import must_be_unused, name_must_be_free
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.conflicts import mendable, must_be_unused, name_must_be_free
+from embedd_dagster.catalog.connections import ConnectionStatus
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import EmbeddingProvider, Environment, VectorTable
-from embedd_dagster.errors import NotFound
+from embedd_dagster.errors import Conflict, NotFound
 
 
 def create(
@@ -38,16 +39,31 @@ def create(
         updated_at=now(),
     )
     set_credentials(row, box, credentials)
-    with name_must_be_free(session, "embedding provider", name):
-        session.add(row)
+    try:
+        with name_must_be_free(session, "embedding provider", name):
+            session.add(row)
+    except Conflict as conflict:
+        raise mendable(session, conflict, EmbeddingProvider, environment.id, name) from None
     return row
 
 
 def set_credentials(row: EmbeddingProvider, box: SecretBox, credentials: Mapping[str, Any]) -> None:
-    """Replaces the key and the `base_url`."""
+    """Replaces the key and the `base_url`; the provider counts as untested."""
     row.base_url = credentials.get("base_url")
     row.credentials = box.seal({k: v for k, v in credentials.items() if k != "base_url"}, row_id=row.id)
+    row.status = ConnectionStatus.PENDING.value
     row.updated_at = now()
+
+
+def record_test(row: EmbeddingProvider, error: str | None, *, is_certain: bool = True) -> None:
+    """Moves the status by the outcome of a test: `error` is None for a good one.
+
+    A test that is not certain found a server that answers, but none of its models: the status stays `pending`.
+    """
+    failed = ConnectionStatus.FAILED if is_certain else ConnectionStatus.PENDING
+    row.status = (ConnectionStatus.CONNECTED if error is None else failed).value
+    row.last_error = error
+    row.tested_at = now()
 
 
 def open_credentials(row: EmbeddingProvider, box: SecretBox) -> dict[str, Any]:
@@ -89,10 +105,12 @@ def get(session: Session, environment_id: str, provider_id: str, *, lock: bool =
     return row
 
 
-def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[EmbeddingProvider]:
-    """The environment's providers, newest first."""
+def page(
+    session: Session, environment_id: str, limit: int, after: Position | None, *, name: str | None = None
+) -> Page[EmbeddingProvider]:
+    """The environment's providers (of this name), newest first."""
     statement = select(EmbeddingProvider).where(EmbeddingProvider.environment_id == environment_id)
-    return fetch_page(session, statement, EmbeddingProvider, limit, after)
+    return fetch_page(session, having(statement, {EmbeddingProvider.name: name}), EmbeddingProvider, limit, after)
 
 
 def delete(session: Session, environment_id: str, provider_id: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+import re
+from typing import Final, NamedTuple
 
 from sqlalchemy import delete as delete_rows
 from sqlalchemy import func, select
@@ -10,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import (
     ApiKey,
     Connection,
@@ -24,6 +25,25 @@ from embedd_dagster.errors import Conflict, NotFound
 
 DEFAULT_ORGANIZATION: Final = "default"
 DEFAULT_ENVIRONMENT: Final = "prod"
+_ID: Final = re.compile(r"env_[0-9a-z]{26}")
+_NAME: Final = re.compile(r"[a-z0-9_-]{1,50}")
+
+
+class EnvironmentWanted(NamedTuple):
+    """The environment that a request names, by one of the two or by none."""
+
+    id: str | None = None
+    name: str | None = None
+
+    @classmethod
+    def read(cls, given: str | None) -> EnvironmentWanted:
+        """What this text may mean: an id if it has the form of one, else a name. None means none."""
+        if given is None:
+            return cls()
+        if _ID.fullmatch(given):
+            return cls(id=given)
+        # what cannot be a name is one that nothing has
+        return cls(name=given if _NAME.fullmatch(given) else "")
 
 
 def ensure_defaults(session: Session) -> Environment:
@@ -58,10 +78,16 @@ def create(session: Session, org_id: str, name: str) -> Environment:
 
 def get(session: Session, org_id: str, environment_id: str) -> Environment:
     """The environment. Raises NotFound, also for one of another organization."""
-    environment = session.get(Environment, environment_id)
-    if environment is None or environment.org_id != org_id:
+    environment = find(session, org_id, environment_id)
+    if environment is None:
         raise NotFound("environment", environment_id)
     return environment
+
+
+def find(session: Session, org_id: str, environment_id: str) -> Environment | None:
+    """The organization's environment of this id, or None."""
+    environment = session.get(Environment, environment_id)
+    return environment if environment is not None and environment.org_id == org_id else None
 
 
 def find_by_name(session: Session, org_id: str, name: str) -> Environment | None:
@@ -69,9 +95,12 @@ def find_by_name(session: Session, org_id: str, name: str) -> Environment | None
     return session.scalar(select(Environment).where(Environment.org_id == org_id, Environment.name == name))
 
 
-def page(session: Session, org_id: str, limit: int, after: Position | None) -> Page[Environment]:
-    """The organization's environments, newest first."""
-    return fetch_page(session, select(Environment).where(Environment.org_id == org_id), Environment, limit, after)
+def page(
+    session: Session, org_id: str, limit: int, after: Position | None, *, name: str | None = None
+) -> Page[Environment]:
+    """The organization's environments (of this name), newest first."""
+    statement = select(Environment).where(Environment.org_id == org_id)
+    return fetch_page(session, having(statement, {Environment.name: name}), Environment, limit, after)
 
 
 def delete(session: Session, org_id: str, environment_id: str) -> None:

@@ -15,7 +15,7 @@ import orjson
 
 from embedd_dagster.catalog import api_keys
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
+from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.vector_table import FilterType, Mode, VectorConfiguration
 
@@ -29,11 +29,12 @@ _TABLE_JOINS: Final = """
     LEFT JOIN embedding_providers p ON p.id = t.embedding_provider_id"""
 
 _OF_KEY: Final = f"""
-SELECT k.id, k.key_hash, k.prefix, k.revoked_at, e.id, {_TABLE_COLUMNS}
+SELECT coalesce(k.rate_limit_key_id, k.id), k.key_hash, k.prefix, k.revoked_at, e.id, {_TABLE_COLUMNS}
 FROM api_keys k
     LEFT JOIN environments e ON e.org_id = k.org_id AND (k.environment_id IS NULL OR k.environment_id = e.id)
-        AND e.id = coalesce(%s::text, k.environment_id, (
-            SELECT d.id FROM environments d WHERE d.org_id = k.org_id AND d.name = '{DEFAULT_ENVIRONMENT}'))
+        AND e.id = coalesce(%s::text, CASE WHEN %s::text IS NULL THEN k.environment_id END, (
+            SELECT d.id FROM environments d
+            WHERE d.org_id = k.org_id AND d.name = coalesce(%s::text, '{DEFAULT_ENVIRONMENT}')))
     LEFT JOIN vector_tables t ON t.id = %s::text AND t.environment_id = e.id AND t.deleted_at IS NULL
     {_TABLE_JOINS}
 WHERE k.key_hash = %s::bytea"""  # noqa: S608 - nothing of a caller's is in it
@@ -72,24 +73,29 @@ class LiveTable:
 class QueryAccess:
     """A known key that was not revoked, with what it has asked for: None where that is not there, or not the key's."""
 
-    key_id: str
+    counted_as: str
+    """The id that the request is counted under."""
     key_prefix: str
     environment_id: str | None
     table: LiveTable | None
 
 
-def authorize_query(catalog: Catalog, raw_key: str, environment_id: str | None, vector_table_id: str) -> QueryAccess:
+def authorize_query(
+    catalog: Catalog, raw_key: str, environment: EnvironmentWanted, vector_table_id: str
+) -> QueryAccess:
     """Who asks with this key, and what is live in the table. Without an environment, the key's own is meant, or `prod`.
 
     Raises Unauthorized, CatalogUnavailable.
     """
     wanted = api_keys.hash_key(raw_key)
-    row = catalog.lookups.fetch_one(_OF_KEY, (environment_id, vector_table_id, wanted))
+    row = catalog.lookups.fetch_one(
+        _OF_KEY, (environment.id, environment.name, environment.name, vector_table_id, wanted)
+    )
     if row is None:
         raise api_keys.unknown_key()
-    key_id, key_hash, prefix, revoked_at, found_environment_id, *table = row
+    counted_as, key_hash, prefix, revoked_at, found_environment_id, *table = row
     api_keys.check(wanted, key_hash, revoked_at)
-    return QueryAccess(key_id, prefix, found_environment_id, _live_table(*table))
+    return QueryAccess(counted_as, prefix, found_environment_id, _live_table(*table))
 
 
 def find_live(catalog: Catalog, environment_id: str, vector_table_id: str) -> LiveTable | None:

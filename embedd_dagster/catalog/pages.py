@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from sqlalchemy import Select, tuple_
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 T = TypeVar("T")
 
@@ -25,6 +26,14 @@ class Page(Generic[T]):
 
     items: list[T]
     next: Position | None
+
+
+def having(statement: Select[T], wanted: Mapping[InstrumentedAttribute[str], str | None]) -> Select[T]:
+    """The statement with only the rows that have these values; None wants nothing."""
+    for column, value in wanted.items():
+        if value is not None:
+            statement = statement.where(column == value)
+    return statement
 
 
 def fetch_page(session: Session, statement: Select[T], model: Any, limit: int, after: Position | None) -> Page[T]:

@@ -59,7 +59,10 @@ class ApiKey(Base):
     """A key: only its SHA-256 is kept. Without an environment it is good for all of its organization."""
 
     __tablename__ = "api_keys"
-    __table_args__ = (Index(None, "org_id", "created_at", "id"),)
+    __table_args__ = (
+        Index(None, "org_id", "created_at", "id"),
+        Index("ix_api_keys_name", "org_id", "name", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     org_id: Mapped[str] = mapped_column(ForeignKey("organizations.id"))
@@ -69,8 +72,15 @@ class ApiKey(Base):
     prefix: Mapped[str]
     """The first 12 characters, for display."""
     key_hash: Mapped[bytes] = mapped_column(unique=True)
+    rate_limit_key_id: Mapped[str | None]
+    """The key that made this one, or that one's own maker and so on: they have one rate limit together."""
     created_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
+
+    @property
+    def counted_as(self) -> str:
+        """The id that requests with this key are counted under."""
+        return self.rate_limit_key_id or self.id
 
 
 class Connection(Base):
@@ -115,6 +125,10 @@ class EmbeddingProvider(Base):
     base_url: Mapped[str | None]
     credentials: Mapped[bytes]
     limits: Mapped[dict[str, Any]]
+    status: Mapped[str] = mapped_column(default="pending", server_default="pending")
+    """`pending`, `connected` or `failed`: the outcome of the last test."""
+    last_error: Mapped[str | None]
+    tested_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     updated_at: Mapped[datetime]
 
@@ -167,6 +181,18 @@ class VectorTable(Base):
             postgresql_where=text("deleted_at IS NULL"),
         ),
         Index(None, "environment_id", "created_at", "id"),
+        # lists by one of these
+        *(
+            Index(
+                f"ix_vector_tables_by_{column}",
+                "environment_id",
+                column,
+                "created_at",
+                "id",
+                postgresql_where=text("deleted_at IS NULL"),
+            )
+            for column in ("sync_status", "connection_id", "source_table")
+        ),
         # the reconcile sensor reads only what is not settled
         Index(
             "ix_vector_tables_unsettled",
@@ -294,6 +320,8 @@ class VectorSetRow(Base):
     config_version: Mapped[int]
     configuration: Mapped[dict[str, Any]]
     key_type: Mapped[str | None]
+    source_origin: Mapped[dict[str, Any] | None]
+    """Which table of the source it was read from (`TableReader.origin`); None where that was never recorded."""
     digest_bits: Mapped[int | None]
     digest: Mapped[bytes | None]
     """The source's bucket digests (int64, little-endian) as of the last completed sync, or as of the build's begin."""
@@ -351,6 +379,8 @@ class Task(Base):
     config_version: Mapped[int | None]
     """The vector table's when it was claimed: what it builds. None while it waits."""
     attempts: Mapped[int] = mapped_column(default=0)
+    handed_back: Mapped[int] = mapped_column(default=0, server_default="0")
+    """How often a run claimed it and gave it back through no fault of the task: these claims are not attempts."""
     max_attempts: Mapped[int]
     last_error: Mapped[str | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
@@ -361,6 +391,15 @@ class Task(Base):
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
+
+
+class RunHeartbeat(Base):
+    """When a Dagster run last said that its process is alive, whether or not it owned a task at that moment."""
+
+    __tablename__ = "run_heartbeats"
+
+    run_id: Mapped[str] = mapped_column(primary_key=True)
+    heartbeat_at: Mapped[datetime]
 
 
 class FailedRow(Base):

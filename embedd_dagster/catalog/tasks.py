@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import database_now, new_id, now
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core import ids
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
@@ -112,19 +112,38 @@ def page(
     *,
     target_id: str | None,
     status: str | None,
+    name: str | None = None,
 ) -> Page[Task]:
-    """The environment's tasks, newest first."""
+    """The environment's tasks, newest first; with a name, those of the vector table that has it now."""
     statement = select(Task).where(Task.environment_id == environment_id)
-    if target_id is not None:
-        statement = statement.where(Task.target_id == target_id)
-    if status is not None:
-        statement = statement.where(Task.status == status)
-    return fetch_page(session, statement, Task, limit, after)
+    if name is not None:
+        named = select(VectorTable.id).where(
+            VectorTable.environment_id == environment_id, VectorTable.name == name, VectorTable.deleted_at.is_(None)
+        )
+        statement = statement.where(Task.target_id == named.scalar_subquery())
+    return fetch_page(session, having(statement, {Task.target_id: target_id, Task.status: status}), Task, limit, after)
 
 
 def live_tasks(session: Session) -> list[Task]:
     """Every task that is pending or running, oldest first."""
     return list(session.scalars(select(Task).where(Task.status.in_(_LIVE)).order_by(Task.created_at)))
+
+
+def targets_begun_since(session: Session, since: Mapping[str, datetime], *, builds: bool) -> set[str]:
+    """Of these vector tables, those for which a task was created since; of builds only, where `builds`."""
+    if not since:
+        return set()
+    statement = select(Task.target_id, func.max(Task.created_at)).where(Task.target_id.in_(since))
+    if builds:
+        statement = statement.where(Task.task_type.in_(BUILDS))
+    newest = session.execute(statement.group_by(Task.target_id))
+    return {target_id for target_id, created_at in newest if created_at >= since[target_id]}
+
+
+def count_waiting(session: Session, environment_id: str) -> int:
+    """How many tasks of the environment wait to begin."""
+    statement = select(func.count()).where(Task.status == TaskStatus.PENDING.value)
+    return session.scalar(statement.where(Task.environment_id == environment_id)) or 0
 
 
 def forget_ended(session: Session, before: datetime, limit: int) -> int:
@@ -253,6 +272,13 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
             at_rest is SyncStatus.PENDING_REBACKFILL and task.task_type == TaskType.SYNC.value
         )
         vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
+
+
+def hand_back(session: Session, task: Task, reason: str) -> None:
+    """Puts a running task back to pending, where its run ended through no fault of the task: it costs no attempt."""
+    task.attempts -= 1
+    task.handed_back += 1
+    fail(session, task, reason, retry=True)
 
 
 def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_for: bool = True) -> None:

@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free, violated_constraint
-from embedd_dagster.catalog.pages import Page, Position, fetch_page
+from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
+from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
@@ -112,12 +113,28 @@ def find(session: Session, vector_table_id: str, *, lock: bool = False) -> Vecto
     return session.get(VectorTable, vector_table_id, with_for_update=lock or None, populate_existing=lock)
 
 
-def page(session: Session, environment_id: str, limit: int, after: Position | None) -> Page[VectorTable]:
-    """The environment's vector tables, newest first."""
+def page(
+    session: Session,
+    environment_id: str,
+    limit: int,
+    after: Position | None,
+    *,
+    name: str | None = None,
+    sync_status: str | None = None,
+    connection_id: str | None = None,
+    source_table: str | None = None,
+) -> Page[VectorTable]:
+    """The environment's vector tables that have all of the given values, newest first."""
     statement = select(VectorTable).where(
         VectorTable.environment_id == environment_id, VectorTable.deleted_at.is_(None)
     )
-    return fetch_page(session, statement, VectorTable, limit, after)
+    wanted = {
+        VectorTable.name: name,
+        VectorTable.sync_status: sync_status,
+        VectorTable.connection_id: connection_id,
+        VectorTable.source_table: source_table,
+    }
+    return fetch_page(session, having(statement, wanted), VectorTable, limit, after)
 
 
 def rename(session: Session, row: VectorTable, name: str) -> None:
@@ -144,12 +161,17 @@ def reconfigure(
     row.updated_at = now()
     if row.configuration.meaning == meaning:
         return False
+    want_build(row)
+    return True
+
+
+def want_build(row: VectorTable) -> None:
+    """The vectors have to follow a new configuration."""
     release(row)
     row.config_version += 1
     status = SyncStatus(row.sync_status)
     if row.live_version is not None and status in {SyncStatus.SYNCED, SyncStatus.ERROR}:
         set_status(row, SyncStatus.PENDING_REBACKFILL)
-    return True
 
 
 def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | None) -> None:
@@ -306,6 +328,25 @@ def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[
 def partition_keys(session: Session) -> set[str]:
     """The ids of all vector tables that are not being deleted: Dagster's partitions."""
     return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))
+
+
+def queue_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, QueuePlace]:
+    """Whose work each of these vector tables is, and how many rows there are."""
+    statement = select(
+        VectorTable.id,
+        VectorTable.org_id,
+        VectorTable.environment_id,
+        VectorTable.embedding_provider_id,
+        VectorTable.total_rows,
+    )
+    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
+    return {key: QueuePlace(org, environment, provider, rows) for key, org, environment, provider, rows in found}
+
+
+def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]:
+    """Those of these that have no live set: there is nothing to sync."""
+    statement = select(VectorTable.id).where(VectorTable.id.in_(vector_table_ids), VectorTable.live_version.is_(None))
+    return set(session.scalars(statement))
 
 
 def awaiting_rebackfill(session: Session) -> list[VectorTable]:

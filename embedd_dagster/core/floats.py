@@ -1,9 +1,9 @@
 """The doubles that metadata of filter_type `float` is kept and compared as, the same in every store.
 
-Qdrant keeps a payload as JSON. Its parser (serde_json without `float_roundtrip`) reads the digits as an integer and scales that
-by a power of ten: exact while both have a double of their own, off by one unit in the last place for a tenth of all others.
-Then a stored value equals neither itself in the source nor the answer that showed it. So what is kept has no more digits than
-come through, of which `double precision` promises 15 (PostgreSQL's manual, 8.1.3).
+Qdrant keeps a payload as JSON text and parses it at every read and at every rebuild of a segment. Its parser (serde_json without
+`float_roundtrip`) reads the digits as an integer and scales it by a power of ten. Both steps round, so a double may come back
+as a neighbour, and as another one after the next rebuild. A double that comes back as itself is stable for good: only such
+doubles are kept (ADR 0018).
 """
 
 from __future__ import annotations
@@ -11,35 +11,52 @@ from __future__ import annotations
 import math
 from typing import Final
 
-_MOST_DIGITS: Final = 15
-_SIGNIFICAND_BELOW: Final = 9 * 10**15
-"""A significand of 16 digits below has a double of its own: 2^53 is a little more."""
+_LARGEST_POWER: Final = 308
+_POWERS_OF_TEN: Final = tuple(float(f"1e{exponent}") for exponent in range(_LARGEST_POWER + 1))
+_EXACT_DIGITS: Final = 15
+"""So many digits have a double of their own, and between 1e-7 and 1e15 so has the power of ten that scales them."""
 _EXACT_FROM: Final = 1e-7
 _EXACT_BELOW: Final = 1e15
-"""Between these, 16 digits are scaled by no more than 10^22, the last power of ten that has a double of its own."""
-_SMALLEST: Final = 1e-300
-"""Below, doubles lie too far apart to be told from their neighbours: they are kept as 0."""
-_LARGEST: Final = 1.79769313486231e308
 
 
 def kept_float(value: float) -> float:
-    """The finite double that stands for a finite one: 16 significant digits where they come through, else 15.
+    """The nearest double to this finite one that Qdrant reads back as itself; of two equally near, the one nearer to 0.
 
-    Idempotent, and never turns the order of two numbers around.
+    Idempotent, and never reverses the order of two numbers. Seven in ten doubles of all sizes stay as they are; the others
+    move by one unit in the last place or a few (37 at most of 200,000 measured).
     """
-    if len(repr(value)) <= _MOST_DIGITS + 1 and (is_kept_exactly(value) or not value):
-        return value
-    size = abs(value)
-    if size < _SMALLEST:
+    if not value:
         return 0.0
-    if size > _LARGEST:
-        return math.copysign(_LARGEST, value)
-    rounded = f"{value:.15e}"
-    if is_kept_exactly(value) and int(rounded.lstrip("-").partition("e")[0].replace(".", "")) < _SIGNIFICAND_BELOW:
-        return float(rounded)
-    return float(f"{value:.14e}")
+    size = abs(value)
+    if _EXACT_FROM <= size < _EXACT_BELOW and len(repr(size)) <= _EXACT_DIGITS + 1:
+        return value
+    if _is_stable(size):
+        return value
+    lower = upper = size
+    while True:
+        lower = math.nextafter(lower, 0.0)
+        if _is_stable(lower):
+            return math.copysign(lower, value)
+        upper = math.nextafter(upper, math.inf)
+        if upper < math.inf and _is_stable(upper):
+            return math.copysign(upper, value)
 
 
-def is_kept_exactly(value: float) -> bool:
-    """Whether every store reads back exactly this kept double; else one that is up to two units in the last place away."""
-    return not value or _EXACT_FROM <= abs(value) < _EXACT_BELOW
+def read_by_qdrant(text: str) -> float:
+    """The double that serde_json reads from a JSON number of at most 19 digits; infinity if it refuses the number.
+
+    Source: `f64_from_parts` of serde_json's `de.rs`, as built without the feature `float_roundtrip`.
+    """
+    digits, _, exponent = text.partition("e")
+    whole, _, fraction = digits.partition(".")
+    scale = int(exponent or 0) - len(fraction)
+    number = float(int(whole + fraction))
+    if scale < -_LARGEST_POWER:
+        number /= _POWERS_OF_TEN[_LARGEST_POWER]
+        scale += _LARGEST_POWER
+    return number * _POWERS_OF_TEN[scale] if scale >= 0 else number / _POWERS_OF_TEN[-scale]
+
+
+def _is_stable(size: float) -> bool:
+    # Qdrant prints the shortest digits that name a double, as Python does
+    return read_by_qdrant(repr(size)) == size

@@ -22,6 +22,14 @@ class ProviderKind(StrEnum):
     LOCAL = "local"
 
 
+PROVIDER_HOSTS: Final = {
+    ProviderKind.OPENAI: ("api.openai.com", "eu.api.openai.com", "us.api.openai.com"),
+    ProviderKind.GEMINI: ("generativelanguage.googleapis.com",),
+    ProviderKind.VOYAGE: ("api.voyageai.com",),
+}
+"""Where a provider itself answers: a server elsewhere may have other models of the same names."""
+
+
 @dataclass(frozen=True, slots=True)
 class EmbeddingModel:
     """One model: `dimensions` it gives by default, and those it can be asked for."""
@@ -76,13 +84,18 @@ def find_model(provider: ProviderKind, name: str) -> EmbeddingModel | None:
     return next((model for model in EMBEDDING_MODELS if model.provider is provider and model.name == name), None)
 
 
-def check_model(provider: ProviderKind, name: str, dimensions: int, *, own_server: bool = False) -> None:
+def check_model(
+    provider: ProviderKind, name: str, dimensions: int, *, own_server: bool = False, own_models: bool = False
+) -> None:
     """Raises ValidationFailed unless the provider has this model with these dimensions.
 
-    With `own_server` (an OpenAI-compatible `base_url`) a model that the catalog does not know is taken at its word.
+    With `own_server` (an OpenAI-compatible `base_url`) a model that the catalog does not know is accepted. With `own_models`
+    (a server that is not the provider's) so is any: a model of a known name may be another one there.
     """
     if not 1 <= dimensions <= MAX_DIMENSIONS:
         raise ValidationFailed(f"embedding_dimensions: a number from 1 to {MAX_DIMENSIONS} is accepted.")
+    if own_models:
+        return
     model = find_model(provider, name)
     if model is None:
         if own_server:

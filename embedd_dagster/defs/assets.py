@@ -10,9 +10,10 @@ from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
 from embedd_dagster.defs import partitions
 from embedd_dagster.defs.failures import as_failure
+from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.materialization import data_version, describe_report
 from embedd_dagster.defs.resources import RuntimeResource
-from embedd_dagster.defs.stopping import stop_signal
+from embedd_dagster.defs.stopping import cancel_was_asked_for, stop_signal
 from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, NAME_TAG, OUTCOME_TAG, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
@@ -73,11 +74,7 @@ def vector_table(
     instance = context.instance
 
     def cancelled() -> bool:
-        record = instance.get_run_by_id(run_id)
-        return record is not None and record.status in (
-            dg.DagsterRunStatus.CANCELING,
-            dg.DagsterRunStatus.CANCELED,
-        )
+        return cancel_was_asked_for(instance, run_id)
 
     try:
         opened = runtime.open()
@@ -89,7 +86,7 @@ def vector_table(
             instance.add_run_tags(run_id, {OUTCOME_TAG: "paused"})
             return
         instance.add_run_tags(run_id, _tags_for_people(opened, task_id))
-        with stop_signal(cancelled) as should_stop:
+        with heartbeat(opened, run_id, context.log.info), stop_signal(cancelled) as should_stop:
             report = run_task(opened, task_id, run_id, log=context.log.info, should_stop=should_stop)
     except RunSuperseded as superseded:
         context.log.warning("Nothing to do: %s", superseded)

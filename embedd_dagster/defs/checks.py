@@ -7,6 +7,7 @@ import dagster as dg
 
 from embedd_dagster.defs.assets import vector_table
 from embedd_dagster.defs.failures import as_failure
+from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.partitions import vector_tables
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.engine.inspect import LiveSetInspection, inspect_live_set
@@ -35,7 +36,9 @@ def vector_table_checks(
 ) -> Iterator[dg.AssetCheckResult]:
     """Four verdicts on what is live. What could not be looked at is a warning: the run has done its work."""
     try:
-        inspection = inspect_live_set(runtime.open(), context.partition_key)
+        opened = runtime.open()
+        with heartbeat(opened, context.run.run_id, context.log.info):
+            inspection = inspect_live_set(opened, context.partition_key)
     except Exception as error:  # noqa: BLE001 - whatever it is, the table is materialized and its task completed
         failure = as_failure(error)
         for name in _DESCRIPTIONS:

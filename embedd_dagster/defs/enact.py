@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Final
 
 import dagster as dg
 from sqlalchemy.orm import Session
@@ -12,46 +16,77 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.resyncs import OwedSync
 from embedd_dagster.catalog.tables import Task
+from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import SyncStatus, TaskType
+from embedd_dagster.defs.backfills import GivenUpWork
 from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
-from embedd_dagster.defs.tags import PARTITION_TAG, TASK_TAG
+from embedd_dagster.defs.tags import CANCELLED_BY_TAG, PARTITION_TAG, TASK_TAG
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, Conflict
+
+_SETTLED_IN_THIS_ORDER: Final = (Verdict.REQUEUE, Verdict.ASK_TO_END, Verdict.CANCEL, Verdict.GIVE_UP)
 
 
 @dataclass(frozen=True, slots=True)
 class Enactor:
-    """Access to both sides, for one tick."""
+    """Access to both sides, for one tick, and the tick's deadline."""
 
     instance: dg.DagsterInstance
     runtime: Runtime
     log: Callable[[str], None]
+    until: float = math.inf
+    clock: Callable[[], float] = time.monotonic
 
-    def enact(self, plan: Plan) -> list[dg.RunRequest]:
+    def enact(self, plan: Plan, places: Mapping[str, QueuePlace]) -> list[dg.RunRequest]:
         """Does what is planned, and gives the runs to launch. What fails for one table is left for the next tick.
+
+        What launches runs comes first; what only cleans up is done until the deadline, and the rest at the next ticks. What
+        took longer than Dagster waits for a tick would be lost with all its launches.
 
         Raises CatalogUnavailable: without the catalog nothing can be done for any table.
         """
-        requests: list[dg.RunRequest] = []
-        for decision in plan.tasks:
-            if decision.verdict is Verdict.LAUNCH:
-                fact = decision.task
-                requests.append(
-                    run_request(fact.task_id, fact.vector_table_id, fact.task_type, decision.run_key or fact.task_id)
-                )
-            else:
-                with self._alone(decision.task.vector_table_id):
-                    self._settle(decision)
-        for run in plan.runs:
-            with self._alone(f"run {run.run_id}"):
-                self._end(run)
-        for vector_table_id in plan.rebackfills:
-            with self._alone(vector_table_id):
-                requests += self._begin_rebackfill(vector_table_id)
-        for owed in plan.syncs:
-            with self._alone(owed.vector_table_id):
-                requests += self._begin_owed_sync(owed)
+        for run_id in plan.cancelled_alone:  # before anything is made of it, while it can still be told
+            self.instance.add_run_tags(run_id, {CANCELLED_BY_TAG: "somebody"})
+        requests = [_request_for(decision, places) for decision in plan.tasks if decision.verdict is Verdict.LAUNCH]
+        for subject, begin in self._beginnings(plan, places):
+            if self._is_out_of_time():
+                break
+            with self._alone(subject):
+                requests += begin()
+        left = 0
+        for subject, act in self._clean_up(plan):
+            if self._is_out_of_time():
+                left += 1
+                continue
+            with self._alone(subject):
+                act()
+        if left:
+            self.log(f"{left} tasks and runs are left for the next tick.")
         return requests
+
+    def _is_out_of_time(self) -> bool:
+        return self.clock() >= self.until
+
+    def _beginnings(
+        self, plan: Plan, places: Mapping[str, QueuePlace]
+    ) -> Iterator[tuple[str, Callable[[], list[dg.RunRequest]]]]:
+        for vector_table_id in plan.rebackfills:
+            place = places.get(vector_table_id, QueuePlace())
+            yield vector_table_id, partial(self._begin_rebackfill, vector_table_id, place)
+        for owed in plan.syncs:
+            place = places.get(owed.vector_table_id, QueuePlace())
+            yield owed.vector_table_id, partial(self._begin_owed_sync, owed, place)
+        for work in plan.given_up:
+            place = places.get(work.vector_table_id, QueuePlace())
+            yield work.vector_table_id, partial(self._begin_given_up, work, place)
+
+    def _clean_up(self, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
+        for verdict in _SETTLED_IN_THIS_ORDER:
+            for decision in plan.tasks:
+                if decision.verdict is verdict:
+                    yield decision.task.vector_table_id, partial(self._settle, decision)
+        for run in sorted(plan.runs, key=lambda run: run.cancelled):  # those first that hold a slot
+            yield f"run {run.run_id}", partial(self._end, run)
 
     @contextmanager
     def _alone(self, subject: str) -> Iterator[None]:
@@ -88,7 +123,7 @@ class Enactor:
         else:
             self.instance.report_run_failed(run, message=decision.reason)
 
-    def _begin_rebackfill(self, vector_table_id: str) -> list[dg.RunRequest]:
+    def _begin_rebackfill(self, vector_table_id: str, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id, lock=True)
             if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_held:
@@ -100,9 +135,9 @@ class Enactor:
             except Conflict:
                 return []  # somebody was faster
             task_id = task.id
-        return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0")]
+        return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0", place)]
 
-    def _begin_owed_sync(self, owed: OwedSync) -> list[dg.RunRequest]:
+    def _begin_owed_sync(self, owed: OwedSync, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, owed.vector_table_id, lock=True)
             if table is None or table.deleted_at is not None or table.paused or table.live_version is None:
@@ -119,23 +154,55 @@ class Enactor:
                 return []  # somebody was faster
             task_id = task.id
         self.log(f"{owed.vector_table_id}, task {task_id}: sync. {owed.reason}")
-        return [run_request(task_id, owed.vector_table_id, TaskType.SYNC, f"{task_id}:0")]
+        return [run_request(task_id, owed.vector_table_id, TaskType.SYNC, f"{task_id}:0", place)]
+
+    def _begin_given_up(self, work: GivenUpWork, place: QueuePlace) -> list[dg.RunRequest]:
+        reason = f"Dagster gave up backfill {work.backfill_id}, which was to do this."
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.find(session, work.vector_table_id, lock=True)
+            if table is None or table.deleted_at is not None or (work.is_sync and table.live_version is None):
+                return []
+            built = TaskType.BACKFILL if table.live_version is None else TaskType.REBACKFILL
+            task_type = TaskType.SYNC if work.is_sync else built
+            try:
+                task = tasks.create(
+                    session,
+                    table,
+                    task_type,
+                    max_attempts=self.runtime.settings.max_task_attempts,
+                    options={**work.options, "reason": reason},
+                )
+            except Conflict:
+                return []  # somebody was faster
+            task_id = task.id
+        self.log(f"{work.vector_table_id}, task {task_id}: {task_type.value}. {reason}")
+        return [run_request(task_id, work.vector_table_id, task_type, f"{task_id}:0", place)]
 
 
-def run_request(task_id: str, vector_table_id: str, task_type: TaskType, run_key: str) -> dg.RunRequest:
+def _request_for(decision: TaskDecision, places: Mapping[str, QueuePlace]) -> dg.RunRequest:
+    task = decision.task
+    place = places.get(task.vector_table_id, QueuePlace())
+    return run_request(task.task_id, task.vector_table_id, task.task_type, decision.run_key or task.task_id, place)
+
+
+def run_request(
+    task_id: str, vector_table_id: str, task_type: TaskType, run_key: str, place: QueuePlace
+) -> dg.RunRequest:
     """A run of the job for a task."""
     mode = "sync" if task_type is TaskType.SYNC else "backfill"
     return dg.RunRequest(
         run_key=run_key,
         partition_key=vector_table_id,
         # with Dagster's own tag it is taken as it is: one whose partition has just gone would fail the tick for all
-        tags={TASK_TAG: task_id, PARTITION_TAG: vector_table_id},
+        tags={TASK_TAG: task_id, PARTITION_TAG: vector_table_id, **queue_tags(task_type, place)},
         run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
     )
 
 
 def _apply(session: Session, task: Task, decision: TaskDecision) -> None:
     match decision.verdict:
+        case Verdict.REQUEUE if not decision.is_attempt:
+            tasks.hand_back(session, task, decision.reason)
         case Verdict.REQUEUE:
             tasks.fail(session, task, decision.reason, retry=True)
         case Verdict.GIVE_UP:

@@ -5,31 +5,35 @@ The run writes one materialization a vector table and minute at most, with what 
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from types import MappingProxyType
 
 import dagster as dg
 from pydantic import Field
 
-from embedd_dagster.catalog import change_feeds
+from embedd_dagster.catalog import change_feeds, run_heartbeats
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.failures import as_failure
+from embedd_dagster.defs.heartbeat import heartbeat
+from embedd_dagster.defs.liveness import CODE_SERVER_STARTED_AT, LifeSigns, Patience, why_gone
 from embedd_dagster.defs.materialization import describe_follow_report
-from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.observe import Memory, life_signs
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import told_to_stop
 from embedd_dagster.defs.tags import CONNECTION_TAG
+from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.follow import follow
 from embedd_dagster.engine.follow_reports import FollowReport
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError
 
 _INTERVAL_SECONDS = 2
-_LONGEST_IDLE_SECONDS = 180.0
-"""A run that owns no feed for longer than this is neither starting nor ending any more."""
+_LAUNCHES_PER_TICK = 25
+"""The daemon launches some ten runs a second, and only then ticks again."""
+_SECONDS_PER_TICK = 10.0
+"""Of the sixty that Dagster waits for a tick, after which all its launches would be lost."""
 
 _memory = Memory()
 
@@ -58,7 +62,7 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
                 )
             )
 
-        with told_to_stop() as should_stop:
+        with heartbeat(opened, context.run_id, context.log.info), told_to_stop() as should_stop:
             reason = follow(
                 opened,
                 config.connection_id,
@@ -90,6 +94,8 @@ class FollowerRun:
 
     run_id: str
     connection_id: str
+    status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED
+    signs: LifeSigns = field(default_factory=LifeSigns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,20 +123,16 @@ def plan_followers(
     stale_after: timedelta,
     renew_after: timedelta,
     silence_counts: bool = True,
-    idle_seconds: Mapping[str, float] = MappingProxyType({}),
+    code_server_started_at: datetime | None = None,
 ) -> FollowerPlan:
     """One living run for each connection that is to be followed; a second one where the first is to be renewed. Pure.
 
-    Runs of connections that are not to be followed any more end by themselves, and so do those that were replaced: they are
-    given the time for it since they were first seen without a feed of their own (`idle_seconds`, by run id). Where silence
-    does not count, because the catalog was away until just now, a run that owns its feed is taken to live.
+    Runs of connections that are not to be followed any more end by themselves, and so do those that were replaced: until
+    then, they say by the heartbeat of the run that their process is alive. Where silence does not count, because the catalog
+    was away until just now, a run that gives heartbeats is taken to live.
     """
-    longest_silence = stale_after if silence_counts else timedelta.max
-    dead = tuple(
-        run
-        for run in runs
-        if _is_dead(run, feeds.get(run.connection_id), instant, longest_silence, idle_seconds.get(run.run_id, 0.0))
-    )
+    patience = Patience(instant, stale_after, code_server_started_at, silence_counts)
+    dead = tuple(run for run in runs if _is_dead(run, feeds.get(run.connection_id), patience))
     launches = []
     for connection_id in sorted(to_follow):
         feed = feeds.get(connection_id)
@@ -147,12 +149,10 @@ def _is_to_renew(run: FollowerRun, feed: ChangeFeed, before: datetime) -> bool:
     return feed.dagster_run_id == run.run_id and feed.claimed_at is not None and feed.claimed_at <= before
 
 
-def _is_dead(
-    run: FollowerRun, feed: ChangeFeed | None, instant: datetime, longest_silence: timedelta, idle_seconds: float
-) -> bool:
+def _is_dead(run: FollowerRun, feed: ChangeFeed | None, patience: Patience) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
-        return instant - feed.heartbeat_at > longest_silence
-    return idle_seconds > _LONGEST_IDLE_SECONDS
+        return patience.silence_counts and patience.now - feed.heartbeat_at > patience.stale_after
+    return why_gone(run.status, run.signs, patience) is not None
 
 
 @dg.sensor(
@@ -163,13 +163,18 @@ def _is_dead(
 )
 def follower_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SensorResult | dg.SkipReason:
     """Level-triggered, like `reconcile_sensor`; it talks to no source."""
-    return keep_following(context.instance, runtime.open, _memory, context.log.info)
+    return keep_following(context.instance, runtime.open, _memory, tick_log(context))
 
 
 def keep_following(
-    instance: dg.DagsterInstance, open_runtime: Callable[[], Runtime], memory: Memory, log: Callable[[str], None]
+    instance: dg.DagsterInstance,
+    open_runtime: Callable[[], Runtime],
+    memory: Memory,
+    log: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> dg.SensorResult | dg.SkipReason:
     """One tick."""
+    until = clock() + _SECONDS_PER_TICK
     runs = _runs_in_flight(instance)
     try:
         runtime = open_runtime()
@@ -177,12 +182,13 @@ def keep_following(
             instant = database_now(session)
             to_follow = change_feeds.connections_to_follow(session)
             feeds = {feed.connection_id: feed for feed in change_feeds.all_feeds(session)}
+            heartbeats = run_heartbeats.latest(session, [run.run_id for run in runs])
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())
         return dg.SkipReason(f"{error.message} {error.resolution}")
     settings, seen_at = runtime.settings, time.monotonic()
     memory.note_read(seen_at, settings.stale_after_seconds / 2)
-    unowned = {run.run_id for run in runs} - {feed.dagster_run_id for feed in feeds.values()}
+    runs = [replace(run, signs=replace(run.signs, heartbeat_at=heartbeats.get(run.run_id))) for run in runs]
     planned = plan_followers(
         to_follow,
         feeds,
@@ -191,18 +197,21 @@ def keep_following(
         stale_after=timedelta(seconds=settings.stale_after_seconds),
         renew_after=timedelta(seconds=settings.follow_renew_seconds),
         silence_counts=memory.has_watched_for(seen_at, settings.stale_after_seconds),
-        idle_seconds=memory.note_idle(unowned, seen_at),
+        code_server_started_at=CODE_SERVER_STARTED_AT,
     )
+    requests = [_request(instance, launch) for launch in planned.launches[:_LAUNCHES_PER_TICK]]
     for run in planned.dead:
+        if clock() >= until:
+            log("There are more runs without a process: the next tick goes on.")
+            break
         _bury(instance, run, log)
-    requests = [_request(instance, launch) for launch in planned.launches]
     return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("Whatever is to be followed is.")
 
 
 def _runs_in_flight(instance: dg.DagsterInstance) -> list[FollowerRun]:
     wanted = dg.RunsFilter(job_name=follow_job.name, statuses=sorted(IN_FLIGHT, key=lambda status: status.value))
     return [
-        FollowerRun(record.dagster_run.run_id, connection_id)
+        FollowerRun(record.dagster_run.run_id, connection_id, record.dagster_run.status, life_signs(record))
         for record in instance.get_run_records(wanted)
         if (connection_id := record.dagster_run.tags.get(CONNECTION_TAG)) is not None
     ]

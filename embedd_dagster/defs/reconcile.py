@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum
+from typing import TypeAlias
 
 import dagster as dg
 
 from embedd_dagster.catalog.resyncs import OwedSync
+from embedd_dagster.core.fairness import QueuePlace, is_small
 from embedd_dagster.core.status import TaskStatus, TaskType
+from embedd_dagster.defs.backfills import GivenUpWork
+from embedd_dagster.defs.fair import Candidate, Lane, LaneLimits, choose
+from embedd_dagster.defs.liveness import LifeSigns, Patience, why_gone
 
 IN_FLIGHT = frozenset(
     {
@@ -26,6 +31,7 @@ IN_FLIGHT = frozenset(
         dg.DagsterRunStatus.CANCELING,
     }
 )
+_WAITING = frozenset({dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,8 @@ class TaskFact:
     max_attempts: int
     cancel_requested: bool
     created_at: datetime
+    handed_back: int = 0
+    """Claims that were given back without being attempts."""
     run_id: str | None = None
     """While running, the owner; while pending, the run that the API has launched, if it did."""
     heartbeat_at: datetime | None = None
@@ -49,7 +57,8 @@ class TaskFact:
 class RunFact:
     """A run of the asset, as Dagster has it.
 
-    CANCELED means that somebody asked for it: Dagster ends a run whose process was told to stop as FAILURE.
+    CANCELED means that somebody asked for it, but for `given_up`: Dagster ends a run whose process was told to stop as
+    FAILURE.
     """
 
     run_id: str
@@ -57,7 +66,15 @@ class RunFact:
     task_id: str | None = None
     vector_table_id: str | None = None
     ended_at: datetime | None = None
-    created_at: datetime | None = None
+    signs: LifeSigns = field(default_factory=LifeSigns)
+    backfill_id: str | None = None
+    given_up: bool = False
+    """Dagster gave up the backfill that the run is part of, and cancelled it for that reason alone."""
+
+    @property
+    def was_cancelled_by_somebody(self) -> bool:
+        """Whether somebody wanted it to end."""
+        return self.status in (dg.DagsterRunStatus.CANCELED, dg.DagsterRunStatus.CANCELING) and not self.given_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +91,15 @@ class Observation:
     runs_in_flight: tuple[RunFact, ...] = ()
     runs_ended: Mapping[str, Sequence[RunFact]] = field(default_factory=dict)
     """By task, oldest first; known only for tasks that have no run in flight."""
-    idle_seconds: Mapping[str, float] = field(default_factory=dict)
-    """For how long a run in flight has been seen to own nothing, see `idle_runs`."""
+    places: Mapping[str, QueuePlace] = field(default_factory=dict)
+    """By vector table, of those that have a live task or wait for one."""
+    targeted_keys: frozenset[str] = frozenset()
+    """Partitions of backfills that go on in Dagster."""
+    given_up: tuple[GivenUpWork, ...] = ()
+    """What a backfill that Dagster gave up was still to do, and nobody has begun since."""
+    cancelled_alone: tuple[str, ...] = ()
+    """Runs that somebody cancelled while their backfill went on, and that are not marked so yet."""
+    code_server_started_at: datetime | None = None
     silence_counts: bool = True
     """False just after an outage of the catalog or of this sensor, when no run can have given a heartbeat."""
 
@@ -87,15 +111,14 @@ class Limits:
     stale_after: timedelta
     launch_grace: timedelta = timedelta(seconds=3)
     """The API launches a task's run itself, a moment after it has committed the task."""
-    submission: timedelta = timedelta(seconds=15)
-    """A run is made a moment before it is queued. One that stays so lost whoever was queueing it, such as a webserver whose
-    connection to Dagster's database broke in between."""
-    idle_run: timedelta = timedelta(seconds=300)
-    """A run owns nothing while it starts, and while it checks the asset; after so long, its process is gone."""
     retry_delay: timedelta = timedelta(seconds=30)
     """Before the third attempt, and as much more before each further one; the second comes at once."""
     requests_per_tick: int = 25
     """The daemon launches some ten runs a second, and only then ticks again."""
+    small: LaneLimits = field(default_factory=lambda: LaneLimits(queued=10, per_environment=10))
+    large: LaneLimits = field(default_factory=lambda: LaneLimits(queued=10, per_environment=8))
+    deletions_per_tick: int = 100
+    """The daemon deletes partitions one by one, and only then ticks again."""
 
 
 class Verdict(StrEnum):
@@ -117,6 +140,8 @@ class TaskDecision:
     reason: str
     run_key: str | None = None
     ends: RunDecision | None = None
+    is_attempt: bool = True
+    """Whether a claim that is taken back counts as an attempt of the task."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,48 +161,85 @@ class Plan:
     partitions_to_delete: tuple[str, ...] = ()
     rebackfills: tuple[str, ...] = ()
     syncs: tuple[OwedSync, ...] = ()
+    given_up: tuple[GivenUpWork, ...] = ()
     tasks: tuple[TaskDecision, ...] = ()
     runs: tuple[RunDecision, ...] = ()
+    cancelled_alone: tuple[str, ...] = ()
 
 
 def plan(seen: Observation, limits: Limits) -> Plan:
     """What brings Dagster and the catalog together; empty where they agree."""
     in_flight = _by_task(seen.runs_in_flight)
-    decisions = []
-    requests_left = limits.requests_per_tick
-    for task in seen.tasks:
-        decision = judge_task(task, in_flight.get(task.task_id, ()), seen, limits)
-        if decision is None:
-            continue
-        if decision.verdict is Verdict.LAUNCH:
-            if requests_left == 0:
-                continue
-            requests_left -= 1
-        decisions.append(decision)
-    busy = {task.vector_table_id for task in seen.tasks}
-    waiting = [table for table in seen.awaiting_rebackfill if table not in busy and table in seen.vector_table_ids]
+    judged = [judge_task(task, in_flight.get(task.task_id, ()), seen, limits) for task in seen.tasks]
+    decisions = [decision for decision in judged if decision is not None]
+    launches = _choose_launches(seen, decisions, limits)
+    settled = [one for one in decisions if one.verdict is not Verdict.LAUNCH]
     to_add, to_delete = partition_changes(
-        seen.vector_table_ids, seen.partition_keys, {run.vector_table_id for run in seen.runs_in_flight}
+        seen.vector_table_ids,
+        seen.partition_keys,
+        {run.vector_table_id for run in seen.runs_in_flight} | seen.targeted_keys,
     )
     return Plan(
         partitions_to_add=to_add,
-        partitions_to_delete=to_delete,
-        rebackfills=tuple(waiting[:requests_left]),
-        syncs=seen.owed_syncs[: max(0, requests_left - len(waiting))],
-        tasks=tuple(decisions),
-        runs=tuple(judge_runs(seen, decisions, limits)),
+        partitions_to_delete=to_delete[: limits.deletions_per_tick],
+        rebackfills=tuple(one for one in launches if isinstance(one, str)),
+        syncs=tuple(one for one in launches if isinstance(one, OwedSync)),
+        given_up=tuple(one for one in launches if isinstance(one, GivenUpWork)),
+        tasks=(*settled, *(one for one in launches if isinstance(one, TaskDecision))),
+        runs=tuple(judge_runs(seen, settled, limits)),
+        cancelled_alone=seen.cancelled_alone,
     )
 
 
-def partition_changes(
-    wanted: Iterable[str], existing: Iterable[str], in_flight: Iterable[str | None]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(keys to add, keys to delete), sorted; a key with a run in flight is deleted once that has ended.
+Launchable: TypeAlias = TaskDecision | str | OwedSync | GivenUpWork
 
-    A run whose partition is deleted under it fails when it stores what it made.
+
+def _choose_launches(seen: Observation, decisions: Sequence[TaskDecision], limits: Limits) -> list[Launchable]:
+    """Of all that waits for a run, what gets one at this tick."""
+    candidates: list[Candidate[Launchable]] = []
+
+    def add(subject: Launchable, vector_table_id: str, task_type: TaskType, since: datetime) -> None:
+        place = seen.places.get(vector_table_id, QueuePlace())
+        candidates.append(Candidate(subject, place, is_small(task_type, place), since))
+
+    for decision in decisions:
+        if decision.verdict is Verdict.LAUNCH:
+            task = decision.task
+            add(decision, task.vector_table_id, task.task_type, task.created_at)
+    busy = {task.vector_table_id for task in seen.tasks}
+    for vector_table_id in seen.awaiting_rebackfill:
+        if vector_table_id not in busy and vector_table_id in seen.vector_table_ids:
+            add(vector_table_id, vector_table_id, TaskType.REBACKFILL, seen.now)
+    for owed in seen.owed_syncs:
+        add(owed, owed.vector_table_id, TaskType.SYNC, seen.now)
+    for work in seen.given_up:
+        if work.vector_table_id not in busy and work.vector_table_id in seen.vector_table_ids:
+            add(work, work.vector_table_id, TaskType.SYNC if work.is_sync else TaskType.BACKFILL, work.requested_at)
+    small, large = _lanes(seen, limits)
+    return choose(candidates, small, large, limits.requests_per_tick)
+
+
+def _lanes(seen: Observation, limits: Limits) -> tuple[Lane, Lane]:
+    small, large = Lane(limits.small), Lane(limits.large)
+    tasks = {task.task_id: task for task in seen.tasks}
+    for run in seen.runs_in_flight:
+        task = tasks.get(run.task_id or "")
+        if task is not None and not (run.status in _WAITING and _why_unwanted(task, seen)):
+            place = seen.places.get(task.vector_table_id, QueuePlace())
+            lane = small if is_small(task.task_type, place) else large
+            lane.add(place, queued=run.status in _WAITING)
+    return small, large
+
+
+def partition_changes(
+    wanted: Iterable[str], existing: Iterable[str], in_use: Iterable[str | None]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(keys to add, keys to delete), sorted; a key in use, by a run in flight or a backfill, is deleted once that has ended.
+
+    A run whose partition is deleted under it fails when it stores what it made; a backfill is given up with all its runs.
     """
     wanted, existing = set(wanted), set(existing)
-    return tuple(sorted(wanted - existing)), tuple(sorted(existing - wanted - set(in_flight)))
+    return tuple(sorted(wanted - existing)), tuple(sorted(existing - wanted - set(in_use)))
 
 
 def judge_task(task: TaskFact, in_flight: Sequence[RunFact], seen: Observation, limits: Limits) -> TaskDecision | None:
@@ -208,17 +270,17 @@ def _judge_after_runs(
     latest = ended[-1]
     if latest.status in IN_FLIGHT:
         return None  # launched since the runs in flight were read
-    if latest.status is dg.DagsterRunStatus.CANCELED:
+    if latest.was_cancelled_by_somebody:
         return TaskDecision(task, Verdict.CANCEL, f"Run {latest.run_id} was cancelled in Dagster before it began.")
     failures = sum(run.status is dg.DagsterRunStatus.FAILURE for run in ended)
-    if failures - task.attempts >= task.max_attempts:
+    never_began = failures - task.attempts - task.handed_back
+    if never_began >= task.max_attempts:
         return TaskDecision(
             task,
             Verdict.GIVE_UP,
-            f"{failures - task.attempts} runs ended before they could begin the task; "
-            f"see run {latest.run_id} in the Dagster UI.",
+            f"{never_began} runs ended before they could begin the task; see run {latest.run_id} in the Dagster UI.",
         )
-    delay = limits.retry_delay * max(0, max(task.attempts, failures) - 1)
+    delay = limits.retry_delay * max(0, max(task.attempts, failures - task.handed_back) - 1)
     if latest.ended_at is not None and seen.now - latest.ended_at < delay:
         return None
     return _launch(task, ended, f"Run {latest.run_id} has ended ({latest.status.value}) and the task is still to do.")
@@ -242,21 +304,22 @@ def _judge_running(
     last_seen = task.heartbeat_at or task.created_at
     silent = seen.silence_counts and seen.now - last_seen > limits.stale_after
     if owner is not None and owner.status not in IN_FLIGHT:
-        cancelled = owner.status is dg.DagsterRunStatus.CANCELED
-        reason = f"Run {owner.run_id} ended ({owner.status.value}) without finishing the task."
-        if cancelled or unwanted:
+        if owner.was_cancelled_by_somebody or unwanted:
             return TaskDecision(task, Verdict.CANCEL, unwanted or f"Run {owner.run_id} was cancelled in Dagster.")
-        return TaskDecision(task, Verdict.REQUEUE, reason)
+        if owner.given_up:
+            reason = f"Dagster gave up backfill {owner.backfill_id} and cancelled run {owner.run_id} with it."
+        else:
+            reason = f"Run {owner.run_id} ended ({owner.status.value}) without finishing the task."
+        return TaskDecision(task, Verdict.REQUEUE, reason, is_attempt=not owner.given_up)
     if silent:
         reason = (
             f"Run {task.run_id} has given no heartbeat since {last_seen:%Y-%m-%d %H:%M:%S} UTC; its process is gone."
         )
-        if unwanted or (owner is not None and owner.status is dg.DagsterRunStatus.CANCELING):
-            verdict = Verdict.CANCEL
-        else:
-            verdict = Verdict.REQUEUE
+        wanted_to_end = unwanted or (owner is not None and owner.was_cancelled_by_somebody)
+        verdict = Verdict.CANCEL if wanted_to_end else Verdict.REQUEUE
         ends = None if owner is None else RunDecision(owner.run_id, verdict is Verdict.CANCEL, reason)
-        return TaskDecision(task, verdict, unwanted or reason, ends=ends)
+        is_attempt = owner is None or not owner.given_up
+        return TaskDecision(task, verdict, unwanted or reason, ends=ends, is_attempt=is_attempt)
     if unwanted and not task.cancel_requested:
         return TaskDecision(task, Verdict.ASK_TO_END, unwanted)
     return None
@@ -269,41 +332,19 @@ def _why_unwanted(task: TaskFact, seen: Observation) -> str | None:
 
 
 def judge_runs(seen: Observation, decisions: Sequence[TaskDecision], limits: Limits) -> list[RunDecision]:
-    """Runs that serve nobody: queued for a task that has ended, or in flight long after they owned one."""
+    """Runs that serve nobody: queued for a task that has ended, or in flight without a task and without a process."""
     live = {task.task_id for task in seen.tasks}
+    owners = {task.run_id for task in seen.tasks if task.status is TaskStatus.RUNNING}
     cancelled = {decision.task.task_id for decision in decisions if decision.verdict is Verdict.CANCEL}
-    ending = {decision.ends.run_id for decision in decisions if decision.ends is not None}
+    patience = Patience(seen.now, limits.stale_after, seen.code_server_started_at, seen.silence_counts)
     ends = []
     for run in seen.runs_in_flight:
-        if run.run_id in ending:
-            continue
         if run.status is dg.DagsterRunStatus.QUEUED:
             if run.task_id is not None and (run.task_id not in live or run.task_id in cancelled):
                 ends.append(RunDecision(run.run_id, cancelled=True, reason="Its task has ended."))
-        elif _was_never_queued(run, seen, limits):
-            ends.append(RunDecision(run.run_id, cancelled=False, reason="It was made, and never put into the queue."))
-        elif seen.idle_seconds.get(run.run_id, 0.0) > limits.idle_run.total_seconds():
-            canceling = run.status is dg.DagsterRunStatus.CANCELING
-            ends.append(
-                RunDecision(run.run_id, canceling, "It works on no task, and does not end: its process is gone.")
-            )
+        elif run.run_id not in owners and (reason := why_gone(run.status, run.signs, patience)):
+            ends.append(RunDecision(run.run_id, run.status is dg.DagsterRunStatus.CANCELING, reason))
     return ends
-
-
-def _was_never_queued(run: RunFact, seen: Observation, limits: Limits) -> bool:
-    if run.status is not dg.DagsterRunStatus.NOT_STARTED or run.created_at is None:
-        return False
-    return seen.now - run.created_at > limits.submission
-
-
-def idle_runs(seen: Observation) -> frozenset[str]:
-    """Runs in flight that own no task at this instant, but for those that wait in the queue."""
-    owners = {task.run_id for task in seen.tasks if task.status is TaskStatus.RUNNING}
-    return frozenset(
-        run.run_id
-        for run in seen.runs_in_flight
-        if run.status is not dg.DagsterRunStatus.QUEUED and run.run_id not in owners
-    )
 
 
 def _by_task(runs: Iterable[RunFact]) -> dict[str, list[RunFact]]:

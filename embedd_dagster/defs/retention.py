@@ -10,20 +10,24 @@ from datetime import datetime, timedelta
 from typing import Final
 
 import dagster as dg
+from dagster._core.execution.backfill import BULK_ACTION_TERMINAL_STATUSES, BulkActionsFilter, PartitionBackfill
 from dagster._core.storage.event_log import SqlEventLogStorage
 from dagster._core.storage.event_log.schema import AssetCheckExecutionsTable
+from dagster._core.storage.runs import SqlRunStorage
+from dagster._core.storage.runs.schema import BackfillTagsTable, BulkActionsTable
 from sqlalchemy import delete, select
 
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.defs.backfills import ASSET_KEY, JOB_NAME
 from embedd_dagster.defs.checks import vector_table_checks
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.following import follow_job
-from embedd_dagster.defs.observe import ASSET_KEY, JOB_NAME
 from embedd_dagster.defs.partitions import vector_tables
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tags import TASK_TAG
+from embedd_dagster.defs.tick_logs import purge_tick_logs
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import ConfigurationError
 
@@ -46,12 +50,16 @@ def purge_old_runs(context: dg.OpExecutionContext, runtime: RuntimeResource) -> 
             context.log.info("EMBEDD_RUN_RETENTION_DAYS is 0: everything is kept.")
             return
         before = now() - timedelta(days=days)
+        begun = time.monotonic()
         runs = purge_runs(context.instance, opened, before, context.log.info)
+        backfills = purge_backfills(context.instance, before)
+        files = purge_tick_logs(context.instance, lambda: time.monotonic() - begun > _LONGEST_SECONDS)
         forgotten = purge_tasks(opened, before)
     except Exception as error:  # noqa: BLE001 - every error is translated, so that no row's content is shown
         raise as_failure(error) from None
     context.log.info("Deleted %s runs and %s tasks that ended before %s.", runs, forgotten, before)
-    context.add_output_metadata({"runs_deleted": runs, "tasks_deleted": forgotten})
+    context.log.info("Deleted %s backfills of that time, and the log files of %s old ticks.", backfills, files)
+    context.add_output_metadata({"runs_deleted": runs, "tasks_deleted": forgotten, "tick_logs_deleted": files})
 
 
 @dg.job(
@@ -129,6 +137,32 @@ def _delete_verdicts(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
     )
     with storage.index_connection() as connection:
         connection.execute(delete(verdicts).where(*of_these, has_later.exists()))
+
+
+def purge_backfills(instance: dg.DagsterInstance, before: datetime) -> int:
+    """Deletes the records of vector tables' backfills that were asked for before, and have ended; how many.
+
+    Dagster keeps them for ever, and has no call for it: hence its own tables.
+    """
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        return 0
+    ended = BulkActionsFilter(statuses=BULK_ACTION_TERMINAL_STATUSES, created_before=before)
+    deleted, page = 0, instance.get_backfills(filters=ended, limit=_RUNS_AT_ONCE)
+    while page:
+        old = [backfill.backfill_id for backfill in page if _makes_vector_tables_alone(backfill)]
+        following = instance.get_backfills(filters=ended, cursor=page[-1].backfill_id, limit=_RUNS_AT_ONCE)
+        for backfill_id in old:
+            instance.compute_log_manager.delete_logs(prefix=["backfill", backfill_id])
+        with storage.connect() as connection:
+            connection.execute(delete(BackfillTagsTable).where(BackfillTagsTable.c.backfill_id.in_(old)))
+            connection.execute(delete(BulkActionsTable).where(BulkActionsTable.c.key.in_(old)))
+        deleted, page = deleted + len(old), following
+    return deleted
+
+
+def _makes_vector_tables_alone(backfill: PartitionBackfill) -> bool:
+    return backfill.job_name == JOB_NAME or set(backfill.asset_selection or ()) == {ASSET_KEY}
 
 
 def _pages(instance: dg.DagsterInstance, before: datetime) -> Iterator[list[dg.DagsterRun]]:

@@ -17,6 +17,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.resources import RuntimeResource
+from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, Conflict
 from embedd_dagster.settings import Settings
@@ -34,7 +35,7 @@ _LIVE_TASKS = 500  # so many may wait for a run; the others stay due, so that a 
 )
 def sync_schedule(context: dg.ScheduleEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
     """Creates the tasks that are due. It goes by the clock, not by the tick, so that after a pause one sync follows."""
-    return schedule_syncs(runtime.open, now(), context.log.info)
+    return schedule_syncs(runtime.open, now(), tick_log(context))
 
 
 def schedule_syncs(open_runtime: Callable[[], Runtime], instant: datetime, log: Callable[[str], None]) -> dg.SkipReason:

@@ -7,18 +7,23 @@ from datetime import timedelta
 
 import dagster as dg
 
+from embedd_dagster.catalog import run_heartbeats
+from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.defs.enact import Enactor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.observe import Memory, observe
 from embedd_dagster.defs.partitions import vector_tables as partitions
 from embedd_dagster.defs.reconcile import Limits, Plan, Verdict, plan
 from embedd_dagster.defs.resources import RuntimeResource
+from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import drop_deleted_tables, drop_retired_sets, drop_unused_feeds
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
 
 _INTERVAL_SECONDS = 2  # the daemon's own loop makes it five
-_CLEANUP_SECONDS = 20.0  # of a tick's sixty
+_RECONCILE_SECONDS = 10.0  # of a tick's sixty; launches wait for the end of the tick
+_CLEANUP_SECONDS = 20.0
+_HEARTBEATS_KEPT = timedelta(hours=1)
 _LONGEST_DELAY_SECONDS = 300.0
 _SHOWN = 20
 
@@ -36,24 +41,31 @@ _memory = Memory()
 )
 def reconcile_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SensorResult | dg.SkipReason:
     """Observe, plan, enact; the decisions are in `reconcile`. Never talks to a source or a store."""
-    return reconcile(context.instance, runtime.open, _memory, context.log.info)
+    return reconcile(context.instance, runtime.open, _memory, tick_log(context))
 
 
 def reconcile(
-    instance: dg.DagsterInstance, open_runtime: Callable[[], Runtime], memory: Memory, log: Callable[[str], None]
+    instance: dg.DagsterInstance,
+    open_runtime: Callable[[], Runtime],
+    memory: Memory,
+    log: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
 ) -> dg.SensorResult | dg.SkipReason:
     """One tick."""
+    until = clock() + _RECONCILE_SECONDS
     try:
         runtime = open_runtime()
         limits = Limits(stale_after=timedelta(seconds=runtime.settings.stale_after_seconds))
-        enactor = Enactor(instance, runtime, log)
-        planned = plan(observe(instance, runtime, memory), limits)
-        requests = enactor.enact(planned)
+        enactor = Enactor(instance, runtime, log, until, clock)
+        seen = observe(instance, runtime, memory)
+        planned = plan(seen, limits)
+        requests = enactor.enact(planned, seen.places)
         requeued = {decision.task.task_id for decision in planned.tasks if decision.verdict is Verdict.REQUEUE}
-        if requeued:  # they are judged once more: the next tick is five seconds away
-            again = plan(observe(instance, runtime, memory), limits)
-            launches = [decision for decision in again.tasks if decision.verdict is Verdict.LAUNCH]
-            requests += enactor.enact(Plan(tasks=tuple(one for one in launches if one.task.task_id in requeued)))
+        if requeued and clock() < until:  # they are judged once more: the next tick is five seconds away
+            seen = observe(instance, runtime, memory)
+            launches = [one for one in plan(seen, limits).tasks if one.verdict is Verdict.LAUNCH]
+            chosen = tuple(one for one in launches if one.task.task_id in requeued)
+            requests += enactor.enact(Plan(tasks=chosen), seen.places)
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())
         return dg.SkipReason(f"{error.message} {error.resolution}")
@@ -96,7 +108,7 @@ _delays = Delays()
 )
 def cleanup_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
     """Apart from `reconcile_sensor`, since a store that hangs must not keep runs from being launched."""
-    return clean_up(runtime.open, _delays, context.log.info)
+    return clean_up(runtime.open, _delays, tick_log(context))
 
 
 def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[[str], None]) -> dg.SkipReason:
@@ -104,6 +116,8 @@ def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[
     turn = CleanupTurn(delays, log, until=time.monotonic() + _CLEANUP_SECONDS)
     try:
         runtime = open_runtime()
+        with runtime.catalog.transaction() as session:
+            run_heartbeats.forget(session, database_now(session) - _HEARTBEATS_KEPT)
         for drop_all in (drop_deleted_tables, drop_unused_feeds, drop_retired_sets):
             drop_all(runtime, turn.attempt)
     except (CatalogUnavailable, ConfigurationError) as error:

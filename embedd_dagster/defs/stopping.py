@@ -9,7 +9,24 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+import dagster as dg
+from dagster._core.execution.backfill import BulkActionStatus
+
+from embedd_dagster.defs.tags import BACKFILL_TAG
 from embedd_dagster.errors import TransientError
+
+GIVEN_UP_BACKFILL = frozenset({BulkActionStatus.FAILING, BulkActionStatus.FAILED})
+"""Dagster itself gave the backfill up, and cancels its runs. One that somebody cancels is CANCELING, then CANCELED."""
+
+
+def cancel_was_asked_for(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Whether somebody asked for the run to end, rather than Dagster because it gave up the whole backfill."""
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.status not in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
+        return False
+    backfill_id = run.tags.get(BACKFILL_TAG)
+    backfill = instance.get_backfill(backfill_id) if backfill_id is not None else None
+    return backfill is None or backfill.status not in GIVEN_UP_BACKFILL
 
 
 class WorkerStopped(TransientError):

@@ -28,3 +28,9 @@ CONNECTION_TAG: Final = "embedd/connection_id"
 
 PARTITION_TAG: Final = "dagster/partition"
 """Dagster's own: the vector table."""
+
+BACKFILL_TAG: Final = "dagster/backfill"
+"""Dagster's own: the backfill that a run is part of, which somebody launched for several partitions together."""
+
+CANCELLED_BY_TAG: Final = "embedd/cancelled_by"
+"""`somebody`: the run was cancelled on its own while its backfill went on. Dagster does not say who cancels a run."""

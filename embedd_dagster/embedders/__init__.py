@@ -29,12 +29,14 @@ def open_embedder(
     limits: Mapping[str, int | None] | None = None,
     timeout_seconds: float | None = None,
     deny_private_networks: bool = False,
+    one_text_at_a_time: bool = False,
 ) -> Embedder:
     """One model of a provider at these dimensions, unpaced; the caller closes it. Nothing is connected to yet.
 
     Of `limits`, `concurrency`, `max_input_tokens` and `request_timeout_seconds` matter here; `PacedEmbedder` keeps the
     others. `timeout_seconds` is the most that the caller can wait. A base_url that leads to a link-local, metadata or
-    multicast address (or, with `deny_private_networks`, a private one) is refused when it is used. Raises
+    multicast address (or, with `deny_private_networks`, a private one) is refused when it is used. For questions,
+    `one_text_at_a_time` keeps a provider's answer small, as many are awaited at once in one process. Raises
     ConfigurationError for a provider that is not known or not installed, EmbeddingRejected for credentials that cannot be
     right.
     """
@@ -45,6 +47,8 @@ def open_embedder(
 
         return LocalEmbedder(model=model, dimensions=dimensions, concurrency=concurrency)
     if provider in KNOWN_PROVIDERS:
+        from embedd_dagster.embedders.http_connection import ANSWER_TO_ONE_TEXT, LARGEST_ANSWER
+
         return _http_embedder(ProviderKind(provider))(
             api_key=credentials.get("api_key"),
             base_url=credentials.get("base_url"),
@@ -54,6 +58,7 @@ def open_embedder(
             timeout_seconds=_timeout_seconds(limits, timeout_seconds),
             max_input_tokens=limits.get("max_input_tokens"),
             deny_private_networks=deny_private_networks,
+            largest_answer=ANSWER_TO_ONE_TEXT if one_text_at_a_time else LARGEST_ANSWER,
         )
     known = ", ".join(KNOWN_PROVIDERS)
     raise ConfigurationError(

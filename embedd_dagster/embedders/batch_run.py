@@ -18,7 +18,7 @@ import numpy as np
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.embedders.cutting import byte_count, cut_at_bytes, limit_that_keeps
 from embedd_dagster.embedders.sending import Sender, Usable
-from embedd_dagster.embedders.suspicion import Failure, Suspicion, failure_of
+from embedd_dagster.embedders.suspicion import PROBE_TEXT, Failure, Suspicion, failure_of
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRateLimited,
@@ -30,7 +30,6 @@ from embedd_dagster.errors import (
 _SUSPICIOUS_REJECTIONS = 32
 _NONSENSE_PROBES = 2
 _SHORTEST_CUT_BYTES = 64
-_PROBE_TEXT = "embedd"
 
 Indexes = Sequence[int]
 """Positions in a batch: a range as long as nothing has gone wrong."""
@@ -239,7 +238,7 @@ class BatchRun:
     def _probe(self) -> None:
         """Returns if the provider gives a harmless text its vector. Raises EmbeddingRejected if it refuses that too."""
         try:
-            usable = self._send([_PROBE_TEXT])
+            usable = self._send([PROBE_TEXT])
         except TextRejected as error:
             raise EmbeddingRejected(
                 f"The provider refuses every text, a harmless one as well. It says: {error.message}",

@@ -6,7 +6,8 @@ long ones and not of length 1 (`gemini-embedding-001`), so they are made so here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final, Unpack
 from urllib.parse import quote
 
@@ -16,7 +17,7 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, Request, check_key, estimate_tokens
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, load_json, read_vectors
 
 DEFAULT_BASE_URL: Final = "https://generativelanguage.googleapis.com/v1beta"
@@ -50,10 +51,17 @@ class GeminiEmbedder(HttpEmbedder):
             ),
             concurrency=self._concurrency,
         )
-        self._options: dict[str, Any] = {"model": f"models/{name}"}
+        fields: dict[str, Any] = {"model": f"models/{name}"}
         if known is None or known.dimensions != dimensions:
-            self._options["outputDimensionality"] = dimensions
-        self._url = self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents")
+            fields["outputDimensionality"] = dimensions
+        self._request = Request(
+            url=self._endpoint(f"/models/{quote(name, safe='')}:batchEmbedContents"),
+            options=fields,
+            build=_build_body,
+            required=frozenset({"model"}),
+            dimensions_field="outputDimensionality",
+            may_omit_dimensions=known is None,
+        )
 
     def cut(self, text: str) -> CutText:
         """The text cut without Gemini's tokenizer, which is not public in a small form."""
@@ -69,9 +77,8 @@ class GeminiEmbedder(HttpEmbedder):
         return vector
 
     def _embed(self, texts: Sequence[str], task_type: str) -> Vectors:
-        options = self._options | {"taskType": task_type}
-        requests = [options | {"content": {"parts": [{"text": text}]}} for text in texts]
-        content = self._ask_once(self._url, {"requests": requests})
+        request = replace(self._request, options={**self._request.options, "taskType": task_type})
+        content = self._ask_leaving_out(request, texts)
         try:
             vectors = _parse_answer(content, len(texts))
         except NOT_AN_ANSWER:
@@ -79,6 +86,10 @@ class GeminiEmbedder(HttpEmbedder):
         if vectors.shape[1] != self._dimensions:
             raise self._wrong_dimensions(vectors.shape[1])
         return to_unit_length(vectors)[0]
+
+
+def _build_body(fields: Mapping[str, Any], texts: Sequence[str]) -> dict[str, Any]:
+    return {"requests": [{**fields, "content": {"parts": [{"text": text}]}} for text in texts]}
 
 
 def _parse_answer(content: bytes, text_count: int) -> Vectors:

@@ -6,8 +6,9 @@ import ipaddress
 import ssl
 import time
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, NotRequired, Self, TypedDict, Unpack
@@ -17,10 +18,12 @@ import orjson
 
 from embedd_dagster import network
 from embedd_dagster.embedders.base import CutText
+from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url, with_path
 from embedd_dagster.embedders.cutting import byte_count, cut_at_bytes, cut_at_unknown_tokens
+from embedd_dagster.embedders.http_connection import LARGEST_ANSWER
 from embedd_dagster.embedders.http_refusals import FieldRefused, refusal
-from embedd_dagster.embedders.suspicion import Failure
-from embedd_dagster.embedders.vetted_transport import LARGEST_ANSWER, VettedTransport, forbidden_host
+from embedd_dagster.embedders.suspicion import PROBE_TEXT, Failure
+from embedd_dagster.embedders.vetted_transport import VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected
 
 _CONNECT_TIMEOUT_SECONDS = 10.0
@@ -37,6 +40,21 @@ class HttpOptions(TypedDict):
     timeout_seconds: NotRequired[float]
     deny_private_networks: NotRequired[bool]
     max_input_tokens: NotRequired[int | None]
+    largest_answer: NotRequired[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """How a provider is asked: which fields, and which of them a server may do without."""
+
+    url: httpx.URL
+    options: Mapping[str, Any]
+    build: Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
+    """The whole body for these options and texts."""
+    required: frozenset[str]
+    dimensions_field: str
+    may_omit_dimensions: bool
+    """Whether the model may give the wanted dimensions by itself."""
 
 
 class HttpEmbedder:
@@ -53,9 +71,11 @@ class HttpEmbedder:
     ) -> None:
         base_url, timeout_seconds = options["base_url"], options.get("timeout_seconds", 60.0)
         deny_private_networks = options.get("deny_private_networks", False)
+        self._largest_answer = options.get("largest_answer", LARGEST_ANSWER)
         self._model = model
         self._dimensions = dimensions
         self._timeout_seconds = timeout_seconds
+        self._left_out = frozenset[str]()
         self._max_input_tokens = options.get("max_input_tokens")
         self._concurrency = concurrency = options.get("concurrency") or _DEFAULT_CONCURRENCY
         url = _parse_base_url(base_url or default_base_url, example=default_base_url)
@@ -68,7 +88,14 @@ class HttpEmbedder:
             # the operator's proxy decides where it connects to, and resolves the names; an address it is given as it is
             _check_literal(url.host, deny_private_networks=deny_private_networks)
         transport = (
-            None if is_proxied else VettedTransport(tls=tls, limits=pool, deny_private_networks=deny_private_networks)
+            None
+            if is_proxied
+            else VettedTransport(
+                tls=tls,
+                limits=pool,
+                deny_private_networks=deny_private_networks,
+                largest_answer=self._largest_answer,
+            )
         )
         self._http = httpx.Client(
             # vectors as base64 hardly get smaller by compression, but cost as much again to unpack
@@ -101,7 +128,7 @@ class HttpEmbedder:
         with closing(self._http.send(request, stream=True)) as response:
             for piece in response.iter_bytes():
                 content += piece
-                if len(content) > LARGEST_ANSWER:
+                if len(content) > self._largest_answer:
                     raise httpx.RemoteProtocolError("too large", request=request)
                 if time.monotonic() > until:
                     raise httpx.ReadTimeout("No answer in time.", request=request)
@@ -109,11 +136,10 @@ class HttpEmbedder:
         return httpx.Response(response.status_code, headers=headers, content=bytes(content))
 
     def _endpoint(self, path: str) -> httpx.URL:
-        # a query such as Azure's ?api-version=… stays behind the path
-        return self._base_url.copy_with(path=self._base_url.path.rstrip("/") + path)
+        return with_path(self._base_url, path)
 
-    def _ask(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
-        """The body of the answer 200. Raises as `Embedder` says, and FieldRefused."""
+    def _ask(self, url: httpx.URL, fields: Mapping[str, Any], texts: Sequence[str], optional: Collection[str]) -> bytes:
+        """The body of the answer 200. Raises as `Embedder` says, and FieldRefused for one of the fields in `optional`."""
         try:
             body = orjson.dumps(fields)
         except TypeError:
@@ -127,18 +153,40 @@ class HttpEmbedder:
         except httpx.RequestError as error:
             raise EmbeddingUnavailable(f"{self._name} cannot be reached ({type(error).__name__}).") from None
         if response.status_code != httpx.codes.OK:
-            raise refusal(response, provider=self._name, model=self._model)
+            raise refusal(response, provider=self._name, model=self._model, texts=texts, optional=optional)
         content = response.content
         # httpx lets it refer to itself: half a megabyte would wait for the garbage collector, which comes seldom in a load
         response.stream = httpx.ByteStream(b"")
         return content
 
-    def _ask_once(self, url: httpx.URL, fields: Mapping[str, Any]) -> bytes:
-        """As `_ask`, of a provider whose dialect is known: a field that it refuses is the configuration's fault."""
+    def _ask_leaving_out(self, request: Request, texts: Sequence[str]) -> bytes:
+        """As `_ask`, without the optional fields that the server does not take: they are left out from then on."""
+        left_out = self._left_out
+        while True:
+            try:
+                content = self._ask_for(request, texts, left_out)
+            except FieldRefused as refused:
+                if refused.field == request.dimensions_field and not request.may_omit_dimensions:
+                    self._check_blame(refused, lambda: self._ask_for(request, [PROBE_TEXT], self._left_out))
+                    raise self._wrong_dimensions(None) from None
+                left_out |= {refused.field}
+            else:
+                self._left_out = left_out
+                return content
+
+    def _ask_for(self, request: Request, texts: Sequence[str], left_out: frozenset[str]) -> bytes:
+        options = {name: value for name, value in request.options.items() if name not in left_out}
+        return self._ask(request.url, request.build(options, texts), texts, options.keys() - request.required)
+
+    def _check_blame(self, refused: FieldRefused, probe: Callable[[], object]) -> None:
+        """Raises TextRejected if the server takes the field that it seemed to refuse when the text is a harmless one."""
+        if refused.is_certain:
+            return
         try:
-            return self._ask(url, fields)
-        except FieldRefused:
-            raise self._wrong_dimensions(None) from None
+            probe()
+        except (FieldRefused, TextRejected):
+            return
+        raise refused.rejection
 
     def _max_tokens_per_text(self, known: int | None, unknown_max_bytes: int) -> int:
         """What one text may hold: the model's limit (for an unknown model in bytes), or the lower one that is configured."""
@@ -224,15 +272,12 @@ def _is_loopback(host: str) -> bool:
 
 def _parse_base_url(base_url: str, *, example: str) -> httpx.URL:
     try:
-        url = httpx.URL(base_url.strip())
-    except httpx.InvalidURL:
-        url = httpx.URL("")
-    if url.scheme not in {"http", "https"} or not url.host:
+        return parse_base_url(base_url.strip())
+    except UnusableUrl as error:
         raise EmbeddingRejected(
-            "The embedding provider's base_url is not an http(s) address.",
+            f"The embedding provider's base_url is not a usable http(s) address: {error}.",
             resolution=f"Give it like `{example}`, without what follows in the addresses of its calls.",
-        )
-    return url
+        ) from None
 
 
 @lru_cache(maxsize=1)

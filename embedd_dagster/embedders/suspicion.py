@@ -11,6 +11,8 @@ from typing import Final
 
 from embedd_dagster.errors import EmbeddError
 
+PROBE_TEXT: Final = "embedd"
+"""A harmless text: what is refused for it is not the fault of a text."""
 _FAILURES_BEFORE_PROBE: Final = 2
 _FAILURES_OF_A_GUILTY_TEXT: Final = 4
 """Of requests that held it. With fewer, an overloaded provider that fails every third request would cost rows."""

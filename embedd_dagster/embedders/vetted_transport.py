@@ -6,68 +6,22 @@ CPU a request of 256 texts, a tenth of all that a row costs; this costs 0.4.
 
 from __future__ import annotations
 
-import http.client
-import io
-import select
 import socket
 import ssl
 import threading
 import time
-from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
 import httpx
 
 from embedd_dagster import network
+from embedd_dagster.embedders.http_connection import LARGEST_ANSWER, NOT_HTTP, ConnectionWasClosed, ProviderConnection
 from embedd_dagster.errors import EmbeddingRejected
 from embedd_dagster.network import AddressForbidden, NameUnknown, Resolver
 
-LARGEST_ANSWER: Final = 64 * 2**20
-"""Twice what 2,048 vectors of 3,072 numbers take as base64."""
-_PIECE: Final = 2**20
-
-
-class _SocketUntil(io.RawIOBase):
-    """A socket to read from until an instant: a timeout of its own counts anew for every byte that comes."""
-
-    def __init__(self, sock: socket.socket, until: float) -> None:
-        self._sock = sock
-        self._until = until
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._until - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
-
-
-class _Answer(http.client.HTTPResponse):
-    """An answer that has come whole by an instant, and is of a bounded size."""
-
-    def __init__(self, sock: socket.socket, *arguments: Any, until: float, **options: Any) -> None:
-        super().__init__(sock, *arguments, **options)
-        self.fp.close()
-        self.fp = io.BufferedReader(_SocketUntil(sock, until), 2**16)
-
-    def read_all(self) -> bytes:
-        """The body. Raises HTTPException where it is too large, or ends too early."""
-        pieces, size = [], 0
-        while piece := self.read(_PIECE):
-            pieces.append(piece)
-            size += len(piece)
-            if size > LARGEST_ANSWER:
-                raise http.client.HTTPException("too large")
-        if self.length:
-            raise http.client.IncompleteRead(b"", self.length)
-        return b"".join(pieces)
-
 
 class _Idle(NamedTuple):
-    connection: http.client.HTTPConnection
+    connection: ProviderConnection
     since: float
 
 
@@ -85,8 +39,10 @@ class VettedTransport(httpx.BaseTransport):
         tls: ssl.SSLContext | None,
         limits: httpx.Limits,
         deny_private_networks: bool,
+        largest_answer: int = LARGEST_ANSWER,
         resolver: Resolver = network.resolve,
     ) -> None:
+        self._largest_answer = largest_answer
         self._tls = tls
         self._limits = limits
         self._deny_private_networks = deny_private_networks
@@ -95,25 +51,28 @@ class VettedTransport(httpx.BaseTransport):
         self._idle: list[_Idle] = []
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """The answer, read to its end. Raises httpx's own errors, and EmbeddingRejected for a forbidden address."""
+        """The answer, read to its end. Raises httpx's own errors, and EmbeddingRejected for a forbidden address.
+
+        A server may close a kept connection at any time. If it did so before it answered anything, the request is sent
+        once more, over a new connection.
+        """
         timeout = request.extensions["timeout"]
-        connection = self._take() or self._connect(request.url, timeout["connect"])
-        try:
-            connection.sock.settimeout(timeout["read"])
+        if kept := self._take():
             until = time.monotonic() + timeout["read"]
-            connection.response_class = partial(_Answer, until=until)  # type: ignore[assignment]
-            connection.putrequest(
-                request.method, request.url.raw_path.decode("ascii"), skip_host=True, skip_accept_encoding=True
-            )
-            for name, value in request.headers.raw:
-                connection.putheader(name.decode("ascii"), value)
-            connection.endheaders(request.read())
-            answer: Any = connection.getresponse()
-            response = httpx.Response(answer.status, headers=answer.getheaders(), content=answer.read_all())
+            try:
+                return self._exchange(kept, request, until)
+            except ConnectionWasClosed:
+                pass
+        connection = self._connect(request.url, timeout["connect"])
+        return self._exchange(connection, request, until if kept else time.monotonic() + timeout["read"])
+
+    def _exchange(self, connection: ProviderConnection, request: httpx.Request, until: float) -> httpx.Response:
+        try:
+            response = connection.exchange(request, until)
         except TimeoutError:
             connection.close()
             raise httpx.ReadTimeout("No answer in time.", request=request) from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, *NOT_HTTP) as error:
             connection.close()
             raise httpx.RemoteProtocolError(type(error).__name__, request=request) from None
         except BaseException:
@@ -129,30 +88,27 @@ class VettedTransport(httpx.BaseTransport):
         for item in idle:
             item.connection.close()
 
-    def _take(self) -> http.client.HTTPConnection | None:
+    def _take(self) -> ProviderConnection | None:
         expiry = self._limits.keepalive_expiry
         while True:
             with self._lock:
                 if not self._idle:
                     return None
                 connection, since = self._idle.pop()
-            # what can be read of an idle connection is its end
-            poller = select.poll()
-            poller.register(connection.sock, select.POLLIN)
-            if not poller.poll(0) and (expiry is None or time.monotonic() - since < expiry):
+            if connection.is_reusable and (expiry is None or time.monotonic() - since < expiry):
                 return connection
             connection.close()
 
-    def _give_back(self, connection: http.client.HTTPConnection) -> None:
+    def _give_back(self, connection: ProviderConnection) -> None:
         kept = self._limits.max_keepalive_connections
-        with self._lock:
-            # the standard library has closed it already where the server wanted that
-            if connection.sock is not None and (kept is None or len(self._idle) < kept):
-                self._idle.append(_Idle(connection, time.monotonic()))
-                return
+        if connection.is_reusable:
+            with self._lock:
+                if kept is None or len(self._idle) < kept:
+                    self._idle.append(_Idle(connection, time.monotonic()))
+                    return
         connection.close()
 
-    def _connect(self, url: httpx.URL, timeout: float | None) -> http.client.HTTPConnection:
+    def _connect(self, url: httpx.URL, timeout: float | None) -> ProviderConnection:
         port = url.port or (443 if url.scheme == "https" else 80)
         try:
             addresses = network.vetted_addresses(
@@ -164,21 +120,23 @@ class VettedTransport(httpx.BaseTransport):
             raise forbidden_host(url.host, str(error)) from None
         failure: httpx.TransportError = httpx.ConnectError("The name has no address.")
         for address in addresses:
-            connection = http.client.HTTPConnection(url.host, port)
-            connection.auto_open = 0  # it would look up the name by itself
             try:
-                connection.sock = socket.create_connection((address, port), timeout)
-                connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                if self._tls is not None:
-                    connection.sock = self._tls.wrap_socket(connection.sock, server_hostname=url.host)
+                opened = self._open_socket(address, url.host, port, timeout)
+                return ProviderConnection(opened, url.host, port, largest_answer=self._largest_answer)
             except TimeoutError:
                 failure = httpx.ConnectTimeout("No connection in time.")
             except OSError as error:
                 failure = httpx.ConnectError(type(error).__name__)
-            else:
-                return connection
-            connection.close()
         raise failure
+
+    def _open_socket(self, address: str, host: str, port: int, timeout: float | None) -> socket.socket:
+        sock = socket.create_connection((address, port), timeout)
+        try:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return self._tls.wrap_socket(sock, server_hostname=host) if self._tls else sock
+        except BaseException:
+            sock.close()
+            raise
 
 
 def forbidden_host(host: str, reason: str) -> EmbeddingRejected:

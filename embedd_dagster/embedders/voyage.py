@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Final, Unpack
 
 from embedd_dagster.core.embedded_text import clean_text
@@ -10,7 +11,7 @@ from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.embedders.base import CutText, Embedded, EmbedderLimits
-from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, check_key, estimate_tokens
+from embedd_dagster.embedders.http_client import HttpEmbedder, HttpOptions, Request, check_key, estimate_tokens
 from embedd_dagster.embedders.openai_answers import NOT_AN_ANSWER, parse_answer
 
 DEFAULT_BASE_URL: Final = "https://api.voyageai.com/v1"
@@ -55,10 +56,17 @@ class VoyageEmbedder(HttpEmbedder):
             concurrency=self._concurrency,
         )
         # what is longer is cut and counted here: a text that were cut there would be cut in silence
-        self._options: dict[str, Any] = {"model": model, "encoding_format": "base64", "truncation": False}
+        fields: dict[str, Any] = {"model": model, "encoding_format": "base64", "truncation": False}
         if known is None or known.dimensions != dimensions:
-            self._options["output_dimension"] = dimensions
-        self._url = self._endpoint("/embeddings")
+            fields["output_dimension"] = dimensions
+        self._request = Request(
+            url=self._endpoint("/embeddings"),
+            options=fields,
+            build=lambda fields, texts: {**fields, "input": list(texts)},
+            required=frozenset({"model"}),
+            dimensions_field="output_dimension",
+            may_omit_dimensions=known is None,
+        )
 
     def cut(self, text: str) -> CutText:
         """The text cut without Voyage's tokenizers, which would have to be downloaded."""
@@ -74,7 +82,8 @@ class VoyageEmbedder(HttpEmbedder):
         return vector
 
     def _embed(self, texts: Sequence[str], input_type: str) -> Embedded:
-        content = self._ask_once(self._url, self._options | {"input": list(texts), "input_type": input_type})
+        request = replace(self._request, options={**self._request.options, "input_type": input_type})
+        content = self._ask_leaving_out(request, texts)
         try:
             answer = parse_answer(content, len(texts))
         except NOT_AN_ANSWER:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
+from urllib.parse import urlsplit
 
 from croniter import CroniterError, croniter  # type: ignore[import-untyped]
 
@@ -18,7 +19,7 @@ from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.connections import ConnectionStatus
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.catalog.vector_tables import NewVectorTable
-from embedd_dagster.core.models import ProviderKind, check_model
+from embedd_dagster.core.models import PROVIDER_HOSTS, ProviderKind, check_model
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, check_columns
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
@@ -110,9 +111,17 @@ def admit_change(
         check_columns(new.columns)
     if (new.embedding_model, new.embedding_dimensions) != (old.embedding_model, old.embedding_dimensions):
         check_embedding(provider, new.embedding_model, new.embedding_dimensions)
-    if new.columns == old.columns:
+    is_moved = new.source_table != old.source_table
+    if new.columns == old.columns and not is_moved:
         return new
-    return _check_source(runtime, connection, new, check_key=False)
+    return _check_source(runtime, connection, new, check_key=is_moved)
+
+
+def source_key_type(runtime: Runtime, connection: Connection, configuration: VectorConfiguration) -> str:
+    """The source's own type name of the primary key. Raises as `Source.reader`."""
+    selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)
+    with open_source_briefly(runtime, connection) as source:
+        return source.reader(selection).key_type
 
 
 def check_embedding(provider: EmbeddingProvider | None, model: str, dimensions: int) -> None:
@@ -123,7 +132,14 @@ def check_embedding(provider: EmbeddingProvider | None, model: str, dimensions: 
             "embedding_provider_id: required in managed mode, and in platform mode with PostgreSQL and MySQL.",
             resolution="Make one with POST /v1/embedding-providers, and give its id.",
         )
-    check_model(ProviderKind(provider.provider), model, dimensions, own_server=provider.base_url is not None)
+    kind, base_url = ProviderKind(provider.provider), provider.base_url
+    check_model(
+        kind,
+        model,
+        dimensions,
+        own_server=base_url is not None,
+        own_models=base_url is not None and urlsplit(base_url).hostname not in PROVIDER_HOSTS.get(kind, ()),
+    )
 
 
 def check_schedule(mode: SyncMode, schedule: str | None, interval_seconds: int | None) -> None:

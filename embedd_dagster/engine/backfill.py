@@ -66,7 +66,7 @@ def backfill(work: Work) -> RowCounts:
     with work.stage("verify"):
         digest, point_count = _verify(work, reader, pipeline, vector_set, live, digest)
     with work.stage("swap"):
-        _swap(work, vector_set, live, digest, point_count)
+        _swap(work, reader, vector_set, live, digest, point_count)
     return work.progress.counts
 
 
@@ -300,7 +300,14 @@ def _verify(
     return digest, work.patiently(lambda: work.store.count(vector_set))
 
 
-def _swap(work: Work, vector_set: VectorSet, live: VectorSetRow | None, digest: TableDigest, point_count: int) -> None:
+def _swap(
+    work: Work,
+    reader: TableReader,
+    vector_set: VectorSet,
+    live: VectorSetRow | None,
+    digest: TableDigest,
+    point_count: int,
+) -> None:
     def mark_live(session: Session) -> None:
         table = vector_tables.find(session, vector_set.vector_table_id, lock=True)
         if table is None or table.deleted_at is not None:
@@ -312,6 +319,7 @@ def _swap(work: Work, vector_set: VectorSet, live: VectorSetRow | None, digest: 
             - vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
         )
         vector_sets.set_digest(row, digest)
+        row.source_origin = reader.origin
         vector_sets.mark_live(session, table, row)
         table.last_sync_at = now()
         table.total_rows, table.synced_rows = digest.row_count, point_count

@@ -136,12 +136,12 @@ class Follower:
             try:
                 self._pause(wait)
                 self._lease.check()
-                if attached_at is None or time.monotonic() - attached_at > _ATTACH_SECONDS:
+                if self._feed.is_altered or attached_at is None or time.monotonic() - attached_at > _ATTACH_SECONDS:
                     if reason := self._attach():
                         return reason
                     attached_at = time.monotonic()
+                self._tables.apply_noted()  # first: nothing of it waits for what cannot be read yet
                 self._read()
-                self._tables.apply_noted()
                 self._reports.send_due(self._tables.by_id, self._lease)
             except ChangeFeedLost as error:
                 self._log(f"{error.message} Beginning anew.")
@@ -206,6 +206,7 @@ class Follower:
         instant = time.monotonic()
         held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
+            hidden = change_feeds.followed_among(session, self._tables.ids(attachment.hidden))
             anew = change_feeds.set_followed(session, self._lease.connection_id, shapes, joined)
             states = change_feeds.states(session, anew)
             # before it was ever built there is nothing to compare, unless that is being done at this moment
@@ -213,6 +214,7 @@ class Follower:
             resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
             if attachment.lost:
                 vector_tables.note_errors(session, owed, attachment.lost)
+            resyncs.request(session, hidden, "Row-level security hides rows of it since.")
             for key, error in refused.items():
                 if not isinstance(error, TransientError):
                     vector_tables.refuse(session, key, describe(error))

@@ -17,6 +17,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.vector_table import VectorConfiguration
 from embedd_dagster.engine.opened import Opened
+from embedd_dagster.engine.origins import require_same_table
 from embedd_dagster.engine.pipeline import RowCounts
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.sync import write_keys
@@ -119,7 +120,9 @@ class TableFollower:
         configuration = VectorConfiguration.from_json(live.configuration)
         opened = self._following.opened
         if self._reader is None:
-            self._reader = opened.reader(configuration)
+            reader = opened.reader(configuration)
+            require_same_table(reader, live, configuration.source_table)
+            self._reader = reader
         vector_set = self.vector_set(live)
         # the texts of one batch: a follower lives long, what it remembered of earlier ones would only grow
         with closing(TextMemory()) as memory:

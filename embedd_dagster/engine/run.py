@@ -123,7 +123,8 @@ def _end(runtime: Runtime, task_id: str, run_id: str, error: BaseException) -> N
                 # a bug is tried again too: it may have been the moment's; attempts are few
                 permanent = isinstance(error, EmbeddError) and not isinstance(error, TransientError)
                 if isinstance(error, TransientError) and not error.is_attempt:
-                    task.attempts -= 1
+                    tasks.hand_back(session, task, describe(error))
+                    return
                 told = describe(error)
                 if isinstance(error, TransientError) and task.attempts >= task.max_attempts:
                     told = f"{error.message} Tried {task.attempts} times: start it again once that is mended."

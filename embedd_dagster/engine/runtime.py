@@ -67,7 +67,13 @@ class Runtime:
         )
 
     def open_embedder(
-        self, provider: EmbeddingProvider | None, model: str, dimensions: int, *, timeout_seconds: float | None = None
+        self,
+        provider: EmbeddingProvider | None,
+        model: str,
+        dimensions: int,
+        *,
+        timeout_seconds: float | None = None,
+        one_text_at_a_time: bool = False,
     ) -> Embedder:
         """One model of a provider, unpaced; the caller closes it. Raises SecretUnreadable, ConfigurationError."""
         if provider is None:
@@ -81,6 +87,7 @@ class Runtime:
             dimensions=dimensions,
             limits=provider.limits,
             timeout_seconds=timeout_seconds,
+            one_text_at_a_time=one_text_at_a_time,
             deny_private_networks=self.settings.deny_private_networks,
         )
 

@@ -186,7 +186,11 @@ class Searcher:
         return self._embedders.get(
             key,
             lambda: self._runtime.open_embedder(
-                self._endpoints(live).embedding_provider, model, dimensions, timeout_seconds=self._patience
+                self._endpoints(live).embedding_provider,
+                model,
+                dimensions,
+                timeout_seconds=self._patience,
+                one_text_at_a_time=True,
             ),
         )
 

@@ -22,6 +22,7 @@ from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import in_chunks
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.engine.origins import require_same_table
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded, SourceRejected, VectorStoreRejected
 from embedd_dagster.sources.base import PAGE_BYTES, TableReader
@@ -216,6 +217,7 @@ def sync(work: Work) -> RowCounts:
     vector_set = work.vector_set(live)
     pipeline = work.pipeline(live, [vector_set])
     reader = work.reader(pipeline.configuration)
+    require_same_table(reader, live, work.table.source_table)
     _require_key_type(work, reader, live)
     with work.stage("digest"):
         digest, following = _take_digests(work, reader, vector_sets.stored_digest(live))
@@ -237,6 +239,7 @@ def sync(work: Work) -> RowCounts:
         if table is None:
             raise RunSuperseded("The vector table is gone.")
         vector_sets.set_digest(row, following)
+        row.source_origin = reader.origin
         if point_count is not None:
             failed = vector_sets.count_failures(session, live.vector_table_id, live.version)
             row.skipped_count = digest.row_count - point_count - failed

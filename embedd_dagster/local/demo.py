@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +18,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import make_url
 
 from embedd_dagster.catalog import api_keys, environments
@@ -21,12 +26,13 @@ from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.errors import EmbeddError, PermanentError
 from embedd_dagster.local import stdlib_docs
-from embedd_dagster.local.outside import Endpoints, discard
+from embedd_dagster.local.outside import Endpoints, discard, down
 from embedd_dagster.local.postgres import create_database
 from embedd_dagster.local.stack import StackSettings, running_stack
 
 CUSTOMER_DATABASE: Final = "customer"
-_BACKFILL_PATIENCE_SECONDS = 600.0
+# However long it takes: the demo gives up only when nothing has moved for so long.
+_STALLED_AFTER_SECONDS = 300.0
 _POLL_SECONDS = 0.5
 
 
@@ -47,36 +53,96 @@ QUESTIONS: Final = (
 
 
 class DemoFailed(PermanentError):
-    """The demo did not show what it is to show."""
+    """The demo did not show what it is to show; its state is kept, and the message says where."""
 
 
 def run_demo(console: Console) -> None:
-    """Sets up, embeds and asks, in managed and in platform mode; leaves nothing running and nothing behind.
+    """Sets up, embeds and asks, in managed and in platform mode; leaves nothing running, and nothing behind if it succeeds.
 
-    Raises DemoFailed where an answer is not as it must be, and what the stack raises where it cannot be started.
+    Raises:
+        DemoFailed: The stack did not start, or an answer is not as it must be. State and logs are kept.
+        KeyboardInterrupt: SIGINT or SIGTERM asked for the end.
     """
     begun = time.monotonic()
     # not `.embedd`: a stack that the user keeps running is not disturbed
     state_dir = Path(tempfile.mkdtemp(prefix="embedd-demo-"))
-    # the demo polls faster than the default limit allows
-    settings = StackSettings(extra_env={"EMBEDD_RATE_LIMIT_PER_MINUTE": "0"})
+    settings = StackSettings(
+        extra_env={"EMBEDD_RATE_LIMIT_PER_MINUTE": "0"},  # the demo polls faster than the default limit allows
+        tell=lambda step: console.print(f"   {step}"),
+    )
     try:
-        console.print("[bold]1.[/] Starting PostgreSQL, Qdrant's engine, Dagster and the API on free loopback ports …")
-        with running_stack(state_dir, settings=settings) as endpoints:
-            console.print(f"   API {endpoints.api}/docs · Dagster {endpoints.dagster_login}", soft_wrap=True)
+        with _interruptible(), running_stack_told(console, state_dir, settings) as endpoints:
             _walk_through(console, endpoints)
-    finally:
+    except KeyboardInterrupt:
         discard(state_dir)
-    console.print(f"[bold green]Done[/] in {time.monotonic() - begun:.0f} s; everything is shut down again.")
+        console.print("Stopped. Nothing is left.")
+        raise
+    except Exception as error:
+        message, resolution = _explain(error)
+        down(state_dir)
+        raise DemoFailed(
+            message,
+            resolution=f"{resolution} The demo's state is kept in {state_dir}, the logs in {state_dir / 'logs'}. "
+            f"To remove it: embedd down --remove-state --state-dir {state_dir}",
+        ) from error
+    discard(state_dir)
+    console.print(
+        _styled("Done", "bold green", f" in {time.monotonic() - begun:.0f} s; everything is shut down again.")
+    )
+
+
+@contextmanager
+def running_stack_told(console: Console, state_dir: Path, settings: StackSettings) -> Iterator[Endpoints]:
+    """As `running_stack`, with a word about each step."""
+    text = " Starting PostgreSQL, Qdrant's engine, Dagster and the API on free loopback ports …"
+    console.print(_styled("1.", "bold", text))
+    with running_stack(state_dir, settings=settings) as endpoints:
+        console.print(f"   API {endpoints.api}/docs · Dagster {endpoints.dagster_login}", soft_wrap=True)
+        yield endpoints
+        console.print("Stopping …")
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """The first SIGINT or SIGTERM says so at once, then raises KeyboardInterrupt; later ones do not disturb the clean-up."""
+
+    def interrupt(_number: int, _frame: object) -> None:
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)
+        os.write(
+            sys.stderr.fileno(), "\nStopping …\n".encode()
+        )  # not by the console, which may be in the midst of a line
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # Python hears signals in the main thread alone
+        yield
+        return
+    previous: dict[signal.Signals, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    if isinstance(error, EmbeddError):
+        return error.message, error.resolution
+    return f"{type(error).__name__}: {error}", "This is a fault of the demo, or of the stack it started."
+
+
+def _styled(first: str, style: str, rest: str) -> Text:
+    return Text.assemble((first, style), rest)
 
 
 def _walk_through(console: Console, endpoints: Endpoints) -> None:
     customer_url = make_url(endpoints.database_url).set(database=CUSTOMER_DATABASE)
     create_database(endpoints.database_url, CUSTOMER_DATABASE)
     rows = stdlib_docs.load(customer_url.render_as_string(hide_password=False))
-    console.print(
-        f"[bold]2.[/] A customer's table [cyan]{stdlib_docs.TABLE}[/]: {rows} rows of Python's documentation."
-    )
+    text = f" A customer's table {stdlib_docs.TABLE}: {rows} rows of Python's documentation."
+    console.print(_styled("2.", "bold", text))
     credentials = {
         "host": customer_url.host,
         "port": customer_url.port,
@@ -89,7 +155,7 @@ def _walk_through(console: Console, endpoints: Endpoints) -> None:
             client, "/v1/embedding-providers", {"name": "in-process", "provider": "local", "credentials": {}}
         )
         for number, (mode, where) in enumerate((("managed", "Qdrant"), ("platform", "pgvector")), start=3):
-            console.print(f"[bold]{number}.[/] [cyan]{mode}[/] mode: the vectors go to {where}.")
+            console.print(_styled(f"{number}.", "bold", f" {mode} mode: the vectors go to {where}."))
             table = _create_vector_table(client, credentials, provider["id"], mode)
             _backfill(console, client, table["id"])
             for question in QUESTIONS:
@@ -144,11 +210,16 @@ def _create_vector_table(
 
 def _backfill(console: Console, client: httpx.Client, vector_table_id: str) -> None:
     started = _post(client, f"/v1/vector-tables/{vector_table_id}/backfill", None)
-    columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("   {task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    stalled = StallClock(_STALLED_AFTER_SECONDS)
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("backfill", total=started["total_rows"] or None)
-        deadline = time.monotonic() + _BACKFILL_PATIENCE_SECONDS
-        while time.monotonic() < deadline:
+        while True:
             task = _get(client, f"/v1/tasks/{started['task_id']}")
             done, total = task["progress"]["rows_processed"], task["progress"]["total_rows"]
             progress.update(bar, completed=done, total=total or None)
@@ -156,8 +227,28 @@ def _backfill(console: Console, client: httpx.Client, vector_table_id: str) -> N
                 return
             if task["status"] in {"failed", "cancelled"}:
                 raise DemoFailed(f"The backfill {task['status']}: {task['last_error']}")
+            if stalled.has_run_out((task["status"], task["progress"], task["attempts"], task["dagster_run_id"])):
+                raise DemoFailed(
+                    f"The backfill has not moved for {_STALLED_AFTER_SECONDS:.0f} s: it is {task['status']} after "
+                    f"{done} of {total} rows."
+                )
             time.sleep(_POLL_SECONDS)
-    raise DemoFailed(f"The backfill did not end within {_BACKFILL_PATIENCE_SECONDS:.0f} s.")
+
+
+class StallClock:
+    """Tells when what is watched has been the same for too long."""
+
+    def __init__(self, limit_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit_seconds = limit_seconds
+        self._clock = clock
+        self._last: object = object()
+        self._since = clock()
+
+    def has_run_out(self, seen: object) -> bool:
+        """Whether this has been seen, and nothing else, for the whole limit."""
+        if seen != self._last:
+            self._last, self._since = seen, self._clock()
+        return self._clock() - self._since >= self._limit_seconds
 
 
 def _ask(console: Console, client: httpx.Client, vector_table_id: str, question: Question) -> None:
@@ -167,14 +258,14 @@ def _ask(console: Console, client: httpx.Client, vector_table_id: str, question:
         {"query": question.text, "limit": 3, **({"filters": question.filters} if question.filters else {})},
     )
     shown = Table(
-        title=f"“{question.text}”" + (f"  {question.filters}" if question.filters else ""), title_justify="left"
+        title=Text(f"“{question.text}”" + (f"  {question.filters}" if question.filters else "")), title_justify="left"
     )
     for heading in ("similarity", "qualified_name", "what it says"):
         shown.add_column(heading, overflow="fold", no_wrap=heading != "what it says")
     for result in answer["results"]:
         summary = result["embedded_text"].partition("\n")[2].strip().partition("\n")[0]
-        shown.add_row(f"{result['similarity_score']:.3f}", str(result["id"]), summary[:80])
-    console.print(shown)
+        shown.add_row(f"{result['similarity_score']:.3f}", Text(str(result["id"])), Text(summary[:80]))
+    console.print(shown, soft_wrap=False)
     found = [result["id"] for result in answer["results"]]
     if not found:
         raise DemoFailed(f"{question.text!r} found nothing.")
@@ -194,5 +285,8 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     body: dict[str, Any] = response.json()
     if response.is_error:
         error = body.get("error", {})
-        raise EmbeddError(f"{response.request.url.path}: {error.get('message')}", resolution=error.get("resolution"))
+        raise EmbeddError(
+            f"{response.request.url.path}: {error.get('message')} (request {error.get('request_id')}, see api.log)",
+            resolution=error.get("resolution"),
+        )
     return body

@@ -6,10 +6,8 @@ for each one that is set takes the place of an embedded part.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import os
-import secrets
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from sqlalchemy.exc import ArgumentError
 
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import files
+from embedd_dagster.local.state_dir import kept_encryption_keys, kept_secret
 from embedd_dagster.settings import read_webserver_settings
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
@@ -56,7 +55,7 @@ def find_encryption_keys(state_dir: Path, external: External) -> str:
 
     Raises:
         ConfigurationError: The catalog is the user's own and no key is given. One that lay in this directory would be
-            lost with it, and every credential in the catalog with the key.
+            lost with it, and every credential in the catalog with the key. Or the file of keys is damaged.
     """
     if external.encryption_keys:
         return external.encryption_keys
@@ -66,10 +65,7 @@ def find_encryption_keys(state_dir: Path, external: External) -> str:
             resolution="Set it to the base64 of 32 random bytes (`openssl rand -base64 32`), and keep it safe: "
             "credentials in that database cannot be read without it.",
         )
-    path = state_dir / "encryption_keys"
-    if not path.exists():
-        files.write_private(path, base64.b64encode(secrets.token_bytes(32)).decode() + "\n")
-    return path.read_text().strip()
+    return kept_encryption_keys(state_dir)
 
 
 def find_qdrant_api_key(state_dir: Path, external: External) -> str:
@@ -79,7 +75,7 @@ def find_qdrant_api_key(state_dir: Path, external: External) -> str:
     """
     if external.qdrant_api_key or external.qdrant_url:
         return external.qdrant_api_key or ""
-    return _kept_secret(state_dir / "qdrant_api_key")
+    return kept_secret(state_dir / "qdrant_api_key")
 
 
 def find_dagster_token(state_dir: Path, external: External) -> str:
@@ -89,14 +85,7 @@ def find_dagster_token(state_dir: Path, external: External) -> str:
     """
     if external.dagster_token:
         return read_webserver_settings().dagster_token.get_secret_value()
-    return _kept_secret(state_dir / "dagster_token")
-
-
-def _kept_secret(path: Path) -> str:
-    """The random text in this file, which is made, readable for its owner alone, where it is missing."""
-    if not path.exists():
-        files.write_private(path, secrets.token_urlsafe(32) + "\n")
-    return path.read_text().strip()
+    return kept_secret(state_dir / "dagster_token")
 
 
 def driver_url(url: str, driver: str) -> str:
@@ -115,16 +104,21 @@ def sibling_database_url(url: str, database: str) -> str:
 
 
 def open_dagster_home(state_dir: Path) -> Path:
-    """Dagster's home, with the project's `deploy/dagster.yaml` as it is now."""
-    source = PROJECT_ROOT / "deploy" / "dagster.yaml"
-    if not source.exists():
-        raise ConfigurationError(
-            f"{source} is missing.", resolution="Run embedd from a checkout of its repository: pip install -e ."
-        )
+    """Dagster's home, with the project's `dagster.yaml` as it is now."""
     home = state_dir / "dagster_home"
-    home.mkdir(parents=True, exist_ok=True)
-    (home / "dagster.yaml").write_bytes(source.read_bytes())
+    files.write_private(home / "dagster.yaml", find_deployment_file("deploy/dagster.yaml").read_text(encoding="utf-8"))
     return home
+
+
+def find_deployment_file(path: str) -> Path:
+    """The copy that the wheel puts into this package, or else the file of the checkout, by its path there."""
+    for candidate in (Path(__file__).with_name("deployment") / Path(path).name, PROJECT_ROOT / path):
+        if candidate.is_file():
+            return candidate
+    raise ConfigurationError(
+        f"{Path(path).name} is missing from the installation in {PROJECT_ROOT}.",
+        resolution="Install it again: from a wheel, or in a checkout with `make setup`.",
+    )
 
 
 def find_code_socket(state_dir: Path) -> Path:

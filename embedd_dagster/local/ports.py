@@ -27,18 +27,23 @@ class Ports:
 
     def claim(self, name: str) -> int:
         """A port that is free now: last time's if it can be, else a new one, remembered from here on."""
-        remembered = files.read_json(self._path)
+        remembered = self._read()
         port = remembered.get(name)
-        if not isinstance(port, int) or not is_free(port):
+        if port is None or not is_free(port):
             if port is not None:
                 _log.warning("port_taken", service=name, port=port, hint="another one is taken, and kept from now on")
-            port = _find_free(exclude={value for value in remembered.values() if isinstance(value, int)})
+            port = _find_free(exclude=set(remembered.values()))
             files.write_json(self._path, {**remembered, name: port})
         return port
 
     def any_taken(self) -> bool:
         """Whether somebody listens on one of the remembered ports."""
-        return any(isinstance(port, int) and not is_free(port) for port in files.read_json(self._path).values())
+        return any(not is_free(port) for port in self._read().values())
+
+    def _read(self) -> dict[str, int]:
+        """What is no port, in a damaged file, is left out: another one is chosen for it."""
+        content = files.read_json(self._path)
+        return {name: port for name, port in content.items() if type(port) is int and 1024 <= port < 65_536}
 
 
 def is_free(port: int) -> bool:

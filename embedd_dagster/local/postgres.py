@@ -21,7 +21,7 @@ from psycopg import sql
 from embedd_dagster.errors import PermanentError
 from embedd_dagster.local import files, process
 from embedd_dagster.local.ports import LOOPBACK, Ports
-from embedd_dagster.local.postgres_place import Place, find_place, remove_place, run_as
+from embedd_dagster.local.postgres_place import Place, find_place, known_root, remove_place, run_as
 
 SUPERUSER = "embedd"
 START_TIMEOUT_SECONDS = 60.0
@@ -91,6 +91,11 @@ class EmbeddedPostgres:
         return self._place
 
     @property
+    def known_root(self) -> Path:
+        """The directory that holds the data; nothing is created for the answer."""
+        return known_root(self._directory)
+
+    @property
     def pid(self) -> int | None:
         """Of the server that `start` started."""
         return self._child.pid if self._child else None
@@ -109,6 +114,11 @@ class EmbeddedPostgres:
             self._end_predecessor()
             if not self.place.data.exists():
                 self._initialize()
+            elif not files.read_text(self._password_path):
+                raise PostgresStartFailed(
+                    f"{self._password_path} is missing or empty: it holds the password of the database in {self.place.data}.",
+                    resolution="Put it back from a backup. To give up what is stored: embedd down --remove-state",
+                )
             if self._port is None:
                 self._port = self._ports.claim("postgres")
         except BaseException:
@@ -197,11 +207,16 @@ class EmbeddedPostgres:
     def _log_path(self) -> Path:
         return self._directory / "postgres.log"
 
+    @property
+    def _password_path(self) -> Path:
+        return self._directory / "password"
+
     def _password(self) -> str:
-        path = self._directory / "password"
-        if not path.exists():
-            files.write_private(path, secrets.token_urlsafe(24))
-        return path.read_text().strip()
+        password = files.read_text(self._password_path)
+        if not password:
+            password = secrets.token_urlsafe(24)
+            files.write_private(self._password_path, password)
+        return password
 
     def _initialize(self) -> None:
         place = self.place

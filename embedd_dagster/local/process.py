@@ -17,6 +17,7 @@ import psutil  # type: ignore[import-untyped]
 
 STATE_DIR_MARKER = "EMBEDD_STACK_STATE_DIR"
 CHILD_MARKER = "EMBEDD_STACK_CHILD"
+SUPERVISOR_MARKER = "EMBEDD_STACK_SUPERVISOR"
 """Every process of a stack carries these in its environment, grandchildren too. A process group or a session would
 lose those that open their own; a parent's pid is lost when the parent dies."""
 
@@ -59,11 +60,15 @@ def spawn(
     )
 
 
-def marked_processes(state_dir: Path, child: str | None = None) -> list[psutil.Process]:
+def marked_processes(
+    state_dir: Path, child: str | None = None, *, supervisor: str | None = None
+) -> list[psutil.Process]:
     """The live processes of the stack in `state_dir`, or of one child of it, without the caller and its ancestors.
 
-    PostgreSQL writes over its environment and is found by its data directory instead (`postgres.py`).
+    `supervisor` leaves out those of another supervisor than the one with this marker. Of PostgreSQL only the main process is
+    found: its backends write over their environment, and end with it.
     """
+    wanted = {STATE_DIR_MARKER: str(state_dir), CHILD_MARKER: child, SUPERVISOR_MARKER: supervisor}
     excluded = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
@@ -71,16 +76,35 @@ def marked_processes(state_dir: Path, child: str | None = None) -> list[psutil.P
             continue
         with contextlib.suppress(psutil.Error, OSError):  # it is gone, or somebody else's
             environment = process.environ()
-            if environment.get(STATE_DIR_MARKER) == str(state_dir) and child in (None, environment.get(CHILD_MARKER)):
+            if all(value in (None, environment.get(name)) for name, value in wanted.items()):
                 found.append(process)
     return found
+
+
+def supervisor_marker() -> str:
+    """What the children of this process carry as SUPERVISOR_MARKER."""
+    return f"{os.getpid()}:{create_time(os.getpid())!r}"
+
+
+def find_supervisors(state_dir: Path) -> list[psutil.Process]:
+    """The live processes that started the stack's children, without the caller: told by the children themselves.
+
+    Needs no file, so it also finds the supervisor of a state directory that was removed.
+    """
+    found: dict[int, psutil.Process] = {}
+    for child in marked_processes(state_dir):
+        with contextlib.suppress(psutil.Error, OSError, ValueError):
+            pid, _, created = child.environ().get(SUPERVISOR_MARKER, "").partition(":")
+            if int(pid) != os.getpid() and is_alive(int(pid), float(created)):
+                found[int(pid)] = psutil.Process(int(pid))
+    return list(found.values())
 
 
 def is_alive(pid: int, create_time: float) -> bool:
     """Whether this very process lives: a pid alone may by now be somebody else's."""
     try:
         process = psutil.Process(pid)
-        return bool(abs(process.create_time() - create_time) < 1 and _runs(process))
+        return bool(pid > 0 and abs(process.create_time() - create_time) < 1 and _runs(process))
     except psutil.Error:
         return False
 
@@ -108,6 +132,14 @@ def find(pid: int) -> psutil.Process | None:
     except psutil.Error:
         return None
     return process if _runs(process) else None
+
+
+def name_of(process: psutil.Process) -> str:
+    """The program's name; empty where the process is gone."""
+    try:
+        return str(process.name())
+    except psutil.Error:
+        return ""
 
 
 def create_time(pid: int) -> float:

@@ -19,7 +19,7 @@ from embedd_dagster.local.qdrant_collections import Collection, QdrantCatalog
 from embedd_dagster.local.qdrant_optimizer import DEFAULT_INDEXING_THRESHOLD, CollectionSettings
 from embedd_dagster.local.qdrant_wire import RefusedError, bad_input
 
-_IGNORED_SETTINGS = ("hnsw_config", "quantization_config", "wal_config", "sparse_vectors", "strict_mode_config")
+_IGNORED_SETTINGS = ("hnsw_config", "quantization_config", "wal_config", "sparse_vectors")
 _log = structlog.get_logger(__name__)
 
 
@@ -73,6 +73,7 @@ def create_collection(call: Call) -> Any:
         distance=vectors.distance.value,
         on_disk=vectors.on_disk,
         indexing_threshold=DEFAULT_INDEXING_THRESHOLD if threshold is None else threshold,
+        strict_mode=_strict_mode(asked.strict_mode_config, {}),
     )
     call.catalog.create(call.path["name"], settings)
     return True
@@ -81,10 +82,18 @@ def create_collection(call: Call) -> Any:
 def update_collection(call: Call) -> Any:
     """`PATCH /collections/{name}`."""
     asked = wire.parse(models.UpdateCollection, call.body())
-    name = call.collection.name
-    if asked.optimizers_config and asked.optimizers_config.indexing_threshold is not None:
-        call.catalog.set_indexing_threshold(name, asked.optimizers_config.indexing_threshold)
+    settings = call.collection.settings
+    threshold = asked.optimizers_config.indexing_threshold if asked.optimizers_config else None
+    call.catalog.configure(
+        call.collection.name,
+        indexing_threshold=settings.indexing_threshold if threshold is None else threshold,
+        strict_mode=_strict_mode(asked.strict_mode_config, settings.strict_mode or {}),
+    )
     return True
+
+
+def _strict_mode(asked: models.StrictModeConfig | None, present: dict[str, Any]) -> dict[str, Any] | None:
+    return {**present, **(asked.model_dump(exclude_none=True) if asked else {})} or None
 
 
 def delete_collection(call: Call) -> Any:
@@ -98,17 +107,18 @@ def collection_exists(call: Call) -> Any:
 
 
 def describe_collection(call: Call) -> Any:
-    """`GET /collections/{name}`: yellow while an index is being built, or is about to be."""
+    """`GET /collections/{name}`: yellow while an index is being built, or is about to be; red after a build that failed."""
     collection = call.collection
     settings = collection.settings
+    error = collection.optimizer_error
     busy = collection.touched is not None or collection.optimizing_due()
     info = collection.read(lambda shard: shard.info())
     vectors: dict[str, Any] = {"size": settings.size, "distance": settings.distance}
     if settings.on_disk is not None:
         vectors["on_disk"] = settings.on_disk
     return {
-        "status": "yellow" if busy else "green",
-        "optimizer_status": "ok",
+        "status": "red" if error else "yellow" if busy else "green",
+        "optimizer_status": {"error": error} if error else "ok",
         "vectors_count": info.points_count,
         "indexed_vectors_count": info.indexed_vectors_count,
         "points_count": info.points_count,
@@ -140,6 +150,7 @@ def describe_collection(call: Call) -> Any:
             },
             "wal_config": {"wal_capacity_mb": 32, "wal_segments_ahead": 0},
             "quantization_config": None,
+            "strict_mode_config": settings.strict_mode,
         },
         "payload_schema": {field: wire.describe_index(index) for field, index in sorted(info.payload_schema.items())},
     }
@@ -187,6 +198,9 @@ def create_index(call: Call) -> Any:
     """`PUT /collections/{name}/index`."""
     asked = wire.parse(models.CreateFieldIndex, call.body())
     schema = wire.render_index_schema(asked.field_schema)
+    indexed = call.collection.indexed_fields()
+    if asked.field_name not in indexed:
+        call.collection.strict_mode.check_index(len(indexed))
     return call.updated(call.collection.write(edge.UpdateOperation.create_field_index(asked.field_name, schema)))
 
 

@@ -23,6 +23,7 @@ import structlog
 
 from embedd_dagster.local.files import OwnerLock
 from embedd_dagster.local.qdrant_optimizer import CollectionSettings, optimize, shard_config
+from embedd_dagster.local.qdrant_strict_mode import StrictMode
 from embedd_dagster.local.qdrant_wire import PointId, RefusedError, bad_input, first_line
 
 Result = TypeVar("Result")
@@ -54,10 +55,23 @@ class Collection:
         self.touched: set[PointId] | None = None  # the points written since the copy, while one is optimized
         self.stopped = False
         self.flush_due = False
+        self.strict_mode = StrictMode()
+        self.optimizer_error: str | None = None
+        self.apply(settings)
         self._catalog = catalog
         self._settled = 0  # points that the last optimization left without index: further tries would too
         self._deleted = 0
         self._operation_id = 0
+
+    def apply(self, settings: CollectionSettings) -> None:
+        """Takes new settings; an error of the optimizer is forgotten, as it tries again."""
+        self.settings = settings
+        self.strict_mode.config = settings.strict_mode or {}
+        self.optimizer_error = None
+
+    def indexed_fields(self) -> set[str]:
+        """The fields that have a payload index."""
+        return set(self.read(lambda shard: shard.info()).payload_schema)
 
     def read(self, call: Callable[[Any], Result]) -> Result:
         """What `call` makes of the shard."""
@@ -108,10 +122,15 @@ class Collection:
         crowded = self._deleted >= max(_VACUUM_MINIMUM, _VACUUM_SHARE * info.points_count)
         return bool(kilobytes >= threshold or crowded)
 
-    def pause_optimizing(self) -> None:
-        """After a failure: not again before as many points as make it due have come on top."""
+    def pause_optimizing(self, error: str) -> None:
+        """After a failure: not again before as many points as make it due have come on top, or settings are changed."""
+        self.optimizer_error = error
         info = self.read(lambda shard: shard.info())
         self._settled, self._deleted = info.points_count - info.indexed_vectors_count, 0
+
+    def try_again(self) -> None:
+        """Lets the optimizer look at what an earlier try left without index."""
+        self._settled = 0
 
     def copy_shard(self, target: Path) -> None:
         """Copies the shard to `target` and begins the record of touched points."""
@@ -268,11 +287,12 @@ class QdrantCatalog:
         shutil.rmtree(collection.path, ignore_errors=True)
         return True
 
-    def set_indexing_threshold(self, name: str, kilobytes: int) -> None:
-        """Sets from how many kilobytes of vectors on an index is built; the building starts at once."""
+    def configure(self, name: str, **changes: Any) -> None:
+        """Changes settings of a collection; an index that they make due is built at once."""
         with self._lock:
             collection = self.get(name)
-            collection.settings = replace(collection.settings, indexing_threshold=kilobytes)
+            collection.apply(replace(collection.settings, **changes))
+            collection.try_again()
             self.save()
         self._wake.set()
 
@@ -338,7 +358,7 @@ class QdrantCatalog:
             if not collection.stopped:
                 _log.warning("background work failed", what=what, collection=collection.name, error=str(error))
                 if what == "optimize":
-                    collection.pause_optimizing()
+                    collection.pause_optimizing(str(error))
 
 
 def collection_not_found(name: str) -> RefusedError:

@@ -42,6 +42,7 @@ class CollectionSettings:
     distance: str
     on_disk: bool | None = None
     indexing_threshold: int = DEFAULT_INDEXING_THRESHOLD
+    strict_mode: dict[str, Any] | None = None
 
 
 def optimize(collection: Collection) -> bool:
@@ -81,7 +82,7 @@ def _run_child(collection: Collection, aside: Path) -> bool:
                 return False
             if code != 0:
                 _log.warning("index build failed", collection=collection.name, exit_code=code)
-                collection.pause_optimizing()
+                collection.pause_optimizing(f"the process that builds the index ended with exit code {code}")
             return code == 0
 
 

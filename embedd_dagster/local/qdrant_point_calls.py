@@ -25,6 +25,7 @@ _ONE_AT_A_TIME = threading.Lock()
 
 def _upsert(collection: Collection, body: dict[str, Any]) -> int:
     points = wire.parse_points(body, collection.settings.size)
+    collection.strict_mode.check_upsert(len(points))
     return collection.write(
         edge.UpdateOperation.upsert_points(points), ids=(wire.parse_point_id(point.id) for point in points)
     )
@@ -35,12 +36,14 @@ def _targets(body: dict[str, Any]) -> tuple[list[wire.PointId] | None, Any]:
     if isinstance(body.get("points"), list):
         return wire.parse_point_ids(body["points"]), None
     if isinstance(body.get("filter"), dict):
-        return None, wire.render_filter(wire.parse(models.Filter, body["filter"]))
+        asked = wire.parse(models.FilterSelector, {"filter": body["filter"]})
+        return None, wire.render_filter(asked.filter)
     raise bad_form("data did not match any variant of untagged enum PointsSelector")
 
 
 def _delete(collection: Collection, body: dict[str, Any]) -> int:
     ids, where = _targets(body)
+    collection.strict_mode.check_write(len(ids or ()))
     operations = edge.UpdateOperation
     operation = operations.delete_points_by_filter(where) if ids is None else operations.delete_points([*ids])
     return collection.write(operation, ids=ids or (), where=where, deletes=True)
@@ -49,6 +52,7 @@ def _delete(collection: Collection, body: dict[str, Any]) -> int:
 def _payload_write(kind: str) -> Callable[[Collection, dict[str, Any]], int]:
     def write(collection: Collection, body: dict[str, Any]) -> int:
         ids, where = _targets(body)
+        collection.strict_mode.check_write(len(ids or ()))
         by_ids: Any = getattr(edge.UpdateOperation, kind)
         by_filter: Any = getattr(edge.UpdateOperation, f"{kind}_by_filter")
         arguments: list[Any] = []
@@ -113,6 +117,7 @@ def retrieve_points(call: Call) -> Any:
     """`POST …/points`."""
     asked = wire.parse(models.PointRequest, call.body())
     ids = wire.parse_point_ids(asked.ids)
+    call.collection.strict_mode.check_ids_read(len(ids))
     selector = wire.render_payload_selector(asked.with_payload, default=True)
     found = call.collection.read(lambda shard: shard.retrieve(ids, selector, asked.with_vector or False))
     return [wire.describe_point(point) for point in found]
@@ -130,7 +135,9 @@ def get_point(call: Call) -> Any:
 
 def scroll_points(call: Call) -> Any:
     """`POST …/points/scroll`, in the order of ids."""
-    asked = wire.parse(models.ScrollRequest, call.body())
+    body = call.body()
+    asked = wire.parse(models.ScrollRequest, body)
+    call.collection.strict_mode.check_read(body, call.collection.indexed_fields, limit=asked.limit)
     if asked.order_by is not None:
         raise bad_input("order_by is not served by this server")
     request = edge.ScrollRequest(
@@ -146,7 +153,10 @@ def scroll_points(call: Call) -> Any:
 
 def count_points(call: Call) -> Any:
     """`POST …/points/count`; always exact."""
-    asked = wire.parse(models.CountRequest, call.body())
+    body = call.body()
+    asked = wire.parse(models.CountRequest, body)
+    # exact unless told otherwise, as the real server is
+    call.collection.strict_mode.check_read({"exact": True, **body}, call.collection.indexed_fields)
     request = edge.CountRequest(exact=True, filter=wire.render_filter(asked.filter))
     return {"count": call.collection.read(lambda shard: shard.count(request))}
 
@@ -178,6 +188,7 @@ def _query(collection: Collection, body: Any) -> list[dict[str, Any]]:
     # The vector is taken out first: to check it against a union of a dozen kinds of query costs more than the search.
     rest = {key: value for key, value in body.items() if key not in {"query", "vector"}}
     asked = wire.parse(models.QueryRequest, rest)
+    collection.strict_mode.check_read(rest, collection.indexed_fields, limit=asked.limit)
     vector = body.get("query")
     if isinstance(vector, dict) and vector.keys() == {"nearest"}:
         vector = vector["nearest"]

@@ -25,14 +25,18 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from embedd_dagster import logs
 from embedd_dagster.local import qdrant_wire as wire
 from embedd_dagster.local.qdrant_calls import COLLECTION_HANDLERS, Call
 from embedd_dagster.local.qdrant_collections import QdrantCatalog
 from embedd_dagster.local.qdrant_point_calls import POINT_HANDLERS
+from embedd_dagster.local.qdrant_strict_mode import RateLimitedError
 from embedd_dagster.local.qdrant_wire import RefusedError
 
 VERSION = "1.20.0"  # of the protocol: clients compare it with their own
@@ -59,6 +63,10 @@ def create_app(catalog: QdrantCatalog, api_key: str | None = None) -> Starlette:
                     raw_body=await _read_body(request),
                 )
                 content = await run_in_threadpool(lambda: _render(handler(call), started))
+            except RateLimitedError as limited:
+                wait = limited.retry_after_seconds
+                headers = {} if wait is None else {"retry-after": str(wait)}
+                return _error(limited.status, limited.message, started, headers)
             except RefusedError as refused:
                 return _error(refused.status, refused.message, started)
             return Response(content, media_type="application/json")
@@ -88,7 +96,13 @@ def create_app(catalog: QdrantCatalog, api_key: str | None = None) -> Starlette:
     routes = [Route("/", version)]
     routes += [Route(path, health) for path in sorted(_OPEN_PATHS - {"/"})]
     routes += [route(method, path, handler) for method, path, handler in COLLECTION_HANDLERS + POINT_HANDLERS]
-    return Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: failed, Exception: failed})
+    return Starlette(
+        routes=routes,
+        # the real server compresses every answer for whoever accepts that
+        middleware=[Middleware(GZipMiddleware, minimum_size=1)],
+        lifespan=lifespan,
+        exception_handlers={HTTPException: failed, Exception: failed},
+    )
 
 
 def _check_key(request: Request, api_key: str) -> Response | None:
@@ -116,8 +130,8 @@ def _render(result: Any, started: float) -> bytes:
     return orjson.dumps({"result": result, "status": "ok", "time": time.perf_counter() - started})
 
 
-def _error(status: int, message: str, started: float) -> Response:
-    return JSONResponse({"status": {"error": message}, "time": time.perf_counter() - started}, status)
+def _error(status: int, message: str, started: float, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"status": {"error": message}, "time": time.perf_counter() - started}, status, headers)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -128,7 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.parse_args(arguments)
     # from the environment: arguments can be seen by every user of the machine
-    api_key = os.environ.get("EMBEDD_QDRANT_API_KEY") or None
+    api_key = os.environ.get("EMBEDD_QDRANT_API_KEY")
+    if api_key is not None and not api_key.strip():
+        parser.error("EMBEDD_QDRANT_API_KEY is empty. Give it a value, or unset it to serve without a key.")
+    logs.lose_unwritable_lines()
+    os.umask(0o077)  # the data directory holds rows
     # uvicorn raises the signal that ended it once more when all is closed: an asked-for end is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
@@ -148,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         port=options.port,
         access_log=False,
         log_level="warning",
-        timeout_keep_alive=75,  # clients let go first (httpx after 5 s): else a request meets a connection being closed
+        timeout_keep_alive=5,  # as the real server; clients must let go first
         timeout_graceful_shutdown=10,
     )
 

@@ -6,6 +6,7 @@ it. Points to be written are the exception: they come by the thousand and are re
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 from uuid import UUID
@@ -16,6 +17,8 @@ import qdrant_edge as edge
 from pydantic import BaseModel
 from pydantic import ValidationError as FormError
 from qdrant_client.http import models
+
+from embedd_dagster.core.floats import read_by_qdrant
 
 PointId = int | UUID
 Model = TypeVar("Model", bound=BaseModel)
@@ -64,11 +67,22 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def parse(model: type[Model], value: object) -> Model:
     """`value` as one of the client's models; refused with the first thing wrong with it."""
+    if isinstance(value, dict) and "filter" in value:
+        value = {**value, "filter": _as_qdrant_reads(value["filter"])}
     try:
         return model.model_validate(value)
     except FormError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise bad_form(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _as_qdrant_reads(value: Any) -> Any:
+    """A part of a body with every double as the real server's parser reads its digits; integers are exact."""
+    if type(value) is float:
+        return read_by_qdrant(repr(abs(value))) * math.copysign(1.0, value)
+    if isinstance(value, dict):
+        return {key: _as_qdrant_reads(item) for key, item in value.items()}
+    return [_as_qdrant_reads(item) for item in value] if isinstance(value, list) else value
 
 
 def parse_point_id(value: object) -> PointId:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedd_dagster.local.installation import PROJECT_ROOT
+from embedd_dagster.local.installation import PROJECT_ROOT, find_deployment_file
 from embedd_dagster.local.ports import LOOPBACK
 from embedd_dagster.local.postgres import EmbeddedPostgres
 from embedd_dagster.local.readiness import DaemonHeartbeat, accepts, answers, code_locations_loaded
@@ -76,6 +76,8 @@ def _code_server(services: Services) -> ChildSpec:
         "code-server",
         command,
         is_ready=lambda: accepts(socket_path),
+        # Runs are its children: a run that is asked to stop writes its checkpoint and hands its task back first.
+        grace_seconds=30,
         # A killed server's socket would keep the next one from binding.
         before_start=lambda: socket_path.unlink(missing_ok=True),
     )
@@ -84,7 +86,7 @@ def _code_server(services: Services) -> ChildSpec:
 def _webserver(services: Services) -> ChildSpec:
     port = services.ports["dagster-webserver"]
     command = ["embedd_dagster.webserver", "--host", LOOPBACK, "--port", str(port)]
-    command += ["--workspace", str(PROJECT_ROOT / "workspace.yaml")]
+    command += ["--workspace", str(find_deployment_file("workspace.yaml"))]
     return _python(
         services,
         "dagster-webserver",
@@ -95,7 +97,7 @@ def _webserver(services: Services) -> ChildSpec:
 
 def _daemon(services: Services) -> ChildSpec:
     heartbeat = DaemonHeartbeat(services.dagster_database_url)
-    command = ["dagster._daemon", "run", "-w", str(PROJECT_ROOT / "workspace.yaml")]
+    command = ["dagster._daemon", "run", "-w", str(find_deployment_file("workspace.yaml"))]
     return _python(services, "dagster-daemon", command, is_ready=heartbeat.beats, before_start=heartbeat.reset)
 
 
@@ -104,6 +106,7 @@ def _api(services: Services) -> ChildSpec:
     command = ["uvicorn", "api.app:create_app", "--factory", "--host", LOOPBACK, "--port", str(port)]
     # clients let go of idle connections first (httpx after 5 s): else a request meets one that is being closed
     command += ["--timeout-graceful-shutdown", "5", "--timeout-keep-alive", "75"]
+    command += ["--http", "api.http_limits:LimitedHttp"]
     # Any answer: it listens when the application has started, and it may well say that another part is down.
     return _python(services, "api", command, is_ready=lambda: answers(port, "/health") is not None)
 
@@ -121,5 +124,6 @@ def _python(
         environment=services.environment,
         directory=PROJECT_ROOT,  # where the packages `embedd_dagster` and `api` are found
         is_ready=is_ready,
+        ready_timeout_seconds=300,  # a busy machine takes minutes to import Dagster
         **others,
     )

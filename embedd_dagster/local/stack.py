@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from urllib.parse import quote
 import psycopg
 import structlog
 
-from embedd_dagster.errors import ConfigurationError, EmbeddError
+from embedd_dagster.errors import ConfigurationError, EmbeddError, PermanentError
 from embedd_dagster.local import files, installation, process
 from embedd_dagster.local.outside import (
     DEFAULT_STATE_DIR,
@@ -32,6 +31,8 @@ from embedd_dagster.local.outside import (
 from embedd_dagster.local.ports import LOOPBACK, Ports
 from embedd_dagster.local.postgres import EmbeddedPostgres, create_database
 from embedd_dagster.local.services import Services, service_specs
+from embedd_dagster.local.state_dir import open_state_dir
+from embedd_dagster.local.stop_signals import StopSignals
 from embedd_dagster.local.supervisor import ChildFailed, ChildSpec, Supervisor
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "StackAlreadyRunning",
     "StackSettings",
     "StackStatus",
+    "StackStopped",
     "down",
     "running_stack",
     "status",
@@ -49,7 +51,23 @@ __all__ = [
 # Each group is stopped at one moment, after all that use it are gone.
 _STOP_ORDER = (("api", "dagster-webserver", "dagster-daemon"), ("code-server",), ("qdrant",), ("postgres",))
 
+_GUARD_SECONDS = 1.0
+
 _log = structlog.get_logger(__name__)
+
+
+class StackStopped(PermanentError):
+    """The stack ended itself because it could not go on; nobody asked for it."""
+
+    default_resolution = "Start it again with `embedd up`."
+
+
+def _nothing() -> None:
+    return None
+
+
+def _ignore(_text: str) -> None:
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +82,8 @@ class StackSettings:
     postgres_options: Mapping[str, str] = field(default_factory=dict)
     migrate: Callable[[str], None] | None = None
     """Called with the catalog's URL instead of the catalog's own migration."""
+    tell: Callable[[str], None] = _ignore
+    """Called with each step of the start, in words for a person."""
 
 
 class Stack:
@@ -78,9 +98,12 @@ class Stack:
         self._endpoints: Endpoints | None = None
         self._state = "stopped"
         self._state_lock = threading.Lock()
+        self._stop_lock = threading.RLock()
         self._children: list[str] = []
         self._stop_asked = threading.Event()
         self._hurry = threading.Event()
+        self._stopped = threading.Event()
+        self._failure: StackStopped | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -96,31 +119,32 @@ class Stack:
             raise RuntimeError("the stack does not run")
         return self._endpoints
 
-    def up(self, *, on_ready: Callable[[Endpoints], None] | None = None) -> None:
+    def up(
+        self, *, on_ready: Callable[[Endpoints], None] | None = None, on_stopping: Callable[[], None] = _nothing
+    ) -> None:
         """Runs until SIGINT, SIGTERM or SIGHUP, then stops everything; a second signal makes that a short process.
+
+        `on_stopping` is called at once when the first signal arrives, from another thread.
 
         Raises:
             StackAlreadyRunning: It runs already.
+            StackStopped: It could not go on, as its state directory was removed; nothing of it runs any more.
             EmbeddError: It could not be started; what had been started is stopped.
         """
-        handled = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup asked for just that
-            handled.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, self._on_signal) for number in handled}
-        try:
-            self.start()
+        with StopSignals(self._stop_asked, self._hurry, on_first=on_stopping):
             try:
-                if on_ready is not None:
-                    on_ready(self.endpoints)
-                self._stop_asked.wait()
-            finally:
-                self.stop()
-        except EmbeddError:
-            if not self._stop_asked.is_set():  # else the interruption is what was asked for
-                raise
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+                self.start()
+                try:
+                    if on_ready is not None:
+                        on_ready(self.endpoints)
+                    self._stop_asked.wait()
+                finally:
+                    self.stop()
+            except EmbeddError:
+                if not self._stop_asked.is_set():  # else the interruption is what was asked for
+                    raise
+        if self._failure is not None:
+            raise self._failure
 
     def start(self) -> Endpoints:
         """Everything is started and ready.
@@ -138,43 +162,80 @@ class Stack:
         return self._start()
 
     def _start(self) -> Endpoints:
-        self.state_dir.mkdir(parents=True, exist_ok=True)
-        if not self._lock.acquire():
-            raise StackAlreadyRunning(describe_running(self.state_dir))
+        try:
+            open_state_dir(self.state_dir)
+            if not self._lock.acquire():
+                raise StackAlreadyRunning(describe_running(self.state_dir))
+            return self._start_locked()
+        except OSError as error:
+            raise ConfigurationError(
+                f"The state directory {self.state_dir} cannot be used: {error.strerror or error}.",
+                resolution="Check the space left on its disk and whose it is, or name another with --state-dir.",
+            ) from error
+
+    def _start_locked(self) -> Endpoints:
         began_at = time.monotonic()
         try:
             end_leftovers(self.state_dir)
-            self._state = "starting"
+            self._state, self._failure = "starting", None
+            self._stopped = threading.Event()
+            threading.Thread(target=self._guard, args=[self._stopped], name="embedd-guard", daemon=True).start()
             self._write_state()
             self._start_children()
+            self._state = "ready"
+            self._write_state()
+            self._write_endpoints()
         except BaseException:
             self.stop()
             raise
-        self._state = "ready"
-        self._write_state()
-        files.write_json(self.state_dir / "endpoints.json", dataclasses.asdict(self.endpoints))
         _log.info("stack_ready", seconds=round(time.monotonic() - began_at, 1), state_dir=str(self.state_dir))
         return self.endpoints
 
     def stop(self) -> None:
         """Everything is gone, in reverse order, also what the children started. Does nothing where nothing runs."""
-        if not self._lock.held:
-            return
-        self._state = "stopping"
-        self._write_state()
-        (self.state_dir / "endpoints.json").unlink(missing_ok=True)
-        for group in _STOP_ORDER:
-            self._supervisor.stop(*(name for name in group if name in self._children), hurry=self._hurry)
-        self._supervisor.close()
-        process.end(process.marked_processes(self.state_dir), grace_seconds=0)
-        if self._postgres is not None:
-            self._postgres.release()
-        self._endpoints = None
-        (self.state_dir / "stack.json").unlink(missing_ok=True)
-        self._supervisor = Supervisor(self.state_dir, on_change=self._write_state)
-        self._children = []
-        self._state = "stopped"
-        self._lock.release()
+        with self._stop_lock:
+            if not self._lock.held:
+                return
+            self._stopped.set()
+            self._state = "stopping"
+            self._write_state()
+            self._remove("endpoints.json")
+            for group in _STOP_ORDER:
+                self._supervisor.stop(*(name for name in group if name in self._children), hurry=self._hurry)
+            self._supervisor.close()
+            ours = process.marked_processes(self.state_dir, supervisor=process.supervisor_marker())
+            process.end(ours, grace_seconds=0)
+            if self._postgres is not None:
+                self._postgres.release()
+            self._endpoints = None
+            self._remove("stack.json")
+            self._supervisor = Supervisor(self.state_dir, on_change=self._write_state)
+            self._children = []
+            self._state = "stopped"
+            self._lock.release()
+
+    def _guard(self, stopped: threading.Event) -> None:
+        """Ends a stack that cannot go on, and writes its files again where they are missing, damaged or out of date."""
+        while not stopped.wait(_GUARD_SECONDS):
+            if self._failure is None and (reason := self._why_it_cannot_go_on()):
+                _log.error("stack_ends", reason=reason)
+                self._failure = StackStopped(f"{reason} Everything that it ran was stopped.")
+                self._stop_asked.set()  # ends a start that is going on, and `up`
+            with self._stop_lock:
+                if self._state != "ready":
+                    continue
+                if self._failure is not None:
+                    self.stop()
+                    return
+                self._write_state()
+                self._write_endpoints()
+
+    def _why_it_cannot_go_on(self) -> str | None:
+        if not self._lock.in_place:
+            return f"The state directory {self.state_dir} was removed or replaced while embedd was running."
+        if self._supervisor.has_died:
+            return "The supervision of embedd's processes has failed."
+        return None
 
     def child_pid(self, name: str) -> int | None:
         """Of a running child: postgres, qdrant, code-server, dagster-webserver, dagster-daemon or api."""
@@ -209,6 +270,7 @@ class Stack:
 
         if external.database_url is None:
             self._postgres = EmbeddedPostgres(self.state_dir, options=self._settings.postgres_options)
+            self._settings.tell("preparing PostgreSQL")
             self._postgres.prepare()
             database_url = self._postgres.url(installation.CATALOG_DATABASE)
         else:
@@ -258,15 +320,18 @@ class Stack:
         for spec in specs.values():
             self._supervisor.add(spec)
         independent = [name for name in ("postgres", "qdrant", "code-server") if name in specs]
+        self._settings.tell(f"starting {', '.join(independent)}")
         self._supervisor.start(*independent)
         if "postgres" in specs:
             self._supervisor.wait_ready("postgres", interrupted=self._stop_asked)
+        self._settings.tell("preparing the catalog's database")
         self._create_databases()
         self._migrate(self.endpoints.database_url)
+        self._settings.tell("waiting for the code-server to load Dagster's definitions")
         # a webserver that finds no code server tries again, but not before long
         self._supervisor.wait_ready("code-server", interrupted=self._stop_asked)
-        self._supervisor.start("dagster-webserver", "dagster-daemon")
-        self._supervisor.start("api")
+        self._settings.tell("starting dagster-webserver, dagster-daemon, api")
+        self._supervisor.start("dagster-webserver", "dagster-daemon", "api")
         self._supervisor.wait_ready(*specs, interrupted=self._stop_asked)
 
     def _create_databases(self) -> None:
@@ -295,22 +360,36 @@ class Stack:
 
         upgrade(database_url)
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        if self._stop_asked.is_set():
-            self._hurry.set()
-        self._stop_asked.set()
-
     def _write_state(self) -> None:
+        state = {
+            "pid": os.getpid(),
+            "create_time": process.create_time(os.getpid()),
+            "state": self._state,
+            "children": self._supervisor.describe(),
+        }
+        self._keep_file("stack.json", state)
+
+    def _write_endpoints(self) -> None:
+        self._keep_file("endpoints.json", dataclasses.asdict(self.endpoints))
+
+    def _keep_file(self, name: str, content: dict[str, Any]) -> None:
+        """The file has this content; where it cannot be written now, `_guard` tries again."""
         with self._state_lock:
-            files.write_json(
-                self.state_dir / "stack.json",
-                {
-                    "pid": os.getpid(),
-                    "create_time": process.create_time(os.getpid()),
-                    "state": self._state,
-                    "children": self._supervisor.describe(),
-                },
-            )
+            if not self._lock.in_place:  # somebody removed the state directory: it must not come back half
+                return
+            try:
+                if files.read_json(self.state_dir / name) != content:
+                    files.write_json(self.state_dir / name, content)
+            except OSError as error:
+                _log.error("state_not_written", file=name, error=str(error))
+
+    def _remove(self, name: str) -> None:
+        if not self._lock.in_place:
+            return
+        try:
+            (self.state_dir / name).unlink(missing_ok=True)
+        except OSError as error:
+            _log.error("state_not_removed", file=name, error=str(error))
 
 
 @contextlib.contextmanager

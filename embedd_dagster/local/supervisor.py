@@ -25,6 +25,8 @@ LOG_LIMIT_BYTES = 10 * 1024 * 1024
 SETTLED_AFTER_SECONDS = 30.0
 CRASH_LIMIT = 5
 CRASH_LIMIT_BEFORE_READY = 2  # a child that never ran is wrong in itself: say so soon
+# A child that ran before fails for a reason outside it, such as a full disk, and that may end at any time.
+RETRY_FAILED_SECONDS = 30.0
 _BACKOFF_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
 _POLL_SECONDS = 0.1
 
@@ -32,7 +34,7 @@ _log = structlog.get_logger(__name__)
 
 
 class ChildFailed(PermanentError):
-    """A child was given up; the message holds the last lines of its log."""
+    """A child crashed too often; the message holds the last lines of its log."""
 
     default_resolution = "Read the log that the message names."
 
@@ -50,7 +52,7 @@ class ChildState(StrEnum):
     WAITING = "waiting"  # to be started, at once or after a pause
     STARTING = "starting"
     READY = "ready"
-    FAILED = "failed"  # given up
+    FAILED = "failed"  # crashed too often; one that was ready before is tried again from time to time
 
 
 def _nothing() -> None:
@@ -66,7 +68,7 @@ class ChildSpec:
     environment: Mapping[str, str]
     directory: Path
     is_ready: Callable[[], bool]
-    """Asked again and again after the start; has to answer within a second or so."""
+    """Asked again and again after the start; an exception counts as no."""
     before_start: Callable[[], None] = _nothing
     """Runs before each start, restarts too."""
     account: process.Account | None = None
@@ -100,6 +102,7 @@ class Supervisor:
     def __init__(self, state_dir: Path, *, on_change: Callable[[], None] = _nothing) -> None:
         """`on_change` is called after each change of a child's state, from the thread that made it."""
         self._state_dir = state_dir
+        self._marker = process.supervisor_marker()
         self._on_change = on_change
         self._children: dict[str, _Child] = {}
         self._lock = threading.RLock()
@@ -169,7 +172,7 @@ class Supervisor:
             if child.popen is not None:
                 child.popen.wait()
             child.popen = None
-        self._on_change()
+        self._report_change()
 
     def close(self) -> None:
         """The watching thread is gone; every child must be stopped before, for they die with it."""
@@ -178,6 +181,11 @@ class Supervisor:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    @property
+    def has_died(self) -> bool:
+        """Whether the thread that watches the children has ended by itself; on Linux the children end with it."""
+        return self._thread is not None and not self._thread.is_alive() and not self._closed
 
     def pid(self, name: str) -> int | None:
         """Of the running child; none while it is down."""
@@ -203,54 +211,87 @@ class Supervisor:
         while not self._closed:
             changed = False
             for child in list(self._children.values()):
-                with self._lock:
+                try:
                     changed |= self._advance(child)
+                except Exception as error:  # noqa: BLE001 - this thread's end is every child's end
+                    _log.error("child_not_supervised", child=child.spec.name, error=f"{type(error).__name__}: {error}")
+                    self._wake.wait(1)
                 _bound(child.log_path)
             if changed:
-                self._on_change()
+                self._report_change()
             self._wake.wait(_POLL_SECONDS)
             self._wake.clear()
 
+    def _report_change(self) -> None:
+        try:
+            self._on_change()
+        except OSError as error:  # a disk that is full, for one: no reason to leave the children alone
+            _log.error("change_not_reported", error=str(error))
+
     def _advance(self, child: _Child) -> bool:
-        """Whether the child moved to another state."""
+        """Whether the child moved to another state.
+
+        What may take long, `before_start` and `is_ready`, runs without the lock: `stop` must not wait for it.
+        """
         before = child.state
-        if child.state is ChildState.WAITING and time.monotonic() >= child.next_start_at:
+        if self._is_due(child):
             self._spawn(child)
-        elif child.state in (ChildState.STARTING, ChildState.READY) and child.popen is not None:
-            exit_code = child.popen.poll()
-            if exit_code is not None:
-                self._crashed(child, _describe_exit(exit_code))
-            elif child.state is ChildState.STARTING:
-                self._check_ready(child)
+        elif child.state in (ChildState.STARTING, ChildState.READY) and (popen := child.popen) is not None:
+            ready = child.state is ChildState.STARTING and popen.poll() is None and _is_ready(child.spec)
+            with self._lock:
+                if child.state is not before:  # stopped meanwhile
+                    return False
+                exit_code = popen.poll()
+                if exit_code is not None:
+                    self._crashed(child, _describe_exit(exit_code))
+                elif child.state is ChildState.STARTING:
+                    self._mark_ready(child, ready=ready)
         return child.state is not before
 
+    def _is_due(self, child: _Child) -> bool:
+        waits = child.state is ChildState.WAITING or (child.state is ChildState.FAILED and child.was_ready)
+        return waits and time.monotonic() >= child.next_start_at
+
     def _spawn(self, child: _Child) -> None:
-        spec = child.spec
+        before = child.state
+        problem: Exception | None = None
         try:
-            spec.before_start()
-            _bound(child.log_path)
-            with child.log_path.open("ab") as log:
-                child.popen = process.spawn(
-                    spec.command,
-                    environment={
-                        **spec.environment,
-                        process.STATE_DIR_MARKER: str(self._state_dir),
-                        process.CHILD_MARKER: spec.name,
-                    },
-                    directory=spec.directory,
-                    output=log,
-                    death_signal=spec.death_signal,
-                    account=spec.account,
-                )
+            child.spec.before_start()
         except Exception as error:  # noqa: BLE001 - whatever it is, the other children must go on
-            self._crashed(child, f"could not be started: {error}")
-            return
+            problem = error
+        with self._lock:
+            if child.state is not before:  # stopped meanwhile
+                return
+            try:
+                if problem is not None:
+                    raise problem
+                self._spawn_now(child)
+            except Exception as error:  # noqa: BLE001 - as above
+                self._crashed(child, f"could not be started: {error}")
+
+    def _spawn_now(self, child: _Child) -> None:
+        spec = child.spec
+        _bound(child.log_path)
+        with child.log_path.open("ab") as log:
+            child.popen = process.spawn(
+                spec.command,
+                environment={
+                    **spec.environment,
+                    process.STATE_DIR_MARKER: str(self._state_dir),
+                    process.CHILD_MARKER: spec.name,
+                    process.SUPERVISOR_MARKER: self._marker,
+                },
+                directory=spec.directory,
+                output=log,
+                death_signal=spec.death_signal,
+                account=spec.account,
+            )
         child.create_time = process.create_time(child.popen.pid)
         child.started_at = time.monotonic()
         child.state = ChildState.STARTING
 
-    def _check_ready(self, child: _Child) -> None:
-        if child.spec.is_ready():
+    def _mark_ready(self, child: _Child, *, ready: bool) -> None:
+        if ready:
             child.state, child.was_ready = ChildState.READY, True
             if child.restart_count:
                 _log.info("child_ready_again", child=child.spec.name, restart_count=child.restart_count)
@@ -272,8 +313,10 @@ class Supervisor:
         name = child.spec.name
         if child.crash_count >= limit:
             child.state = ChildState.FAILED
+            child.next_start_at = time.monotonic() + RETRY_FAILED_SECONDS
+            then = f"it is tried again every {RETRY_FAILED_SECONDS:.0f} s" if child.was_ready else "it is given up"
             child.problem = (
-                f"{name} {what}, {child.crash_count} times in a row; it is given up. "
+                f"{name} {what}, {child.crash_count} times in a row; {then}. "
                 f"The end of {child.log_path}:\n{_last_lines(child.log_path)}"
             )
             _log.error("child_given_up", child=name, problem=child.problem)
@@ -302,6 +345,14 @@ class Supervisor:
             found.update({one.pid: one for one in process.descendants(child.popen.pid)})
             found.pop(child.popen.pid, None)
         return list(found.values())
+
+
+def _is_ready(spec: ChildSpec) -> bool:
+    try:
+        return spec.is_ready()
+    except Exception as error:  # noqa: BLE001 - the child may be fine: it is given up only if this goes on
+        _log.warning("readiness_unknown", child=spec.name, error=f"{type(error).__name__}: {error}")
+        return False
 
 
 def _describe_exit(exit_code: int) -> str:

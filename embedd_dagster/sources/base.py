@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Protocol, Self
+from typing import Any, Final, Protocol, Self
 
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import Fingerprint, SourceRow, TableDigest
@@ -65,6 +65,8 @@ class TableReader(Protocol):
 
     key_type: str
     """The source's own type name of the primary key, good in its DDL."""
+    origin: dict[str, Any]
+    """Which table the name led to: `name`, qualified and good in a message, and `oid`, which outlives a rename."""
 
     def count(self) -> int:
         """The number of rows, exactly."""

@@ -40,6 +40,8 @@ class Attachment:
     """Those that are followed, as they are now: to be kept once the joined ones are sure to be compared."""
     refused: Mapping[FollowedTable, EmbeddError]
     """Those that cannot be followed, each with what to do about it; the others are followed all the same."""
+    hidden: frozenset[FollowedTable] = frozenset()
+    """Refused ones of which we see only some rows: what we see no more is to be removed, so they are to be compared."""
     lost: str | None = None
     """Why the position kept by the source could not be gone on from, in a sentence for users; None where it could."""
 
@@ -59,6 +61,8 @@ class ChangeBatch:
     """When the oldest transaction here was committed, by the source's clock."""
     position: int | None = None
     """What may be confirmed once this batch and all before it are applied; None in the middle of a transaction."""
+    transactions: set[int] = field(default_factory=set)
+    """Which transactions made the changes, by the source's own numbers. Only for the feed to read."""
 
 
 class ChangeFeed(Protocol):
@@ -84,13 +88,19 @@ class ChangeFeed(Protocol):
         """What was committed since the confirmed position, in batches of about `max_keys` keys at most.
 
         Ends when nothing more has been committed by now; the last batch has a position, and may have no keys.
-        A transaction of any size takes bounded memory: it comes in several batches. Raises ChangeFeedLost when the
-        source does not keep the position any more: `attach` begins anew.
+        A transaction of any size takes bounded memory: it comes in several batches. A batch is given when a statement
+        that begins afterwards sees all of its rows. Raises SourceUnavailable where that takes too long, and ChangeFeedLost
+        when the source does not keep the position any more: `attach` begins anew.
         """
         ...
 
     def confirm(self, position: int) -> None:
         """Lets the source forget its log up to here. Idempotent."""
+        ...
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether the last `read` has found that a followed table was altered: `attach` is to be called at once."""
         ...
 
     def lag_bytes(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date, datetime
 from decimal import Decimal
@@ -331,12 +332,22 @@ def _in_short(column: ColumnInfo, path: list[str]) -> ColumnInfo:
     return column
 
 
-def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
-    """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
-    candidates = readings(given)
+def resolve_names(connection: psycopg.Connection[Any], names: Iterable[str]) -> dict[str, int]:
+    """The OIDs of the tables that these names mean at this moment, in two round trips; those that mean none are left out."""
+    candidates = {name: readings(name) for name in names}
+    if not candidates:
+        return {}
+    pairs = [pair for readings_of_one in candidates.values() for pair in readings_of_one]
+    found = _find_candidates(connection, pairs, role_schemas(connection))
+    chosen = {name: _choose(pairs, found) for name, pairs in candidates.items()}
+    return {name: row[0] for name, row in chosen.items() if row is not None}
+
+
+def _find_candidates(
+    connection: psycopg.Connection[Any], candidates: Sequence[tuple[str | None, str]], path: Sequence[str]
+) -> list[tuple[Any, ...]]:
     qualified = [(schema, name) for schema, name in candidates if schema is not None]
-    path = role_schemas(connection)
-    found = connection.execute(
+    return connection.execute(
         _RELATIONS,
         {
             "names": [name for schema, name in candidates if schema is None],
@@ -345,21 +356,34 @@ def find_relation(connection: psycopg.Connection[Any], given: str, server: Serve
             "path": path,
         },
     ).fetchall()
+
+
+def _choose(candidates: Sequence[tuple[str | None, str]], found: Sequence[tuple[Any, ...]]) -> tuple[Any, ...] | None:
+    """The row of the likeliest reading of a name that there is."""
     for schema, name in candidates:
-        for oid, row_schema, row_name, kind, visible, schema_usage, readable in found:
-            if row_name != name or (not visible if schema is None else row_schema != schema):
-                continue
-            label = f"{quoted(row_schema)}.{quoted(row_name)}"
-            grants = (
-                [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(row_schema)} TO {quoted(server.grantee)};"]
-            )
-            if not readable:
-                grants.append(f"GRANT SELECT ON {label} TO {quoted(server.grantee)};")
-            if grants:
-                raise access_denied(server, label, grant=" ".join(grants))
-            columns = connection.execute(_COLUMNS, {"oid": oid}).fetchall()
-            found_columns = tuple(_in_short(ColumnInfo(*column), path) for column in columns)
-            return Relation(oid, row_schema, row_name, kind, visible, found_columns)
+        for row in found:
+            _oid, row_schema, row_name, _kind, visible, *_rights = row
+            if row_name == name and (visible if schema is None else row_schema == schema):
+                return row
+    return None
+
+
+def find_relation(connection: psycopg.Connection[Any], given: str, server: Server) -> Relation:
+    """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
+    candidates = readings(given)
+    path = role_schemas(connection)
+    chosen = _choose(candidates, _find_candidates(connection, candidates, path))
+    if chosen is not None:
+        oid, schema, name, kind, visible, schema_usage, readable = chosen
+        label = f"{quoted(schema)}.{quoted(name)}"
+        grants = [] if schema_usage else [f"GRANT USAGE ON SCHEMA {quoted(schema)} TO {quoted(server.grantee)};"]
+        if not readable:
+            grants.append(f"GRANT SELECT ON {label} TO {quoted(server.grantee)};")
+        if grants:
+            raise access_denied(server, label, grant=" ".join(grants))
+        columns = connection.execute(_COLUMNS, {"oid": oid}).fetchall()
+        found_columns = tuple(_in_short(ColumnInfo(*column), path) for column in columns)
+        return Relation(oid, schema, name, kind, visible, found_columns)
     known = [table.name for table in list_tables(connection, 2000)]
     raise SourceTableNotFound(
         f"There is no table {given!r} in database {server.database!r}.",

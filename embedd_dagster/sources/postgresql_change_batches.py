@@ -92,10 +92,13 @@ class _Open:
     change_count: int = 0
     committed_at: datetime | None = None
     position: int | None = None
+    transactions: set[int] = field(default_factory=set)
 
     def closed(self, position: int | None) -> ChangeBatch:
         keys = {table: list(found) for table, found in self.keys.items() if found}
-        return ChangeBatch(keys, self.truncated, self.broken, self.change_count, self.committed_at, position)
+        return ChangeBatch(
+            keys, self.truncated, self.broken, self.change_count, self.committed_at, position, self.transactions
+        )
 
 
 class ChangeBatches:
@@ -112,6 +115,7 @@ class ChangeBatches:
         self._followers: dict[int, list[_Follower]] = {}
         self._open = _Open()
         self._committed_at: datetime | None = None
+        self._xid = 0
         self._skips = False
         self.message_count = 0
         self.change_count = 0
@@ -148,6 +152,7 @@ class ChangeBatches:
     def _count(self) -> None:
         opened = self._open
         opened.change_count += 1
+        opened.transactions.add(self._xid)
         self.change_count += 1
         if opened.committed_at is None:
             opened.committed_at = self._committed_at
@@ -197,7 +202,7 @@ class ChangeBatches:
         match message:
             case pgoutput.Begin():
                 self._skips = message.commit_lsn < self._given
-                self._committed_at = message.committed_at
+                self._committed_at, self._xid = message.committed_at, message.xid
             case pgoutput.Commit():
                 self.position = max(self.position, message.end_lsn)
                 self._open.position = self.position

@@ -29,10 +29,12 @@ from embedd_dagster.errors import (
 from embedd_dagster.postgresql_sessions import ScopedConnection
 from embedd_dagster.sources.changes import Attachment, ChangeBatch, FollowedTable, Shape
 from embedd_dagster.sources.pgoutput import MalformedMessage
+from embedd_dagster.sources.postgresql_alterations import Alterations
 from embedd_dagster.sources.postgresql_change_batches import ChangeBatches, KeyLoaders
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translate, translated
 from embedd_dagster.sources.postgresql_followed import Followed, FollowedTables
+from embedd_dagster.sources.postgresql_meanings import read_meanings
 from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_prerequisites import PREREQUISITES, Prerequisites, rejected
 from embedd_dagster.sources.postgresql_publisher import Publisher
@@ -49,6 +51,7 @@ from embedd_dagster.sources.postgresql_slot import (
     slot_label,
     slot_lag_bytes,
 )
+from embedd_dagster.sources.postgresql_visibility import Visibility
 
 _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
 # Messages decoded at once by the server, which keeps them in temporary files meanwhile; then on to the end of the
@@ -62,6 +65,7 @@ FEED_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "statement_timeout": "0",
         "lock_timeout": "2s",  # behind a VACUUM or an ALTER TABLE: it is tried again
+        "synchronous_commit": "local",  # a standby that is away must not hold up what is done to the publication
     }
 )
 
@@ -80,7 +84,9 @@ class PostgresChangeFeed:
         self._connection: ScopedConnection | None = None
         self._publisher = Publisher(name, connections.server)
         self._tables = FollowedTables(connections.server)
+        self._visibility = Visibility(connections.server)
         self._by_oid: dict[int, list[Followed]] | None = None
+        self._alterations = Alterations(())
         self._confirmed = 0
         self._quiet_to = 0
         """Up to where there was found nothing beyond the confirmed position."""
@@ -129,10 +135,17 @@ class PostgresChangeFeed:
                 lost, begins = f"Publication {self._name!r} at {self._server} was dropped.", True
             if begins:
                 position, self._quiet_to = create_slot(connection, self._name, self._server), 0
+                self._publisher.await_commits(connection, wanted, published)
+                refused.update(published.refused)
+                wanted = [one for one in wanted if one.table not in refused]
             else:
                 position = (standing.slot.confirmed if standing.slot else None) or 0
+            meanings = read_meanings(connection, [one.state for one in wanted])
             shapes = {
-                one.table: shape_of(one, published.stamps[one.table], known_shapes.get(one.table)) for one in wanted
+                one.table: shape_of(
+                    one, published.stamps[one.table], meanings[one.relation.oid], known_shapes.get(one.table)
+                )
+                for one in wanted
             }
             altered = {table for table, shape in shapes.items() if is_altered(known_shapes.get(table), shape)}
             everything = begins or known_position is None
@@ -142,10 +155,12 @@ class PostgresChangeFeed:
                 for oid in one.oids:
                     by_oid.setdefault(oid, []).append(one)
             self._by_oid, self._confirmed = by_oid, position
-            return Attachment(position, joined, shapes, refused, lost if known_position is not None else None)
+            self._alterations = Alterations(by_oid)
+            hidden = frozenset(table for table in refused if self._tables.hides_rows(table))
+            return Attachment(position, joined, shapes, refused, hidden, lost if known_position is not None else None)
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
-        """See the Protocol. One round trip where nothing has been logged.
+        """See the Protocol. Two round trips where nothing has been logged.
 
         No statement is open while a batch is worked on: what was decoded is kept in a temporary file. A position may come
         without any change, to let the log of other tables be forgotten too; it need not be confirmed at once.
@@ -161,6 +176,7 @@ class PostgresChangeFeed:
                 # nobody but us confirms: what lies between would never be read
                 raise ChangeFeedLost(f"{slot_label(self._name, self._server)} was moved on by somebody else.")
             given = self._confirmed = begins_at
+            self._alterations.look(connection)
         if end <= max(given, self._quiet_to):
             yield ChangeBatch(position=max(given, end))
             return
@@ -172,7 +188,11 @@ class PostgresChangeFeed:
                 batches, marks, at_end = self._fill(spool, end, given, limit, max_keys)
                 spool.seek(0)
                 for _ in marks:
-                    yield pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
+                    batch: ChangeBatch = pickle.load(spool)  # noqa: S301 - an unnamed file that we wrote
+                    if batch.transactions:
+                        with self._session() as connection:
+                            self._visibility.await_ended(connection, batch.transactions)
+                    yield batch
             change_count += batches.change_count
             if at_end:
                 break
@@ -190,6 +210,11 @@ class PostgresChangeFeed:
             if not advance_slot(connection, self._name, position):
                 raise ChangeFeedLost(f"{slot_label(self._name, self._server)} is gone.")
             self._confirmed = position
+
+    @property
+    def is_altered(self) -> bool:
+        """Whether the last `read` has found that a followed table was altered."""
+        return self._alterations.found
 
     def lag_bytes(self) -> int | None:
         """How much log the server keeps for the slot, from its restart position on; None where there is no slot.

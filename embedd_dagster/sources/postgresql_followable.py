@@ -72,6 +72,10 @@ class TableState:
     """Number, type and type modifier of each: other ones where a column was altered, or another took its name."""
     is_inherited: bool
     """Whether other tables inherit from it, not as partitions: its rows are theirs too."""
+    hides_rows: bool
+    """Whether policies of row-level security decide which of its rows our role sees."""
+    hides_rows_from_owner: bool
+    """Whether they do so for its owner as well."""
 
     @property
     def table(self) -> Member:
@@ -90,7 +94,8 @@ SELECT w.oid::pg_catalog.int8, m.oid::pg_catalog.int8, n.nspname, c.relname, c.r
        COALESCE(i.identity, '{}'), COALESCE(i.primary_key, '{}'), COALESCE(g.stored, '{}'), COALESCE(g.virtual, '{}'),
        pg_catalog.pg_has_role(c.relowner, 'USAGE'), pg_catalog.pg_get_userbyid(c.relowner),
        u.oids, u.schemas, k.names, k.entries,
-       c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits h WHERE h.inhparent = c.oid)
+       c.relkind = 'r' AND EXISTS (SELECT FROM pg_catalog.pg_inherits h WHERE h.inhparent = c.oid),
+       pg_catalog.row_security_active(w.oid), c.relforcerowsecurity
 FROM pg_catalog.unnest(%(oids)s::pg_catalog.oid[]) AS w(oid)
 CROSS JOIN LATERAL (
     SELECT w.oid UNION SELECT t.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree(w.oid) AS t
@@ -149,13 +154,18 @@ def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> di
             schemas=frozenset(row[15] or ()),
             columns=dict(zip(row[16] or (), row[17] or (), strict=True)),
             is_inherited=row[18],
+            hides_rows=row[19],
+            hides_rows_from_owner=row[20],
         )
         for oid, row in heads.items()
     }
 
 
-def table_problems(connection: psycopg.Connection[Any], state: TableState, column: str, version: int) -> list[Problem]:
+def table_problems(
+    connection: psycopg.Connection[Any], state: TableState, column: str, server: Server
+) -> list[Problem]:
     """What keeps this table from being followed by this key column, its owner aside."""
+    version = connection.info.server_version
     table = state.table
     if table.kind in _KINDS:
         return [Problem(f"it is {_KINDS[table.kind]}", advice=_BATCH)]
@@ -164,6 +174,8 @@ def table_problems(connection: psycopg.Connection[Any], state: TableState, colum
     if state.is_inherited:
         return [Problem("other tables inherit from it, and their rows would show in it", advice=_BATCH)]
     found = []
+    if state.hides_rows:
+        found.append(row_security_problem(state, server))
     if column in table.virtual or (column in table.stored and version < _GENERATED_ARE_LOGGED):
         found.append(Problem(f"its column {column!r} is generated, and so is not logged", advice=_BATCH))
     for member in state.members:
@@ -230,6 +242,15 @@ def _without_primary_key(connection: psycopg.Connection[Any], table: Member, col
     return Problem(reason, advice=_BATCH)
 
 
+def row_security_problem(state: TableState, server: Server) -> Problem:
+    """Policies decide which rows our role sees: that changes by what the log says nothing of."""
+    reason = f"row-level security decides which rows the user {server.user!r} sees, and the log does not say when that changes"
+    statement = f"ALTER ROLE {quoted(server.user)} BYPASSRLS;"
+    if state.is_owned and state.hides_rows_from_owner:
+        statement = f"ALTER TABLE {state.table.label} NO FORCE ROW LEVEL SECURITY;"
+    return Problem(reason, statement, "Use sync_mode batch for it, or let the user see all of its rows.")
+
+
 def owner_problem(state: TableState, server: Server) -> Problem:
     """We may not publish the table: only its owner may."""
     owner, user = quoted(state.owner), quoted(server.grantee)
@@ -252,7 +273,6 @@ def check_followable(connection: psycopg.Connection[Any], followed: FollowedTabl
 
     Raises SourceRejected with all that is missing, SourceTableNotFound, SourceAccessDenied.
     """
-    version = connection.info.server_version
     relation = find_relation(connection, followed.table, server)
     key = relation.key(followed.primary_key_column)
     row = connection.execute(PREREQUISITES).fetchone()
@@ -260,7 +280,7 @@ def check_followable(connection: psycopg.Connection[Any], followed: FollowedTabl
     state = table_states(connection, [relation.oid]).get(relation.oid)
     if state is None:
         raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=followed.table)
-    problems = table_problems(connection, state, key.name, version)
+    problems = table_problems(connection, state, key.name, server)
     published = connection.execute(_PUBLISHED, [relation.schema, relation.name]).fetchone() == (True,)
     if not published and not state.is_owned and state.table.kind in "rp":
         problems.append(owner_problem(state, server))

@@ -10,7 +10,7 @@ import psycopg
 
 from embedd_dagster.errors import EmbeddError, SourceAccessDenied, SourceRejected, SourceTableNotFound
 from embedd_dagster.sources.changes import FollowedTable
-from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, find_relation
+from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, find_relation, resolve_names
 from embedd_dagster.sources.postgresql_errors import Server
 from embedd_dagster.sources.postgresql_followable import TableState, table_problems, table_states
 from embedd_dagster.sources.postgresql_prerequisites import rejected
@@ -32,7 +32,7 @@ class Followed:
 
 
 class FollowedTables:
-    """Finds tables as every source does, and remembers what was found for as long as it goes by the same name."""
+    """Finds tables as every source does, and remembers what was found for as long as the name means it."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -41,15 +41,16 @@ class FollowedTables:
     def find_fit(
         self, connection: psycopg.Connection[Any], tables: Sequence[FollowedTable]
     ) -> tuple[list[Followed], dict[FollowedTable, EmbeddError]]:
-        """Those that can be followed, as they are now; and of the others, why not. One query where nothing has changed."""
+        """Those that can be followed, as they are now; and of the others, why not. Two queries where nothing has changed."""
         known = {table: self._known[table] for table in tables if table in self._known}
+        meant = resolve_names(connection, {table.table for table in known})
         states = _states(connection, known.values())
         refused: dict[FollowedTable, EmbeddError] = {}
         found: dict[FollowedTable, Followed] = {}
         for table in tables:
             one = known.get(table)
             state = states.get(one.relation.oid) if one else None
-            if one and state and _is_same(one, state):
+            if one and state and meant.get(table.table) == one.relation.oid and _is_same(one, state):
                 found[table] = replace(one, state=state)
                 continue
             try:
@@ -66,11 +67,16 @@ class FollowedTables:
                 found[table] = Followed(table, relation, key, state)
         self._known = {**known, **found}
         for table, one in list(found.items()):
-            problems = table_problems(connection, one.state, one.key.name, connection.info.server_version)
+            problems = table_problems(connection, one.state, one.key.name, self._server)
             if problems:
                 refused[table] = rejected(f"table {one.relation.label}", problems)
                 del found[table]
         return list(found.values()), refused
+
+    def hides_rows(self, table: FollowedTable) -> bool:
+        """Whether our role sees only some rows of a table, as last found."""
+        one = self._known.get(table)
+        return one is not None and one.state.hides_rows
 
 
 def _states(connection: psycopg.Connection[Any], known: Iterable[Followed]) -> dict[int, TableState]:

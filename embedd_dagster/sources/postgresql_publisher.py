@@ -28,8 +28,11 @@ from embedd_dagster.sources.postgresql_publication import (
     read_publication,
     writers,
 )
+from embedd_dagster.sources.postgresql_visibility import commits_wait_for_a_standby
 
 _WAIT_SECONDS: Final = 2.0
+_COMMIT_WAIT_SECONDS: Final = 20.0
+"""For commits that may wait for a standby."""
 _POLL_SECONDS: Final = 0.02
 
 
@@ -87,7 +90,8 @@ class Publisher:
         self._add_missing(connection, publication, wanted, done)
         if done.joined:
             if into_slot and not done.is_new:
-                self._await_writers(connection, wanted, done)
+                joined = [one for one in wanted if one.table in done.joined]
+                self._hold_back(connection, self._await_writers(connection, joined, _WAIT_SECONDS), wanted, done)
             publication = self._read_again(connection)
         done.stamps = {one.table: publication.stamp(one) for one in wanted}
         return done
@@ -187,19 +191,44 @@ class Publisher:
         if held_up and held_up & writers(connection, one):
             raise self._held_up_error(one)
 
-    def _await_writers(self, connection: psycopg.Connection[Any], wanted: Sequence[Followed], done: Published) -> None:
-        """Holds back tables until the transactions end that wrote to them before they were published.
+    def await_commits(self, connection: psycopg.Connection[Any], wanted: Sequence[Followed], done: Published) -> None:
+        """To be called when a slot was made just now: holds back tables of which it may have left out a commit.
 
-        What those wrote is never published, and no comparison can read it before they end. One that lasts keeps its
-        table out: in the publication are only tables of which nothing can be missing.
+        A slot gives what commits after it was made. A commit that was logged before, and that waits for a standby since,
+        is neither given by it nor seen by a comparison. It looks like any open transaction: all of them are waited for.
+        Where no commit waits for a standby, one takes no longer than a moment, and what is open for longer will be given.
         """
-        waiting = {one.relation.oid: (one, writers(connection, one)) for one in wanted if one.table in done.joined}
-        deadline = time.monotonic() + _WAIT_SECONDS
+        may_wait = commits_wait_for_a_standby(connection)
+        seconds = _COMMIT_WAIT_SECONDS if may_wait else _WAIT_SECONDS
+        waiting = self._await_writers(connection, wanted, seconds)
+        if may_wait:
+            self._hold_back(connection, waiting, wanted, done)
+
+    def _await_writers(
+        self, connection: psycopg.Connection[Any], joined: Sequence[Followed], seconds: float
+    ) -> dict[int, tuple[Followed, frozenset[str]]]:
+        """Waits until the transactions end that have written to these tables by now; gives those that last."""
+        waiting = {one.relation.oid: (one, writers(connection, one)) for one in joined}
+        deadline = time.monotonic() + seconds
         while waiting := {oid: (one, left) for oid, (one, left) in waiting.items() if left}:
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
             waiting = {oid: (one, left & writers(connection, one)) for oid, (one, left) in waiting.items()}
+        return waiting
+
+    def _hold_back(
+        self,
+        connection: psycopg.Connection[Any],
+        waiting: Mapping[int, tuple[Followed, frozenset[str]]],
+        wanted: Sequence[Followed],
+        done: Published,
+    ) -> None:
+        """Holds back tables until the transactions end that wrote to them before they were published.
+
+        What those wrote is never published, and no comparison can read it before they end. One that lasts keeps its
+        table out: in the publication are only tables of which nothing can be missing.
+        """
         publication = self._read_again(connection) if waiting else None
         for oid, (one, left) in waiting.items():
             if publication is not None and publication.is_ours and one.state.is_owned and oid in publication.tables:

@@ -57,6 +57,7 @@ class PostgresTableReader:
         self, connections: Connections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
     ) -> None:
         self.key_type = key.ddl_type
+        self.origin: dict[str, Any] = {"name": relation.label, "oid": relation.oid}
         self._connections = connections
         self._relation = relation
         self._key = key

@@ -32,6 +32,8 @@ class Slot:
     confirmed: int | None
     invalid_because: str | None
     """A word of PostgreSQL for why the log before it is not kept any more; None while it is."""
+    is_two_phase: bool
+    """Whether it gives transactions when they are prepared, which may never be committed. Ours is not made so."""
 
     @classmethod
     def parse(cls, row: dict[str, Any]) -> Self:
@@ -48,6 +50,7 @@ class Slot:
             active_pid=row.get("active_pid"),
             confirmed=None if confirmed is None else parse_lsn(confirmed),
             invalid_because=reason,
+            is_two_phase=bool(row.get("two_phase")),
         )
 
     def fault(self, database: str) -> str | None:
@@ -58,6 +61,8 @@ class Slot:
             return f"is of another database ({self.database!r})"
         if self.invalid_because is not None:
             return f"was invalidated by the server ({self.invalid_because})"
+        if self.is_two_phase:
+            return "gives transactions before they are committed (two_phase)"
         if self.confirmed is None:
             return "has no position"
         return None

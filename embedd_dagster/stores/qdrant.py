@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
 import httpx
 import numpy as np
-import orjson
+import structlog
 
 from embedd_dagster.core.embedded_text import text_hash
 from embedd_dagster.core.filters import Filter
-from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.stores.qdrant_filters import (
-    bucket_filter,
-    column_name,
-    compile_filter,
-    payload_indexes,
-)
+from embedd_dagster.stores.qdrant_calls import SCROLL_PAGE, PointCalls
+from embedd_dagster.stores.qdrant_filters import bucket_filter, column_name, payload_indexes
+from embedd_dagster.stores.qdrant_indexing import wait_for_index
+from embedd_dagster.stores.qdrant_limits import CollectionLimits
 from embedd_dagster.stores.qdrant_points import point_uuid, read_key, split_batch, upsert_body
-from embedd_dagster.stores.qdrant_rest import READ_SECONDS, SLOW_SECONDS, WRITE_SECONDS, QdrantRest, SetMissing
+from embedd_dagster.stores.qdrant_rest import (
+    READ_SECONDS,
+    SLOW_SECONDS,
+    WRITE_SECONDS,
+    LimitExceeded,
+    QdrantRest,
+    SetMissing,
+)
+from embedd_dagster.stores.qdrant_search import nearest
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
-_INDEXING_THRESHOLD_KB: Final = 20_000  # Qdrant's own default was this for years; smaller segments are scanned fast
-_SCROLL_PAGE: Final = 10_000
 _IDS_PER_CALL: Final = 1_000
 _RANGES_PER_FILTER: Final = 64
-_HNSW_EF: Final = 128
-_ACORN: Final = {"enable": True, "max_selectivity": 0.7}
-"""Under a filter, the walk of the graph looks behind points that do not match; by default it would only below 0.4."""
-_POLL_SECONDS: Final = 0.2
-_GREEN_POLLS: Final = 3
-_STALLED_SECONDS: Final = 900.0
+_OLDEST_VERSION: Final = (1, 10)
+_ADVISED_VERSION: Final = (1, 17)
+
+_log = structlog.get_logger(__name__)
 
 
 class QdrantStore:
@@ -56,10 +56,15 @@ class QdrantStore:
         read_timeout_seconds: float | None = None,
     ) -> None:
         self._rest = QdrantRest(url, api_key, transport, read_timeout_seconds=read_timeout_seconds or READ_SECONDS)
+        self._calls = PointCalls(self._rest)
+        self._is_version_checked = False
 
     def check(self) -> None:
-        """Returns when Qdrant answers to this key."""
+        """Returns when Qdrant answers to this key. Raises VectorStoreRejected if its version is too old."""
         self._rest.call("GET", ("collections",))
+        if not self._is_version_checked:
+            self._check_version()
+            self._is_version_checked = True
 
     def create(self, vector_set: VectorSet) -> None:
         """A collection that is not indexed while it is loaded; one that is there is kept."""
@@ -77,36 +82,48 @@ class QdrantStore:
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
-        for part in split_batch(vector_set, points):
+
+        def write(part: slice) -> None:
             body = upsert_body(vector_set, points, part)
-            self._points(vector_set, "PUT", (), body, seconds=WRITE_SECONDS, wait=True)
+            self._calls.call(vector_set, "PUT", (), body, seconds=WRITE_SECONDS, wait=True)
+
+        for part in split_batch(vector_set, points):
+            self._calls.in_parts(vector_set, part, CollectionLimits.points_to_write, write)
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""
-        for start in range(0, len(keys), _SCROLL_PAGE):
-            ids = [point_uuid(vector_set, key) for key in keys[start : start + _SCROLL_PAGE]]
-            self._points(vector_set, "POST", ("delete",), {"points": ids}, seconds=WRITE_SECONDS, wait=True)
+
+        def delete(part: slice) -> None:
+            ids = [point_uuid(vector_set, key) for key in keys[part]]
+            self._calls.call(vector_set, "POST", ("delete",), {"points": ids}, seconds=WRITE_SECONDS, wait=True)
+
+        for part in _slices(len(keys), SCROLL_PAGE):
+            self._calls.in_parts(vector_set, part, CollectionLimits.ids_to_delete, delete)
 
     def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
         """The fingerprint of every point whose `bits`-bit bucket is among `buckets` (None: of every point)."""
+        limits = self._calls.read_limits(vector_set)
         if buckets is None:
-            yield from self._scroll_fingerprints(vector_set, None)
+            yield from self._scroll_fingerprints(vector_set, limits, None)
             return
         ranges = bucket_ranges(buckets, bits, BUCKET_BITS)
-        for start in range(0, len(ranges), _RANGES_PER_FILTER):
-            part = ranges[start : start + _RANGES_PER_FILTER]
-            yield from self._scroll_fingerprints(vector_set, bucket_filter(part))
+        for part in _slices(len(ranges), limits.conditions(_RANGES_PER_FILTER)):
+            yield from self._scroll_fingerprints(vector_set, limits, bucket_filter(ranges[part]))
 
     def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
         """For each of these keys that has a point: its text hash and its vector, normalised."""
         by_id = {point_uuid(vector_set, key): key for key in keys}
         ids = list(by_id)
         found: dict[Key, tuple[int, Vectors]] = {}
-        for start in range(0, len(ids), _IDS_PER_CALL):
-            body = {"ids": ids[start : start + _IDS_PER_CALL], "with_payload": ["embedded_text"], "with_vector": True}
-            for point in self._points(vector_set, "POST", (), body):
+
+        def read(part: slice) -> None:
+            body = {"ids": ids[part], "with_payload": ["embedded_text"], "with_vector": True}
+            for point in self._calls.call(vector_set, "POST", (), body):
                 vector = np.asarray(point["vector"], dtype=np.float32)
                 found[by_id[point["id"]]] = (text_hash(point["payload"]["embedded_text"]), vector)
+
+        for part in _slices(len(ids), _IDS_PER_CALL):
+            self._calls.in_parts(vector_set, part, CollectionLimits.ids_to_read, read)
         return found
 
     def index_buckets(self, vector_set: VectorSet) -> None:
@@ -114,38 +131,14 @@ class QdrantStore:
         self._index(vector_set, ["bucket"])
 
     def finish_load(self, vector_set: VectorSet) -> None:
-        """Turns indexing on and returns when the collection stays green; as long as there is progress, it waits."""
-        name = vector_set.versioned_name
+        """Turns indexing on and returns when the collection stays green, or its index is complete."""
         self._index(vector_set, payload_indexes(vector_set.filter_types))
-        body = {"optimizers_config": {"indexing_threshold": _INDEXING_THRESHOLD_KB}}
-        self._rest.call("PATCH", ("collections", name), body, seconds=WRITE_SECONDS)
-        state: Any = None
-        green_count, moved_at = 0, time.monotonic()
-        while True:
-            info = self._rest.call("GET", ("collections", name))
-            status = info["status"]
-            if status == "red":
-                raise VectorStoreRejected(
-                    f"Qdrant could not index collection {name}.", resolution="Look at Qdrant's log."
-                )
-            # Right after the switch a real server may say green before its optimizer has looked.
-            green_count = green_count + 1 if status == "green" else 0
-            kilobytes = (info.get("points_count") or 0) * vector_set.dimensions * 4 / 1024
-            if green_count >= (_GREEN_POLLS if kilobytes >= _INDEXING_THRESHOLD_KB else 1):
-                return
-            if status == "grey":  # optimizations wait for a nudge
-                self._rest.call("PATCH", ("collections", name), body, seconds=WRITE_SECONDS)
-            now = (status, info.get("indexed_vectors_count"), info.get("segments_count"))
-            if now != state:
-                state, moved_at = now, time.monotonic()
-            elif time.monotonic() - moved_at > _STALLED_SECONDS:
-                raise VectorStoreUnavailable(f"Qdrant does not get on with the index of collection {name}.")
-            time.sleep(_POLL_SECONDS)
+        wait_for_index(self._rest, vector_set)
 
     def count(self, vector_set: VectorSet) -> int:
         """The exact number of points; 0 where the collection does not exist."""
         try:
-            return int(self._points(vector_set, "POST", ("count",), {"exact": True}, seconds=SLOW_SECONDS)["count"])
+            return self._calls.within_limits(vector_set, lambda limits: self._count(vector_set, limits))
         except SetMissing:
             return 0
 
@@ -161,9 +154,10 @@ class QdrantStore:
         """The nearest points by cosine, highest first, among exactly those the filter matches."""
         if not vector.any():
             return []
-        where = compile_filter(filters, vector_set.filter_types) if filters is not None else {}
         try:
-            points = self._nearest(vector_set, vector, limit, where)
+            points = self._calls.within_limits(
+                vector_set, lambda limits: nearest(self._calls, vector_set, vector, limit, filters, limits)
+            )
         except SetMissing as error:
             raise VectorStoreUnavailable(
                 f"The vectors that were asked are not in the store: {error.message}",
@@ -173,10 +167,7 @@ class QdrantStore:
             Hit(
                 key=read_key(point["payload"]["pk"]),
                 similarity_score=point["score"],
-                metadata={
-                    column_name(key): kept_float(value) if type(value) is float else value
-                    for key, value in point["payload"].get("metadata", {}).items()
-                },
+                metadata={column_name(key): value for key, value in point["payload"].get("metadata", {}).items()},
                 embedded_text=point["payload"]["embedded_text"],
             )
             for point in points
@@ -184,14 +175,15 @@ class QdrantStore:
         return rank(hits, limit, min_similarity_score)
 
     def publish(self, vector_set: VectorSet) -> None:
-        """Points the alias at this set's collection, in one request that does both halves or none."""
+        """Points the alias at this set's collection, away from the one that it may have, in one step."""
         alias, name = vector_set.public_name, vector_set.versioned_name
         target = self._alias_target(vector_set.vector_table_id, alias)
         if target == name:
             return
-        actions: list[dict[str, Any]] = [{"delete_alias": {"alias_name": alias}}] if target else []
-        actions.append({"create_alias": {"collection_name": name, "alias_name": alias}})
-        self._rest.call("POST", ("collections", "aliases"), {"actions": actions})
+        # Qdrant replaces an alias of that name. To delete it first would save its file twice, and a crash between the two
+        # would leave no alias.
+        action = {"create_alias": {"collection_name": name, "alias_name": alias}}
+        self._rest.call("POST", ("collections", "aliases"), {"actions": [action]})
 
     def versions(self, vector_table_id: str) -> list[int]:
         """The versions of this vector table that have a collection, ascending."""
@@ -201,8 +193,10 @@ class QdrantStore:
 
     def drop(self, vector_table_id: str, version: int) -> None:
         """Removes a collection, with an alias that points at it."""
+        name = f"{vector_table_id}_v{version}"
+        self._calls.forget(name)
         try:
-            self._rest.call("DELETE", ("collections", f"{vector_table_id}_v{version}"), seconds=WRITE_SECONDS)
+            self._rest.call("DELETE", ("collections", name), seconds=WRITE_SECONDS)
         except SetMissing:
             return
 
@@ -238,20 +232,41 @@ class QdrantStore:
     ) -> None:
         self.close()
 
-    def _points(self, vector_set: VectorSet, method: str, path: tuple[str, ...], body: Any, **options: Any) -> Any:
-        return self._rest.call(method, ("collections", vector_set.versioned_name, "points", *path), body, **options)
+    def _check_version(self) -> None:
+        version = self._rest.version()
+        if version is None or version >= _ADVISED_VERSION:
+            return
+        written = ".".join(map(str, version))
+        advice = f"Upgrade Qdrant to {'.'.join(map(str, _ADVISED_VERSION))} or later."
+        if version < _OLDEST_VERSION:
+            raise VectorStoreRejected(
+                f"Qdrant at {self._rest.address} is version {written}, which lacks calls that are needed.",
+                resolution=advice,
+            )
+        _log.warning(
+            "Qdrant is old: filtered searches are slower and index builds take longer", version=written, advice=advice
+        )
 
     def _index(self, vector_set: VectorSet, fields: Iterable[str]) -> None:
         path = ("collections", vector_set.versioned_name, "index")
         schemas = payload_indexes(vector_set.filter_types)
+        left_out = []
         for field in fields:
-            schema = schemas[field]
-            body: dict[str, Any] = {"field_name": field, "field_schema": schema}
+            body = {"field_name": field, "field_schema": schemas[field]}
             try:
                 self._rest.call("PUT", path, body, seconds=SLOW_SECONDS, wait=True)
-            except VectorStoreRejected:  # by a server too old to know these settings
-                body["field_schema"] = schema["type"]
-                self._rest.call("PUT", path, body, seconds=SLOW_SECONDS, wait=True)
+            except LimitExceeded:
+                limits = self._calls.read_limits(vector_set)
+                if limits.max_payload_index_count is None or limits.unindexed_filtering_retrieve is False:
+                    raise
+                left_out.append(field)
+        if left_out:
+            _log.warning(
+                "columns without a payload index, as strict mode allows no more: filters on them are slow",
+                collection=vector_set.versioned_name,
+                max_payload_index_count=limits.max_payload_index_count,
+                fields=left_out,
+            )
 
     def _exists(self, name: str) -> bool:
         return bool(self._rest.call("GET", ("collections", name, "exists"))["exists"])
@@ -266,45 +281,18 @@ class QdrantStore:
             )
         return str(target) if target is not None else None
 
-    def _scroll_fingerprints(self, vector_set: VectorSet, where: dict[str, Any] | None) -> Iterator[Fingerprint]:
-        body: dict[str, Any] = {"limit": _SCROLL_PAGE, "with_payload": ["pk", "row_hash", "bucket"]}
-        if where is not None:
-            body["filter"] = where
-        while True:
-            page = self._points(vector_set, "POST", ("scroll",), body)
-            for point in page["points"]:
-                payload = point["payload"]
-                yield Fingerprint(read_key(payload["pk"]), payload["row_hash"], payload["bucket"])
-            if page["next_page_offset"] is None:
-                return
-            body["offset"] = page["next_page_offset"]
+    def _scroll_fingerprints(
+        self, vector_set: VectorSet, limits: CollectionLimits, where: dict[str, Any] | None
+    ) -> Iterator[Fingerprint]:
+        for point in self._calls.scroll(vector_set, limits, where, with_payload=["pk", "row_hash", "bucket"]):
+            payload = point["payload"]
+            yield Fingerprint(read_key(payload["pk"]), payload["row_hash"], payload["bucket"])
 
-    def _nearest(self, vector_set: VectorSet, vector: Vectors, limit: int, where: dict[str, Any]) -> list[Any]:
-        """The nearest points, fewer than `limit` only if there are no more."""
-        asked = limit
-        exact = False
-        while True:
-            body = {
-                "query": np.ascontiguousarray(vector, dtype=np.float32),
-                "limit": asked,
-                "filter": where,
-                "params": {"exact": exact, "hnsw_ef": max(_HNSW_EF, 2 * asked), "acorn": _ACORN},
-                "with_payload": ["pk", "embedded_text", "metadata"],
-            }
-            content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-            points: list[Any] = self._points(vector_set, "POST", ("query",), content)["points"]
-            # A walk of the graph under a filter may end early: only an exact search knows that there is no more.
-            complete = exact or len(points) >= asked
-            zeros = self._zero_vectors(vector_set, points) if complete else set()
-            if complete and (len(points) - len(zeros) >= limit or len(points) < asked):
-                return [point for point in points if point["id"] not in zeros]
-            exact = exact or not complete
-            asked = limit + 2 * len(zeros)
+    def _count(self, vector_set: VectorSet, limits: CollectionLimits) -> int:
+        if limits.allows_exact:
+            return int(self._calls.call(vector_set, "POST", ("count",), {"exact": True}, seconds=SLOW_SECONDS)["count"])
+        return sum(1 for _ in self._calls.scroll(vector_set, limits, None, with_payload=False))
 
-    def _zero_vectors(self, vector_set: VectorSet, points: list[Any]) -> set[str]:
-        """Those of the found points whose vector is all zeros: Qdrant gives them the similarity 0."""
-        ids = [point["id"] for point in points if point["score"] == 0]
-        if not ids:
-            return set()
-        body = {"ids": ids, "with_payload": False, "with_vector": True}
-        return {point["id"] for point in self._points(vector_set, "POST", (), body) if not any(point["vector"])}
+
+def _slices(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))

@@ -1,7 +1,8 @@
 """Filters as Qdrant's JSON, and the payload keys they name.
 
-Qdrant compares a range with doubles where a field has no index, and with the bounds cut to integers where it has an integer
-index; both are made to mean what `core.filters.matches` means.
+Qdrant compares a range with doubles if a field has no index, and with the bounds cut to integers if it has an integer index;
+both are made to mean what `core.filters.matches` means. Bounds of integers are sent as JSON integers: Qdrant's parser reads
+`9007199254740991.0` as a neighbour, and `9007199254740991` exactly.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from embedd_dagster.core.filters import And, Condition, Filter, Operator, Or
-from embedd_dagster.core.floats import is_kept_exactly
 from embedd_dagster.core.vector_table import FilterType
 
 INDEX_TYPES: Final[dict[FilterType, str]] = {
@@ -25,6 +25,7 @@ _UNQUOTABLE: Final = ('"', "\\")
 _ESCAPES: Final = {mark: f"%{ord(mark):02X}" for mark in (*_UNQUOTABLE, "%")}
 _ESCAPING: Final = str.maketrans(_ESCAPES)
 _ESCAPED: Final = re.compile("|".join(_ESCAPES.values()))
+_CLAUSES: Final = frozenset({"must", "should", "must_not"})
 _NEVER: Final[dict[str, Any]] = {"has_id": []}
 _EXACT_BELOW: Final = 2**53
 """Integers below have a double of their own."""
@@ -69,13 +70,32 @@ def bucket_filter(ranges: list[tuple[int, int]]) -> dict[str, Any]:
     return {"should": [{"key": "bucket", "range": {"gte": low, "lte": high}} for low, high in ranges]}
 
 
-def compile_filter(tree: Filter, filter_types: Mapping[str, FilterType]) -> dict[str, Any]:
-    """The Qdrant filter of exactly the points for which `core.filters.matches` is true."""
-    return _as_filter(_compile(tree, filter_types))
+def compile_filter(
+    tree: Filter, filter_types: Mapping[str, FilterType], *, max_list_values: int | None = None
+) -> dict[str, Any]:
+    """The Qdrant filter of exactly the points for which `core.filters.matches` is true.
+
+    No list of values in it is longer than `max_list_values`.
+    """
+    return _split_lists(_as_filter(_compile(tree, filter_types)), max_list_values)
+
+
+def _split_lists(condition: dict[str, Any], longest: int | None) -> dict[str, Any]:
+    """The condition with every longer list of values as several lists, of which one must match."""
+    if longest is None:
+        return condition
+    values = condition.get("match", {}).get("any", ())
+    if len(values) > longest:
+        parts = [values[start : start + longest] for start in range(0, len(values), longest)]
+        return {"should": [{**condition, "match": {"any": part}} for part in parts]}
+    return {
+        key: [_split_lists(part, longest) for part in value] if key in _CLAUSES else value
+        for key, value in condition.items()
+    }
 
 
 def _as_filter(condition: dict[str, Any]) -> dict[str, Any]:
-    return condition if condition.keys() <= {"must", "should", "must_not"} else {"must": [condition]}
+    return condition if condition.keys() <= _CLAUSES else {"must": [condition]}
 
 
 def _compile(tree: Filter, types: Mapping[str, FilterType]) -> dict[str, Any]:
@@ -113,7 +133,7 @@ def _one_of(path: str, values: tuple[Any, ...], filter_type: FilterType) -> dict
     if not values:
         return _NEVER
     if filter_type is FilterType.FLOAT:  # Qdrant matches no floats
-        return _any_of([{"key": path, "range": {"gte": low, "lte": high}} for low, high in map(_span, values)])
+        return _any_of([{"key": path, "range": {"gte": value, "lte": value}} for value in dict.fromkeys(values)])
     if filter_type is FilterType.BOOLEAN:
         return _any_of([{"key": path, "match": {"value": value}} for value in dict.fromkeys(values)])
     if len(values) == 1:
@@ -122,24 +142,14 @@ def _one_of(path: str, values: tuple[Any, ...], filter_type: FilterType) -> dict
 
 
 def _compare(path: str, operator: Operator, operand: float, filter_type: FilterType) -> dict[str, Any]:
-    bound = float(operand)
-    if filter_type is FilterType.FLOAT:
-        low, high = _span(bound)
-        return {"key": path, "range": {operator.value: low if operator in (Operator.GTE, Operator.LT) else high}}
-    compared = {"key": path, "range": {operator.value: bound}}
-    if abs(bound) < _EXACT_BELOW:
+    compared = {"key": path, "range": {operator.value: operand}}
+    if filter_type is FilterType.FLOAT or abs(operand) < _EXACT_BELOW:
         return compared
     # Beyond 2^53 several integers share a double, and an index tells them apart where the meaning does not.
-    same = {"key": path, "match": {"any": _integers_rounding_to(bound)}}
+    same = {"key": path, "match": {"any": _integers_rounding_to(float(operand))}}
     if operator in (Operator.GTE, Operator.LTE):
         return {"should": [compared, same]}
     return {"must": [compared], "must_not": [same]}
-
-
-def _span(kept: float) -> tuple[float, float]:
-    """Where Qdrant may have put this double, which no other kept one reaches: they are four units and more apart."""
-    slack = 0.0 if is_kept_exactly(kept) else 2 * math.ulp(kept)
-    return kept - slack, kept + slack
 
 
 def _integers_rounding_to(bound: float) -> list[int]:

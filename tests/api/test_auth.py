@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
@@ -79,10 +81,56 @@ def test_the_scheme_is_read_without_regard_to_case(tenant: Tenant) -> None:
     assert tenant.get("/v1/tasks", headers={"Authorization": f"bearer {tenant.key}"}).status_code == 200
 
 
-@pytest.mark.parametrize("value", ["prod", "", "env_" + "0" * 26, "env_'; --", "x" * 1000])
+@pytest.mark.parametrize("value", ["staging", "", "Prod", "env_" + "0" * 26, "env_'; --", "x" * 1000])
 def test_an_unknown_environment_is_a_404(tenant: Tenant, value: str) -> None:
     response = tenant.get("/v1/vector-tables", environment=value)
     assert (response.status_code, code_of(response)) == (404, "environment_not_found")
+
+
+def test_an_environment_is_named_by_its_id_or_by_its_name(tenant: Tenant, other: Tenant) -> None:
+    staging = tenant.made("/v1/environments", {"name": "staging"})["id"]
+    other.made("/v1/environments", {"name": "theirs"})
+    made = tenant.provider(environment="staging")
+    assert made["environment_id"] == staging
+    for spelled in ("staging", staging):
+        assert [row["id"] for row in tenant.get("/v1/embedding-providers", environment=spelled).json()["data"]] == [
+            made["id"]
+        ]
+    assert tenant.get("/v1/embedding-providers", environment="prod").json()["data"] == []
+    assert code_of(tenant.get("/v1/embedding-providers", environment="theirs")) == "environment_not_found"
+    key = tenant.new_key(environment_id=staging)
+    assert tenant.get("/v1/embedding-providers", key=key, environment="staging").status_code == 200
+    assert code_of(tenant.get("/v1/embedding-providers", key=key, environment="prod")) == "environment_not_found"
+
+
+def test_a_query_takes_the_environments_name(tenant: Tenant) -> None:
+    staging = tenant.made("/v1/environments", {"name": "staging"})["id"]
+    table = tenant.made("/v1/vector-tables", tenant.table_body())["id"]
+    path, body = f"/v1/vector-tables/{table}/query", {"query": "x"}
+    only_staging = tenant.new_key(environment_id=staging)
+    assert code_of(tenant.post(path, body, environment="prod")) == "vector_table_not_ready"
+    assert code_of(tenant.post(path, body, environment="staging")) == "vector_table_not_found"
+    for name in ("nowhere", "", "Prod"):
+        assert code_of(tenant.post(path, body, environment=name)) == "environment_not_found"
+        assert code_of(tenant.post(path, body, environment=name, key=only_staging)) == "environment_not_found"
+    assert code_of(tenant.post(path, body, environment="prod", key=only_staging)) == "environment_not_found"
+    assert code_of(tenant.post(path, body, environment="staging", key=only_staging)) == "vector_table_not_found"
+
+
+def test_keys_that_a_key_makes_share_its_rate_limit(tenant: Tenant, app_with: Callable[..., TestClient]) -> None:
+    limited = app_with(rate_limit_per_minute=5)
+
+    def ask(key: str, method: str = "GET", path: str = "/v1/tasks", **more: Any) -> httpx.Response:
+        return limited.request(method, path, headers={"Authorization": f"Bearer {key}"}, **more)
+
+    first = ask(tenant.key, "POST", "/v1/api-keys", json={"name": "child"}).json()["key"]
+    second = ask(first, "POST", "/v1/api-keys", json={"name": "grandchild"}).json()["key"]
+    assert [ask(key).headers["x-ratelimit-remaining"] for key in (second, first, tenant.key)] == ["2", "1", "0"]
+    assert {code_of(ask(key)) for key in (tenant.key, first, second)} == {"rate_limit_exceeded"}
+    query = ask(second, "POST", f"/v1/vector-tables/vt_{'0' * 26}/query", json={"query": "x"})
+    assert code_of(query) == "rate_limit_exceeded"
+    # made by the operator: a caller of its own
+    assert ask(tenant.new_key()).headers["x-ratelimit-remaining"] == "4"
 
 
 def test_a_key_of_one_environment_knows_no_other(tenant: Tenant, other: Tenant) -> None:

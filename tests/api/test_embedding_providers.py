@@ -28,7 +28,8 @@ def test_life(tenant: Tenant, server: RunningServer) -> None:
     }
     made = tenant.made(PATH, body)
     assert set(made) == {
-        "id", "org_id", "environment_id", "name", "provider", "base_url", "limits", "created_at", "updated_at",
+        "id", "org_id", "environment_id", "name", "provider", "base_url", "limits", "status", "last_error", "tested_at",
+        "created_at", "updated_at",
     }  # fmt: skip
     assert (made["base_url"], made["limits"]) == (server.base_url, {"concurrency": 2})
     path = f"{PATH}/{made['id']}"
@@ -69,6 +70,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"provider": "openai", "credentials": {"api_key": "k", "base_url": "http://"}}, "credentials.base_url"),
     ({"provider": "openai", "credentials": {"api_key": "k", "base_url": "http://u:p@x/v1"}}, "credentials.base_url"),
     ({"provider": "openai", "credentials": {"api_key": "k", "base_url": "http://[::1"}}, "credentials.base_url"),
+    ({"provider": "openai", "credentials": {"base_url": "http://x/v1%0a"}}, "credentials.base_url"),
+    ({"provider": "gemini", "credentials": {"base_url": "http://x/v1%0D%0A"}}, "credentials.base_url"),
+    ({"provider": "voyage", "credentials": {"base_url": "http://x/%zz"}}, "credentials.base_url"),
+    ({"provider": "openai", "credentials": {"base_url": "http://x:65536/v1"}}, "credentials.base_url"),
     ({"provider": "openai", "credentials": {"base_url": "http://169.254.169.254/latest"}}, "metadata"),
     ({"provider": "openai", "credentials": {"base_url": "http://[fd00:ec2::254]/"}}, "metadata"),
     ({"provider": "local", "credentials": {"api_key": "k"}}, "credentials.api_key"),

@@ -155,19 +155,29 @@ def test_another_body_is_refused_and_the_first_answer_stays(tenant: Tenant) -> N
 
 
 def test_a_key_is_of_one_environment_and_one_path(tenant: Tenant, other: Tenant) -> None:
-    key, body = _key(), {"name": "same"}
+    key, body, provider = _key(), {"name": "same"}, {"name": "same", "provider": "local"}
     staging = tenant.made("/v1/environments", {"name": "staging"})["id"]
     answers = [
-        tenant.post("/v1/api-keys", body, **key),
-        tenant.post("/v1/api-keys", body, environment=staging, **key),
-        other.post("/v1/api-keys", body, **key),
+        tenant.post("/v1/embedding-providers", provider, **key),
+        tenant.post("/v1/embedding-providers", provider, environment=staging, **key),
+        other.post("/v1/embedding-providers", provider, **key),
         tenant.post("/v1/environments", body, **key),
     ]
     assert [(answer.status_code, _replayed(answer)) for answer in answers] == [(201, False)] * 4
     assert len({answer.content for answer in answers}) == 4
     # any key with permission `full` of the same environment gets the same answer
-    again = tenant.post("/v1/api-keys", body, key=tenant.new_key(), **key)
+    again = tenant.post("/v1/embedding-providers", provider, key=tenant.new_key(), **key)
     assert (again.content, _replayed(again)) == (answers[0].content, True)
+
+
+def test_a_new_api_key_is_only_told_again_to_the_key_that_asked_for_it(tenant: Tenant) -> None:
+    key, body = _key(), {"name": "secret"}
+    first = tenant.post("/v1/api-keys", body, **key)
+    foreign = tenant.post("/v1/api-keys", body, key=tenant.new_key(), **key)
+    assert (foreign.status_code, _replayed(foreign)) == (201, False)
+    assert foreign.json()["key"] != first.json()["key"]
+    again = tenant.post("/v1/api-keys", body, **key)
+    assert (again.content, _replayed(again)) == (first.content, True)
 
 
 def test_it_goes_with_its_environment(tenant: Tenant, rows: Callable[..., list[Any]]) -> None:

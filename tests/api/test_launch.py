@@ -84,6 +84,9 @@ def test_a_backfill_is_launched_with_its_partition_and_task(
                 "tags": [
                     {"key": "dagster/partition", "value": table["id"]},
                     {"key": "embedd/task_id", "value": task_id},
+                    {"key": "embedd/lane", "value": "large"},
+                    {"key": "embedd/large_environment", "value": request_tags(request)["embedd/large_environment"]},
+                    {"key": "embedd/large_provider", "value": table["embedding_provider_id"]},
                 ]
             },
         }
@@ -94,6 +97,30 @@ def test_a_backfill_is_launched_with_its_partition_and_task(
     assert dagster.requests[1] == {"query": TERMINATE, "variables": {"runId": "run-1"}}
     assert tenant.delete(f"/v1/vector-tables/{table['id']}").status_code == 204
     _eventually(lambda: len(dagster.requests) == 3)
+
+
+def request_tags(request: dict[str, Any]) -> dict[str, str]:
+    tags = request["variables"]["executionParams"]["executionMetadata"]["tags"]
+    return {tag["key"]: tag["value"] for tag in tags}
+
+
+def test_an_environment_with_many_tasks_that_wait_does_not_fill_dagsters_queue(
+    tenant: Tenant, app_with: Callable[..., TestClient], dagster: FakeDagster
+) -> None:
+    made = [tenant.table() for _ in range(7)]
+    tenant.client = app_with(dagster_url=dagster.url)
+    for table in made:
+        before = len(dagster.requests)
+        answer = tenant.post(f"/v1/vector-tables/{table['id']}/backfill")
+        assert answer.status_code == 200, answer.text
+        if before < 4:
+            _eventually(lambda before=before: len(dagster.requests) == before + 1)
+    waiting = [task for task in tenant.get("/v1/tasks").json()["data"] if task["status"] == "pending"]
+    assert len(waiting) == 7
+    # the launches are made one after the other: once a later one is sent, the others were decided
+    assert tenant.post(f"/v1/tasks/{waiting[-1]['id']}/cancel").status_code == 200
+    _eventually(lambda: any(request["query"] == TERMINATE for request in dagster.requests))
+    assert sum(request["query"] == LAUNCH for request in dagster.requests) == 4
 
 
 @pytest.mark.parametrize("fault", ["down", "hangs", "500", "refuses", "nonsense"])

@@ -52,6 +52,9 @@ EXPLAINED = {
     "primary_key_column: ": "as the source's column is",
     "filters": "by the live set's columns",
     "name or address": "what a host may be",
+    "credentials.": "`url` or host, database and user",
+    "url: ": "what a database's URL may hold is more than a pattern can say",
+    "source_table: ": "of batch tables only",
     "a text must not contain": "lone surrogates and NUL inside of `filters`",
     "is not known": "unknown names in `filters`",
     "used with another body": "an Idempotency-Key is of one request",
@@ -75,6 +78,8 @@ class World:
 
     def id_of(self, parameter: str) -> str:
         """Of an object that is there now."""
+        if parameter == "table":
+            return "products"
         path, make = {
             "environment_id": ("environments", lambda: self.tenant.made("/v1/environments", {"name": uuid4().hex})),
             "api_key_id": ("api-keys", lambda: self.tenant.made("/v1/api-keys", {"name": "k"})["api_key"]),

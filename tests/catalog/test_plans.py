@@ -98,6 +98,11 @@ _AFTER = Position(now() - timedelta(seconds=9_000), vector_table_id(9_000))
 
 READS: dict[str, Callable[[Session], object]] = {
     "list": lambda s: vector_tables.page(s, _environment_id(s), 20, None),
+    "list by name": lambda s: vector_tables.page(s, _environment_id(s), 20, None, name="table 5"),
+    "list by status": lambda s: vector_tables.page(s, _environment_id(s), 20, None, sync_status="error"),
+    "list by connection": lambda s: vector_tables.page(s, _environment_id(s), 20, None, connection_id="conn_none"),
+    "list by source table": lambda s: vector_tables.page(s, _environment_id(s), 20, _AFTER, source_table="public.none"),
+    "tasks by name": lambda s: tasks.page(s, _environment_id(s), 20, None, target_id=None, status=None, name="table 5"),
     "list, far down": lambda s: vector_tables.page(s, _environment_id(s), 100, _AFTER),
     "get": lambda s: vector_tables.get(s, _environment_id(s), TABLE),
     "get and lock": lambda s: vector_tables.get(s, _environment_id(s), TABLE, lock=True),
@@ -138,7 +143,8 @@ def test_no_table_is_read_whole(catalog: Catalog, name: str) -> None:
 @pytest.mark.parametrize("statement", [live_tables._OF_KEY, live_tables._OF_ENVIRONMENT], ids=["key", "environment"])
 @pytest.mark.parametrize("plan_mode", ["force_custom_plan", "force_generic_plan"])
 def test_a_query_reads_no_table_whole(url: str, statement: str, plan_mode: str) -> None:
-    parameters: tuple[object, ...] = ("env_1", TABLE, b"") if "bytea" in statement else (TABLE, "env_1")
+    of_key = (None, "prod", "prod", TABLE, b"")
+    parameters: tuple[object, ...] = of_key if "bytea" in statement else (TABLE, "env_1")
     with psycopg.connect(url) as connection:
         types = ", ".join("bytea" if isinstance(value, bytes) else "text" for value in parameters)
         connection.execute(f"SET plan_cache_mode = {plan_mode}")

@@ -128,3 +128,12 @@ def test_dimensions_that_a_model_gives(
     else:
         with pytest.raises(ValidationFailed, match="embedding_"):
             check_model(provider, model, dimensions, own_server=own_server)
+
+
+@pytest.mark.parametrize(("name", "dimensions"), [("text-embedding-ada-002", 384), ("text-embedding-3-small", 4096)])
+def test_a_known_model_name_on_a_server_of_its_own_is_not_held_to_the_providers_dimensions(
+    name: str, dimensions: int
+) -> None:
+    check_model(ProviderKind.OPENAI, name, dimensions, own_server=True, own_models=True)
+    with pytest.raises(ValidationFailed, match="gives"):
+        check_model(ProviderKind.OPENAI, name, dimensions, own_server=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +13,7 @@ from embedd_dagster.catalog import vector_tables
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.following import FollowerPlan, FollowerRun, Launch, follow_job, keep_following, plan_followers
+from embedd_dagster.defs.liveness import LifeSigns
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.tags import CONNECTION_TAG
 from embedd_dagster.engine.runtime import Runtime
@@ -30,7 +32,6 @@ def _plan(
     feed: ChangeFeed | None = None,
     follow: bool = True,
     silence_counts: bool = True,
-    idle_seconds: float = 0.0,
 ) -> FollowerPlan:
     feeds = {} if feed is None else {"conn_a": feed}
     wanted = ["conn_a"] if follow else []
@@ -42,8 +43,14 @@ def _plan(
         stale_after=timedelta(seconds=30),
         renew_after=timedelta(hours=6),
         silence_counts=silence_counts,
-        idle_seconds={"r1": idle_seconds},
+        code_server_started_at=NOW - timedelta(seconds=10),
     )
+
+
+def _seen(seconds_ago: float, status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED) -> FollowerRun:
+    """A run that gave its last heartbeat so long ago."""
+    instant = NOW - timedelta(seconds=seconds_ago)
+    return replace(RUN, status=status, signs=LifeSigns(changed_at=NOW - timedelta(hours=1), heartbeat_at=instant))
 
 
 def test_a_connection_to_follow_gets_a_run() -> None:
@@ -55,8 +62,16 @@ def test_a_run_that_lives_is_left_alone() -> None:
 
 
 def test_a_run_that_is_starting_is_waited_for() -> None:
-    assert _plan(RUN, idle_seconds=20) == FollowerPlan()
-    assert _plan(RUN, feed=_feed(dagster_run_id=None, heartbeat_at=None), idle_seconds=20) == FollowerPlan()
+    starting = replace(RUN, signs=LifeSigns(started_at=NOW - timedelta(seconds=20)))
+    assert _plan(starting) == FollowerPlan()
+    assert _plan(starting, feed=_feed(dagster_run_id=None, heartbeat_at=None)) == FollowerPlan()
+
+
+def test_a_run_whose_code_server_was_killed_while_it_started_is_buried_within_a_minute() -> None:
+    starting = replace(
+        RUN, status=dg.DagsterRunStatus.STARTING, signs=LifeSigns(changed_at=NOW - timedelta(seconds=46))
+    )
+    assert _plan(starting) == FollowerPlan((Launch("conn_a"),), (starting,))
 
 
 def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
@@ -69,15 +84,19 @@ def test_after_an_outage_of_the_catalog_silence_says_nothing() -> None:
     assert _plan(RUN, feed=silent, silence_counts=False) == FollowerPlan()
 
 
-def test_a_run_that_never_claimed_its_feed_is_buried() -> None:
-    assert _plan(RUN, feed=_feed(dagster_run_id=None), idle_seconds=240).dead == (RUN,)
+def test_a_run_that_gave_its_feed_back_and_died_is_buried_within_a_minute() -> None:
+    for gone in (_seen(31), _seen(31, dg.DagsterRunStatus.CANCELING)):
+        assert _plan(gone, feed=_feed(dagster_run_id=None, heartbeat_at=None)).dead == (gone,)
+    never = replace(RUN, signs=LifeSigns(started_at=NOW - timedelta(seconds=46)))
+    assert _plan(never, feed=_feed(dagster_run_id=None)).dead == (never,)
 
 
-def test_a_run_that_was_replaced_is_given_the_time_to_end() -> None:
+def test_a_run_that_was_replaced_lives_as_long_as_it_gives_heartbeats() -> None:
     successor = FollowerRun("r2", "conn_a")
     theirs = _feed(dagster_run_id="r2")
-    assert _plan(RUN, successor, feed=theirs, idle_seconds=20) == FollowerPlan()
-    assert _plan(RUN, successor, feed=theirs, idle_seconds=240).dead == (RUN,)
+    assert _plan(_seen(20), successor, feed=theirs) == FollowerPlan()
+    assert _plan(_seen(31), successor, feed=theirs).dead == (_seen(31),)
+    assert _plan(_seen(31), successor, feed=theirs, silence_counts=False) == FollowerPlan()
 
 
 def test_after_a_bad_end_the_next_run_waits() -> None:

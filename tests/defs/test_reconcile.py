@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from dagster import DagsterRunStatus as Status
 
+from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import TaskStatus, TaskType
+from embedd_dagster.defs.liveness import LifeSigns
 from embedd_dagster.defs.reconcile import (
     Limits,
     Observation,
@@ -16,7 +19,6 @@ from embedd_dagster.defs.reconcile import (
     RunFact,
     TaskFact,
     Verdict,
-    idle_runs,
     partition_changes,
     plan,
 )
@@ -131,41 +133,66 @@ def test_a_silent_run_is_ended_with_its_task() -> None:
     assert cancelled.ends.cancelled
 
 
+GAVE_A_HEARTBEAT = {"changed_at": ago(3600), "started_at": ago(3600)}
+
+
 @pytest.mark.parametrize(
-    ("flying", "tasks", "idle", "expected"),
+    ("flying", "tasks", "signs", "expected"),
     [
-        (run(Status.QUEUED), (), 0, True),  # its task has ended
-        (run(Status.QUEUED, task=None), (), 999, None),  # asked for in the UI: it makes its task when it starts
-        (run(Status.QUEUED), (PENDING,), 999, None),
-        (run(Status.QUEUED), (replace(PENDING, cancel_requested=True),), 0, True),
-        (run(Status.STARTED), (), 299, None),  # checks the asset
-        (run(Status.STARTED), (), 301, False),
-        (run(Status.NOT_STARTED), (PENDING,), 301, False),
-        (run(Status.CANCELING), (), 301, True),
+        (run(Status.QUEUED), (), {}, True),  # its task has ended
+        (run(Status.QUEUED, task=None), (), {"changed_at": ago(999)}, None),  # it makes its task when it starts
+        (run(Status.QUEUED), (PENDING,), {"changed_at": ago(999)}, None),
+        (run(Status.QUEUED), (replace(PENDING, cancel_requested=True),), {}, True),
+        # it checks the asset, for an hour by now
+        (run(Status.STARTED), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(29)}, None),
+        (run(Status.STARTED), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(31)}, False),
+        # it gave its task back, and was killed before it could end
+        (run(Status.STARTED), (PENDING,), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(31)}, False),
+        # it began, and loads its code
+        (run(Status.STARTED), (PENDING,), {"changed_at": ago(44), "started_at": ago(44)}, None),
+        (run(Status.STARTED), (PENDING,), {"changed_at": ago(46), "started_at": ago(46)}, False),
+        # the code server that was starting it was killed; or it is only slow, and Dagster's own limit counts
+        (run(Status.STARTING), (PENDING,), {"changed_at": ago(46)}, False),
+        (run(Status.STARTING), (PENDING,), {"changed_at": ago(44)}, None),
+        (run(Status.CANCELING), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(31)}, True),
+        (run(Status.CANCELING), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(1)}, None),
+        (
+            run(Status.STARTED),
+            (RUNNING,),
+            {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(31)},
+            None,
+        ),  # its task says it lives
     ],
 )
-def test_a_run_that_serves_nobody(
-    flying: RunFact, tasks: tuple[TaskFact, ...], idle: float, expected: bool | None
+def test_a_run_that_serves_nobody_is_ended_within_a_minute(
+    flying: RunFact, tasks: tuple[TaskFact, ...], signs: dict[str, datetime], expected: bool | None
 ) -> None:
-    ends = plan(seen(*tasks, flying=(flying,), idle_seconds={"r1": idle}), LIMITS).runs
-    assert [end.cancelled for end in ends] == ([] if expected is None else [expected])
+    flying = replace(flying, signs=LifeSigns(**signs))
+    # a code server that has just started judges as one that has been there all the time
+    for started_at in (ago(1), ago(30)):
+        ends = plan(seen(*tasks, flying=(flying,), code_server_started_at=started_at), LIMITS).runs
+        assert [end.cancelled for end in ends] == ([] if expected is None else [expected])
+
+
+def test_a_slow_start_under_a_living_code_server_is_left_to_dagsters_own_limit() -> None:
+    starting = replace(run(Status.STARTING), signs=LifeSigns(changed_at=ago(100)))
+    assert plan(seen(PENDING, flying=(starting,), code_server_started_at=ago(200)), LIMITS).runs == ()
+
+
+def test_silence_of_a_run_without_a_task_is_forgiven_after_an_outage() -> None:
+    silent = replace(run(Status.STARTED), signs=LifeSigns(heartbeat_at=ago(31)))
+    assert plan(seen(PENDING, flying=(silent,), silence_counts=False), LIMITS).runs == ()
 
 
 @pytest.mark.parametrize(("age", "ends"), [(14, 0), (16, 1)])
 def test_a_run_that_was_made_and_never_queued_is_ended(age: float, ends: int) -> None:
-    lost = replace(run(Status.NOT_STARTED), created_at=ago(age))
+    lost = replace(run(Status.NOT_STARTED), signs=LifeSigns(created_at=ago(age)))
     planned = plan(seen(PENDING, flying=(lost,)), LIMITS)
     assert len(planned.runs) == ends
     assert not any(decision.cancelled for decision in planned.runs), "its task is launched again"
     assert planned.tasks == ()
-    queued = replace(run(Status.QUEUED), created_at=ago(age))
+    queued = replace(run(Status.QUEUED), signs=LifeSigns(created_at=ago(age)))
     assert plan(seen(PENDING, flying=(queued,)), LIMITS).runs == ()
-
-
-def test_runs_that_own_nothing() -> None:
-    runs = (run(Status.STARTED), run(Status.STARTED, "r2"), run(Status.QUEUED, "r3"), run(Status.STARTING, "r4"))
-    assert idle_runs(seen(RUNNING, flying=runs)) == {"r2", "r4"}
-    assert idle_runs(seen(replace(PENDING, run_id="r1"), flying=runs)) == {"r1", "r2", "r4"}
 
 
 @pytest.mark.parametrize(
@@ -189,14 +216,109 @@ def test_rebackfills_begin_where_nothing_runs() -> None:
     )
 
 
+def waiting(count: int, environment: str, start: int = 0, **values: object) -> tuple[TaskFact, ...]:
+    return tuple(
+        replace(PENDING, task_id=f"task_{environment}_{n}", vector_table_id=f"vt_{environment}_{n}", **values)
+        for n in range(start, start + count)
+    )
+
+
+def observation_of(*tasks: TaskFact, rows: int = 0, **others: object) -> Observation:
+    """All there, each in the environment that its id names."""
+    ids = frozenset(task.vector_table_id for task in tasks)
+    places = {key: QueuePlace("org", key.split("_")[1], "provider", rows) for key in ids}
+    return seen(*tasks, **{"vector_table_ids": ids, "partition_keys": ids, "places": places, **others})
+
+
+def queued(*tasks: TaskFact) -> tuple[RunFact, ...]:
+    return tuple(RunFact(f"r_{task.task_id}", Status.QUEUED, task.task_id, task.vector_table_id) for task in tasks)
+
+
 def test_a_tick_launches_so_much_and_no_more() -> None:
-    many = tuple(replace(PENDING, task_id=f"task_{n}", vector_table_id=f"vt_{n}") for n in range(40))
-    everyone = frozenset(f"vt_{n}" for n in range(80))
-    waiting = tuple(f"vt_{n}" for n in range(40, 80))
-    planned = plan(seen(*many, vector_table_ids=everyone, awaiting_rebackfill=waiting), LIMITS)
-    assert (len(planned.tasks), len(planned.rebackfills)) == (25, 0)
-    planned = plan(seen(*many[:20], vector_table_ids=everyone, awaiting_rebackfill=waiting), LIMITS)
-    assert (len(planned.tasks), len(planned.rebackfills)) == (20, 5)
+    many = [task for n in range(40) for task in waiting(1, f"e{n}")]
+    assert len(plan(observation_of(*many), LIMITS).tasks) == 25
+    tables = tuple(f"vt_{n}" for n in range(40))
+    places = {key: QueuePlace("org", key) for key in tables}
+    observation = seen(vector_table_ids=frozenset(tables), awaiting_rebackfill=tables, places=places)
+    assert len(plan(observation, LIMITS).rebackfills) == 25
+
+
+def test_a_thousand_backfills_of_one_environment_do_not_delay_another() -> None:
+    flood = waiting(1000, "a")
+    first = plan(observation_of(*flood), LIMITS)
+    assert len(first.tasks) == 8, "enough to keep its slots at work"
+    ahead = flood[:8]
+    (late,) = waiting(1, "b", created_at=ago(5))
+    (launched,) = plan(observation_of(*flood, late, flying=queued(*ahead)), LIMITS).tasks
+    assert launched.task.task_id == late.task_id
+
+
+def test_environments_take_turns() -> None:
+    flood = [*waiting(20, "a", created_at=ago(90)), *waiting(20, "b"), *waiting(20, "c", created_at=ago(30))]
+    launched = [decision.task.vector_table_id for decision in plan(observation_of(*flood), LIMITS).tasks]
+    counts = Counter(key.split("_")[1] for key in launched)
+    assert max(counts.values()) - min(counts.values()) <= 1, "though those of one are older"
+    # whoever has the fewest runs comes next
+    ahead = [task for task in flood if "_a_" in task.task_id][:3]
+    launched = plan(observation_of(*flood, flying=queued(*ahead)), LIMITS).tasks
+    assert {"b", "c"} == {decision.task.vector_table_id.split("_")[1] for decision in launched[:4]}
+
+
+def test_a_small_sync_does_not_wait_behind_backfills() -> None:
+    flood = waiting(1000, "a", created_at=ago(900))
+    sync = replace(waiting(1, "a", start=5000)[0], task_type=TaskType.SYNC, created_at=ago(5))
+    planned = plan(observation_of(*flood, sync, flying=queued(*flood[:8])), LIMITS)
+    assert [decision.task.task_id for decision in planned.tasks] == [sync.task_id]
+    # one of a large table may last as long as a build: it takes its turn
+    planned = plan(observation_of(*flood, sync, rows=1_000_000, flying=queued(*flood[:8])), LIMITS)
+    assert not planned.tasks
+
+
+def test_small_syncs_do_not_keep_backfills_from_starting() -> None:
+    syncs = waiting(1000, "a", task_type=TaskType.SYNC, created_at=ago(900))
+    planned = plan(observation_of(*syncs, *waiting(5, "a", start=2000)), LIMITS)
+    types = Counter(decision.task.task_type for decision in planned.tasks)
+    assert types == {TaskType.SYNC: 10, TaskType.BACKFILL: 5}
+
+
+def test_what_is_queued_by_the_sensor_itself_takes_its_turn_too() -> None:
+    flood = waiting(8, "a")
+    ids = [task.vector_table_id for task in flood]
+    waiting_too = ("vt_a_900", "vt_b_901")
+    observation = observation_of(*flood, flying=queued(*flood))
+    places = {**observation.places, **{key: QueuePlace("org", key.split("_")[1]) for key in waiting_too}}
+    observation = replace(
+        observation,
+        vector_table_ids=frozenset({*ids, *waiting_too}),
+        awaiting_rebackfill=waiting_too,
+        places=places,
+    )
+    assert plan(observation, LIMITS).rebackfills == ("vt_b_901",)
+
+
+def test_a_backfill_that_dagster_gave_up_is_not_a_cancelled_task() -> None:
+    gone = replace(run(CANCELED), given_up=True, backfill_id="b")
+    (pending,) = plan(seen(PENDING, ended=(gone,)), LIMITS).tasks
+    assert (pending.verdict, pending.run_key) == (Verdict.LAUNCH, "task_1:r1")
+    (running,) = plan(seen(RUNNING, ended=(gone,)), LIMITS).tasks
+    assert (running.verdict, running.is_attempt) == (Verdict.REQUEUE, False)
+    canceling = replace(gone, status=Status.CANCELING)
+    (silent,) = plan(seen(SILENT, flying=(canceling,)), LIMITS).tasks
+    assert (silent.verdict, silent.is_attempt) == (Verdict.REQUEUE, False)
+    (wanted,) = plan(seen(replace(RUNNING, cancel_requested=True), ended=(gone,)), LIMITS).tasks
+    assert wanted.verdict is Verdict.CANCEL, "somebody asked for it, too"
+
+
+def test_runs_that_gave_their_task_back_do_not_count_as_failed_starts() -> None:
+    ended = tuple(run(FAILED, f"r{n}", ended=100) for n in range(5))
+    (decision,) = plan(seen(replace(PENDING, handed_back=5), ended=ended), LIMITS).tasks
+    assert decision.verdict is Verdict.LAUNCH
+
+
+def test_partitions_that_a_backfill_still_needs_are_kept() -> None:
+    observation = seen(vector_table_ids=frozenset(), targeted_keys=frozenset({"vt_1"}))
+    assert plan(observation, LIMITS).partitions_to_delete == ()
+    assert plan(replace(observation, targeted_keys=frozenset()), LIMITS).partitions_to_delete == ("vt_1",)
 
 
 def test_ten_thousand_tables_are_planned_in_no_time() -> None:

@@ -15,7 +15,7 @@ from dagster import DagsterRunStatus as Status
 from embedd_dagster.catalog import resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.catalog.tables import RunHeartbeat, VectorSetRow
 from embedd_dagster.core.status import TaskType, VectorSetState
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
@@ -274,21 +274,6 @@ def test_a_cancelled_task_takes_its_queued_run_along(
     assert instance.get_run_by_id(run_id).status is Status.CANCELED
 
 
-def test_a_run_whose_process_is_gone_gives_its_slot_back(
-    tick: Any, tables: Any, make_run: Any, instance: dg.DagsterInstance
-) -> None:
-    key = tables.create("a")
-    run_id = make_run(Status.STARTED, key)
-    memory = Memory()
-    tick(memory=memory)
-    assert instance.get_run_by_id(run_id).status is Status.STARTED
-    memory.idle_since[run_id] -= 301
-    tick(memory=memory)
-    assert instance.get_run_by_id(run_id).status is Status.FAILURE
-    tick(memory=memory)
-    assert not memory.idle_since
-
-
 def test_runs_of_other_code_locations_are_left_alone(tick: Any, tables: Any, instance: dg.DagsterInstance) -> None:
     @dg.op
     def other_op() -> None: ...
@@ -298,9 +283,10 @@ def test_runs_of_other_code_locations_are_left_alone(tick: Any, tables: Any, ins
         other_op()
 
     run = instance.create_run_for_job(other_job, status=Status.STARTED)
-    memory = Memory()
-    tick(memory=memory)
-    assert run.run_id not in memory.idle_since
+    with tables.runtime.catalog.transaction() as session:
+        session.add(RunHeartbeat(run_id=run.run_id, heartbeat_at=long_ago()))
+    tick()
+    assert instance.get_run_by_id(run.run_id).status is Status.STARTED
 
 
 def test_a_newer_configuration_is_built(tick: Any, tables: Any) -> None:

@@ -109,7 +109,8 @@ def test_a_batch_above_the_limit_is_the_batchs_fault(open_gemini: Open) -> None:
 
 def test_one_bad_text_is_found_among_many(open_gemini: Open) -> None:
     texts: list[str] = [f"text {number}" for number in range(90)]
-    texts[41] = f"secret {POISON}"
+    # words that a refusal may have are in it, and the server repeats them
+    texts[41] = f"secret dimensions: 30 x 40, output_dimension, encoding_format, batch size {POISON}"
     result = PacedEmbedder(open_gemini(256)).embed(texts)
     assert list(result.failed) == [41]
     assert "secret" not in str(result.failed[41])

@@ -63,7 +63,8 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pyte
             LocalEmbedder()
     finally:
         local._find_files.cache_clear()
-    assert "embedd[local]" in raised.value.resolution
+    assert "[local]" in raised.value.resolution
+    assert "'embedd[" not in raised.value.resolution, "PyPI's package of that name is somebody else's"
 
 
 def test_an_embedder_that_is_only_opened_loads_no_model() -> None:

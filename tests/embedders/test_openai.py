@@ -15,6 +15,7 @@ from embedd_dagster.embedders import open_embedder
 from embedd_dagster.embedders.cutting import cut_at_bytes, cut_at_tokens
 from embedd_dagster.embedders.http_answers import parse_duration, retry_after_seconds
 from embedd_dagster.embedders.openai import OpenAIEmbedder
+from embedd_dagster.embedders.pacing import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRateLimited,
@@ -129,7 +130,7 @@ def test_a_server_without_base64_is_understood(server: RunningServer, open_opena
     np.testing.assert_allclose(vectors[1], vector_of("b", 1536), rtol=1e-6)
 
 
-@pytest.mark.parametrize("garble", ["shuffled", "no_index"])
+@pytest.mark.parametrize("garble", ["shuffled", "no_index", "null_index"])
 def test_answers_in_another_order_or_without_one_are_put_in_order(
     server: RunningServer, open_openai: Open, garble: str
 ) -> None:
@@ -139,7 +140,7 @@ def test_answers_in_another_order_or_without_one_are_put_in_order(
         np.testing.assert_array_equal(vector, vector_of(text, 1536))
 
 
-@pytest.mark.parametrize("garble", ["truncated", "html", "too_few", "too_many"])
+@pytest.mark.parametrize("garble", ["truncated", "html", "too_few", "too_many", "one_null_index", "negative_index"])
 def test_a_broken_answer_is_worth_another_try(server: RunningServer, open_openai: Open, garble: str) -> None:
     server.behave(garble=garble, garble_next=1)
     embedder = open_openai()
@@ -156,6 +157,30 @@ def test_one_vector_that_cannot_be_read_does_not_cost_the_others(
     vectors = open_openai().embed_documents(["a", "b", "c"]).vectors
     assert np.isnan(vectors[bad]).all()
     assert np.isfinite(np.delete(vectors, bad, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    "words", ["Dimensions: 30 x 40 cm", "encoding_format", "batch size", "The model x is not supported", "api key"]
+)
+@pytest.mark.parametrize(("model", "dimensions"), [("text-embedding-3-small", 16), ("bge-m3", 1536), ("bge-m3", 16)])
+def test_one_refused_text_that_speaks_of_parameters_is_one_failed_row(
+    open_openai: Open, model: str, dimensions: int, words: str
+) -> None:
+    texts = [f"text {number}" for number in range(40)]
+    texts[17] = f"Oak shelf. {words} {POISON}"
+    result = PacedEmbedder(open_openai(model, dimensions)).embed(texts)
+    assert list(result.failed) == [17]
+    assert np.isfinite(np.delete(result.vectors, 17, axis=0)).all()
+
+
+@pytest.mark.parametrize(
+    ("model", "native", "wanted"), [("text-embedding-ada-002", 384, 384), ("text-embedding-3-small", 768, 2048)]
+)
+def test_a_known_name_on_an_own_server_gives_the_dimensions_that_the_server_has(
+    server: RunningServer, open_openai: Open, model: str, native: int, wanted: int
+) -> None:
+    server.behave(default_dimensions=native, dimensions_field="refuse" if native == wanted else "take")
+    assert open_openai(model, wanted).embed_documents(["a", "b"]).vectors.shape == (2, wanted)
 
 
 @pytest.mark.parametrize(

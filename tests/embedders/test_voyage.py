@@ -119,7 +119,8 @@ def test_the_fullest_request_is_taken_and_one_above_is_the_batchs_fault(
 
 def test_one_bad_text_is_found_among_many(open_voyage: Open) -> None:
     texts = [f"text {number}" for number in range(200)]
-    texts[41] = f"secret {POISON}"
+    # words that a refusal may have are in it, and the server repeats them
+    texts[41] = f"secret dimensions: 30 x 40, output_dimension, encoding_format, batch size {POISON}"
     result = PacedEmbedder(open_voyage()).embed(texts)
     assert list(result.failed) == [41]
     assert "secret" not in str(result.failed[41])

@@ -148,7 +148,7 @@ def test_too_many_failures_stop_before_the_swap(product: Product) -> None:
 
 def _stopped_by_long_rows(product: Product) -> None:
     """A first build that was stopped: the provider takes no text as long as those of fifty rows."""
-    product.provider.behave(max_tokens_per_text=100)
+    product.provider.behave(max_tokens=100)
     product.sql("UPDATE products SET body = repeat('word ', 200) || id WHERE id <= 50")
     with pytest.raises(TooManyFailedRows):
         product.run()
@@ -156,7 +156,7 @@ def _stopped_by_long_rows(product: Product) -> None:
 
 def test_a_build_that_failed_rows_stopped_goes_on_once_the_provider_is_mended(product: Product) -> None:
     _stopped_by_long_rows(product)
-    product.provider.behave(max_tokens_per_text=8192)
+    product.provider.behave(max_tokens=300_000)
     product.run()
     assert (product.failed_keys(), product.table().live_version) == ([], 1)
     product.assert_true_to_source()
@@ -170,7 +170,7 @@ def test_columns_spelled_in_another_order_stay_with_their_values(product: Produc
     _stopped_by_long_rows(product)
     title, body, *metadata = COLUMNS
     product.reconfigure(columns=(*reversed(metadata), title, body))
-    product.provider.behave(max_tokens_per_text=8192)
+    product.provider.behave(max_tokens=300_000)
     product.run()
     assert product.table().live_version == 1
     assert product.provider.stats()["texts"] < 500 + 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from uuid import uuid4
 
@@ -12,7 +12,7 @@ import pytest
 
 from embedd_dagster.catalog import change_feeds, connections, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
-from embedd_dagster.core.status import SyncStatus
+from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
@@ -86,6 +86,113 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
     assert product.table().sync_status == SyncStatus.SYNCED
     product.sql(INSERT, 6001)
     eventually(is_true(product))
+
+
+@ONE_STORE
+def test_updates_that_fail_for_want_of_a_replica_identity_go_on_before_the_next_regular_look(
+    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product, _follower = followed
+    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 3600.0)
+    product.sql("ALTER TABLE products REPLICA IDENTITY NOTHING")
+    eventually(_retried(lambda: not product.sql("UPDATE products SET price = 5 WHERE id = 1")))
+    eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+    assert "REPLICA IDENTITY DEFAULT" in (product.table().last_error or "")
+
+
+@ONE_STORE
+def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, RunningFollower]) -> None:
+    product, _follower = followed
+    product.sql(
+        """CREATE TYPE colour AS ENUM ('red', 'green', 'blue');
+        ALTER TABLE products ALTER COLUMN category TYPE colour USING category::colour"""
+    )
+    eventually(lambda: is_owed(product))
+    eventually(lambda: is_followed(product) and settled(product))
+    product.sql("ALTER TYPE colour RENAME VALUE 'red' TO 'crimson'")
+    eventually(lambda: is_owed(product))
+    eventually(lambda: is_followed(product) and settled(product))
+    product.assert_true_to_source()
+    found = product.search("product 3", filters={"category": "crimson"})
+    assert len(found) == 10
+
+
+@ONE_STORE
+def test_a_name_that_begins_to_mean_another_table_is_an_error_until_it_means_the_former_again(
+    followed: tuple[Product, RunningFollower],
+) -> None:
+    product, _follower = followed
+    points = product.points()
+    product.sql("CREATE SCHEMA app")
+    product.sql(
+        f"""ALTER DATABASE "{product.sql("SELECT current_database()")[0][0]}" SET search_path = app, public;
+        SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+        WHERE datname = current_database() AND pid <> pg_backend_pid() AND application_name = 'embedd'"""
+    )
+    product.sql(INSERT, 6000)
+    eventually(is_true(product))
+    product.sql("CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
+    product.sql("INSERT INTO app.products VALUES (1, 'other', 'table', 'red', 1)")
+    eventually(lambda: is_owed(product))
+    with pytest.raises(SourceRejected, match=r'means table "app"\."products" now.*from "public"\."products"'):
+        run_owed(product)
+    eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+    assert points.keys() | {6000} == product.points().keys(), "what is live stays live"
+    product.sql("UPDATE app.products SET title = 'changed'")
+    product.sql("DROP TABLE app.products; UPDATE products SET title = 'again' WHERE id = 2")
+    eventually(lambda: is_followed(product) and settled(product))
+    eventually(is_true(product))
+    assert product.table().sync_status == SyncStatus.SYNCED
+
+
+@ONE_STORE
+def test_a_batch_sync_does_not_take_another_table_for_the_one_that_was_built(product: Product) -> None:
+    product.run()
+    points = product.points()
+    product.sql("CREATE SCHEMA app; CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
+    product.sql("INSERT INTO app.products SELECT * FROM public.products WHERE id < 400")
+    product.sql(f"""ALTER DATABASE "{product.sql("SELECT current_database()")[0][0]}" SET search_path = app, public""")
+    with pytest.raises(SourceRejected, match="means table"):
+        product.run(TaskType.SYNC)
+    assert product.points() == points
+    product.run()
+    assert len(product.points()) == 399, "a backfill takes the table that the name means"
+    product.run(TaskType.SYNC)
+
+
+@pytest.fixture
+def reader_role(cdc_product: Product) -> Iterator[str]:
+    """The role of the connection: owns `products`, and may replicate."""
+    role = f"reader_{uuid4().hex[:8]}"
+    database = cdc_product.sql("SELECT current_database()")[0][0]
+    cdc_product.sql(
+        f"""CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'secret'; ALTER TABLE products OWNER TO {role};
+        GRANT CREATE ON DATABASE "{database}" TO {role}"""
+    )
+    _use(cdc_product, user=role, password="secret")
+    yield role
+    cdc_product.sql(f"REASSIGN OWNED BY {role} TO CURRENT_USER; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
+def test_rows_that_row_level_security_hides_from_a_role_are_removed(cdc_product: Product, reader_role: str) -> None:
+    product = cdc_product
+    product.run()
+    with follower_of(product):
+        eventually(lambda: is_followed(product) and settled(product))
+        product.sql(
+            """CREATE POLICY cheap ON products USING (id <= 300);
+            ALTER TABLE products ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"""
+        )
+        eventually(lambda: is_owed(product))
+        assert run_owed(product) == 1
+        assert len(product.points()) == 300
+        eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
+        assert "NO FORCE ROW LEVEL SECURITY" in (product.table().last_error or "")
+        product.sql("ALTER TABLE products NO FORCE ROW LEVEL SECURITY")
+        eventually(lambda: is_followed(product) and settled(product))
+        assert len(product.points()) == 500
+        assert product.table().sync_status == SyncStatus.SYNCED
 
 
 @ONE_STORE

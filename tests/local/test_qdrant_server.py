@@ -18,6 +18,7 @@ from uuid import UUID, uuid4, uuid5
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -544,6 +545,70 @@ def test_readers_never_see_a_500_while_collections_come_and_go(server: Server) -
     writer.delete_collection("set1")
     assert seen <= {200, 404}, seen
     assert 200 in seen
+
+
+def index_builder_of(server: Server) -> psutil.Process:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for child in psutil.Process(server.process.pid).children():
+            if "embedd_dagster.local.qdrant_optimizer" in child.cmdline():
+                return child
+        time.sleep(0.01)
+    raise AssertionError("no index is being built")
+
+
+def test_a_failed_index_build_is_red_with_its_reason_until_settings_are_changed(
+    server: Server, client: QdrantClient, collection: str
+) -> None:
+    fill(client, collection, random_vectors(6_000))
+    switch_on_indexing(client, collection)
+    index_builder_of(server).kill()
+    deadline = time.monotonic() + 60
+    while (info := client.get_collection(collection)).status != models.CollectionStatus.RED:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert isinstance(info.optimizer_status, models.OptimizersStatusOneOf1)
+    assert "exit code" in info.optimizer_status.error
+    switch_on_indexing(client, collection)
+    info = wait_until_green(client, collection)
+    assert (info.indexed_vectors_count or 0) >= 5_900
+
+
+@pytest.mark.parametrize("accepted", ["gzip", "identity"])
+def test_answers_are_compressed_for_clients_that_accept_it(server: Server, accepted: str) -> None:
+    answer = httpx.get(f"{server.url}/collections", headers={"accept-encoding": accepted})
+    assert answer.headers.get("content-encoding", "identity") == accepted
+
+
+def test_strict_mode_is_kept_over_a_restart_and_changed_in_part(own_server: Server) -> None:
+    client = own_server.client()
+    create(client, "c")
+    client.update_collection("c", strict_mode_config=models.StrictModeConfig(enabled=True, max_query_limit=3))
+    client.update_collection("c", strict_mode_config=models.StrictModeConfig(search_allow_exact=False))
+    own_server.end(signal.SIGKILL)
+    own_server.start()
+    kept = client.get_collection("c").config.strict_mode_config
+    assert kept is not None
+    assert (kept.enabled, kept.max_query_limit, kept.search_allow_exact) == (True, 3, False)
+    status, error = refusal(lambda: client.scroll("c", limit=4))
+    assert (status, error) == (
+        400,
+        'Bad request: Limit exceeded 4 > 3 for "limit". Help: Reduce the "limit" parameter to or below 3.',
+    )
+    refusal(lambda: client.count("c", exact=True))
+
+
+def test_range_bounds_are_read_as_the_real_server_reads_them(client: QdrantClient, collection: str) -> None:
+    points = [models.PointStruct(id=n, vector=[1.0] * SIZE, payload={"n": 9007199254740990 + n}) for n in range(2)]
+    client.upsert(collection, points)
+
+    def found(bound: str) -> list[Any]:
+        body = '{"filter": {"must": [{"key": "n", "range": {"gte": BOUND, "lte": BOUND}}]}}'.replace("BOUND", bound)
+        url = f"{client._client.rest_uri}/collections/{collection}/points/scroll"  # type: ignore[attr-defined]
+        return [point["id"] for point in httpx.post(url, content=body).json()["result"]["points"]]
+
+    assert found("9007199254740991") == [1]
+    assert found("9007199254740991.0") == [0], "the digits of a double are scaled, which rounds"
 
 
 # -- crashes ------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dagster._core.instance.ref import InstanceRef
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.local import installation
 from embedd_dagster.local.postgres import open_temporary_postgres
-from embedd_dagster.local.postgres_place import remove_place
+from embedd_dagster.local.postgres_place import known_root, remove_place
 from embedd_dagster.local.process import marked_processes, working_in
 from embedd_dagster.local.stack import Stack, StackAlreadyRunning, down, running_stack, status
 from embedd_dagster.local.supervisor import ChildFailed
@@ -74,7 +74,7 @@ def discard(directory):
 
 
 def everything_of(state_dir):
-    servers = working_in((state_dir / "postgres" / "data").resolve(), "postgres")
+    servers = working_in((known_root(state_dir / "postgres") / "data").resolve(), "postgres")
     return [one.pid for one in (*marked_processes(state_dir), *servers)]
 
 
@@ -190,7 +190,13 @@ def test_a_second_one_says_where_the_first_is(stack):
 
 
 def up(state_dir):
-    return subprocess.Popen([sys.executable, "-m", "tests.support.stub_stack", str(state_dir)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-m", "tests.support.stub_stack", str(state_dir)]
+    # the tests may run under nohup, which ignores SIGHUP; so would the stack, and rightly
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE)
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def first_url(supervisor):
@@ -232,6 +238,66 @@ def test_a_signal_in_the_middle_of_the_start_ends_everything(state_dir, number):
     assert supervisor.wait(60) == 0
     supervisor.communicate()
     assert everything_of(state_dir) == []
+
+
+def test_removing_the_state_directory_ends_everything_and_the_next_up_works(state_dir):
+    supervisor = up(state_dir)
+    first_url(supervisor)
+    data = known_root(state_dir / "postgres")
+    shutil.rmtree(state_dir)
+    try:
+        assert supervisor.wait(120) == 1, "it ends by itself, and not as if it had been asked"
+        supervisor.communicate()
+        assert marked_processes(state_dir) == []
+        assert not state_dir.exists(), "it does not come back half"
+        again = up(state_dir)
+        first_url(again)
+        assert down(state_dir)
+        assert again.wait(60) == 0
+        again.communicate()
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+def test_down_and_up_find_a_stack_whose_state_directory_was_removed(state_dir):
+    supervisor = up(state_dir)
+    first_url(supervisor)
+    data = known_root(state_dir / "postgres")
+    supervisor.send_signal(signal.SIGSTOP)  # so that it does not see it and end by itself
+    shutil.rmtree(state_dir)
+    try:
+        assert status(state_dir).pid == supervisor.pid
+        supervisor.send_signal(signal.SIGCONT)
+        assert down(state_dir)
+        assert marked_processes(state_dir) == []
+        assert supervisor.wait(1) in (0, 1)
+        supervisor.communicate()
+        assert not down(state_dir)
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"pid": "x"}', "[]", "\udcff", '{"children": 3}'])
+def test_a_damaged_state_file_is_read_as_unknown(tmp_path, content):
+    for name in ("stack.json", "endpoints.json"):
+        (tmp_path / name).write_bytes(content.encode(errors="surrogateescape"))
+    assert not status(tmp_path).running
+    assert not down(tmp_path)
+
+
+def test_damaged_state_files_of_a_running_stack_are_written_again(stack):
+    for name in ("stack.json", "endpoints.json"):
+        (stack.state_dir / name).write_bytes(b"\xff{")
+    until(lambda: status(stack.state_dir).endpoints == stack.endpoints)
+    assert status(stack.state_dir).state == "ready"
+
+
+def test_the_state_directory_is_for_its_owner_alone_and_postgresql_lives_next_to_it(stack):
+    assert stack.state_dir.stat().st_mode & 0o777 == 0o700
+    if os.geteuid() == 0:
+        root = known_root(stack.state_dir / "postgres")
+        assert root.parent == stack.state_dir.parent
+        assert root.name.startswith(f"{stack.state_dir.name}-postgres-")
 
 
 def test_code_that_does_not_load_is_shown_and_nothing_is_left(state_dir):

@@ -47,6 +47,42 @@ def own_server() -> Iterator[EmbeddedPostgres]:
         yield server
 
 
+class TestAlterations:
+    @pytest.mark.parametrize(
+        "harm",
+        [
+            "ALTER TABLE t REPLICA IDENTITY NOTHING",
+            "ALTER TABLE t DROP CONSTRAINT t_pkey",
+            "CREATE UNIQUE INDEX i ON t (id); ALTER TABLE t REPLICA IDENTITY USING INDEX i; DROP INDEX i",
+        ],
+    )
+    def test_a_read_notices_that_updates_of_a_followed_table_fail(
+        self, admin: Admin, feed: ChangeFeed, follower: Follower, harm: str
+    ) -> None:
+        follower.read()
+        assert not feed.is_altered
+        admin.execute(harm)
+        with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
+            admin.execute("UPDATE t SET v = 'fails'")
+        follower.read()
+        assert feed.is_altered
+        assert T in follower.attach().refused
+        admin.execute("UPDATE t SET v = 'goes on'")
+        follower.read()
+        assert not feed.is_altered
+
+    def test_rows_that_change_and_are_counted_are_no_alteration(
+        self, admin: Admin, feed: ChangeFeed, follower: Follower
+    ) -> None:
+        follower.read()
+        admin.execute("INSERT INTO t SELECT g FROM generate_series(100, 3000) g")
+        admin.execute("DELETE FROM t WHERE id > 1000")
+        admin.execute("ANALYZE t")
+        admin.execute("VACUUM t")
+        follower.read()
+        assert not feed.is_altered
+
+
 class TestLost:
     @pytest.mark.parametrize(
         ("harm", "says"),
@@ -63,6 +99,13 @@ class TestLost:
             (
                 "SELECT pg_drop_replication_slot('{name}'); SELECT pg_create_physical_replication_slot('{name}')",
                 "of another kind",
+            ),
+            (
+                (
+                    "SELECT pg_drop_replication_slot('{name}');"
+                    "SELECT pg_create_logical_replication_slot('{name}', 'pgoutput', false, true)"
+                ),
+                "before they are committed",
             ),
         ],
     )

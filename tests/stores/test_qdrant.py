@@ -20,7 +20,7 @@ from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, EmbeddError, VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.local.qdrant_server import MAX_BODY_BYTES
-from embedd_dagster.stores import qdrant, qdrant_points
+from embedd_dagster.stores import qdrant_indexing, qdrant_points
 from embedd_dagster.stores.qdrant import QdrantStore
 from embedd_dagster.stores.qdrant_filters import column_name, compile_filter, payload_key, payload_path
 from embedd_dagster.stores.ranking import bucket_ranges
@@ -168,10 +168,11 @@ def test_numbers_and_names_of_metadata_count() -> None:
     assert max(sizes) <= qdrant_points.BODY_BYTES
 
 
-def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]]) -> list[str]:
-    monkeypatch.setattr(qdrant, "_POLL_SECONDS", 0)
+def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]], threshold: int = 0) -> list[str]:
+    monkeypatch.setattr(qdrant_indexing, "_POLL_SECONDS", 0)
     calls: list[str] = []
-    remaining = iter(states)
+    first = {"status": "green", "config": {"optimizer_config": {"indexing_threshold": threshold}}}
+    remaining = iter([first, *states])
 
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.path.endswith("/index"):
@@ -188,26 +189,58 @@ MANY = 2_000_000  # points, of 4 dimensions: enough for an index
 
 def test_a_small_collection_is_ready_when_it_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [{"status": "yellow", "points_count": 5}, {"status": "green", "points_count": 5}]
-    assert run_finish_load(monkeypatch, states) == ["PATCH", "GET", "GET"]
+    assert run_finish_load(monkeypatch, states) == ["GET", "PATCH", "GET", "GET"]
 
 
-def test_a_large_one_must_stay_green_as_the_optimizer_may_not_have_looked_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_collection_must_stay_green_as_the_optimizer_may_not_have_looked_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     names = ["green", "yellow", "green", "green", "grey", "green", "green", "green"]
     calls = run_finish_load(monkeypatch, [{"status": name, "points_count": MANY} for name in names])
-    assert calls.count("GET") == len(names)
+    assert calls.count("GET") == len(names) + 1
     assert calls.count("PATCH") == 2  # grey wants a nudge
 
 
-def test_a_failed_index_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(VectorStoreRejected):
-        run_finish_load(monkeypatch, [{"status": "red"}])
+def test_an_index_build_that_runs_is_not_cancelled_by_a_repeated_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    states = [{"status": "yellow", "points_count": 5}, {"status": "green", "points_count": 5}]
+    calls = run_finish_load(monkeypatch, states, threshold=qdrant_indexing.INDEXING_THRESHOLD_KB)
+    assert "PATCH" not in calls
 
 
-def test_an_index_without_progress_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(qdrant, "_STALLED_SECONDS", -1)
-    moving = [{"status": "yellow", "indexed_vectors_count": count} for count in range(5)]
-    with pytest.raises(VectorStoreUnavailable):
-        run_finish_load(monkeypatch, [*moving, moving[-1]])
+def test_a_build_that_shows_no_progress_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant_indexing, "_STALLED_SECONDS", -1)
+    yellow = {"status": "yellow", "points_count": MANY, "indexed_vectors_count": 0}
+    green = {"status": "green", "points_count": MANY, "indexed_vectors_count": MANY}
+    run_finish_load(monkeypatch, [yellow] * 50 + [green] * 3)
+
+
+def test_a_collection_that_stays_grey_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qdrant_indexing, "_STALLED_SECONDS", -1)
+    with pytest.raises(VectorStoreUnavailable, match="grey"):
+        run_finish_load(monkeypatch, [{"status": "grey"}] * 2)
+
+
+def red(indexed: int) -> dict[str, Any]:
+    error = "Service internal error: No space left on device"
+    return {
+        "status": "red", "points_count": MANY, "indexed_vectors_count": indexed, "optimizer_status": {"error": error},
+    }  # fmt: skip
+
+
+def test_a_failed_index_is_told_with_its_reason_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(VectorStoreRejected, match="No space left on device") as caught:
+        run_finish_load(monkeypatch, [red(0)] * 30)
+    assert "restart Qdrant" in caught.value.resolution
+
+
+def test_an_error_that_passes_does_not_fail_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    green = {"status": "green", "points_count": MANY}
+    calls = run_finish_load(monkeypatch, [red(0), red(0), {"status": "yellow"}, green, green, green])
+    assert calls.count("PATCH") == 2  # the second has the optimizer try again
+
+
+def test_an_old_error_does_not_matter_once_the_index_is_complete(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_finish_load(monkeypatch, [red(MANY)])
 
 
 def test_too_few_hits_are_looked_for_again_exactly() -> None:
@@ -225,21 +258,103 @@ def test_too_few_hits_are_looked_for_again_exactly() -> None:
     assert asked[0]["params"]["acorn"]["enable"], "fields have no links of their own in the graph"
 
 
-def test_a_server_that_does_not_know_an_index_setting_is_asked_without_it() -> None:
-    asked: list[Any] = []
+def test_the_alias_is_replaced_in_one_action() -> None:
+    sent: list[Any] = []
 
     def handler(request: httpx.Request) -> httpx.Response:
-        if not request.url.path.endswith("/index"):
-            return ok({"exists": True})
-        asked.append(orjson.loads(request.content)["field_schema"])
-        if isinstance(asked[-1], dict):
-            return httpx.Response(400, json={"status": {"error": "Format error in JSON body: unknown field"}})
-        return ok({})
+        if request.method == "GET":
+            return ok({"aliases": [{"alias_name": SET.public_name, "collection_name": f"{SET.vector_table_id}_v7"}]})
+        sent.append(orjson.loads(request.content))
+        return ok(True)
 
-    opened(handler).index_buckets(SET)
-    plain = [schema for schema in asked if isinstance(schema, str)]
-    assert plain[0] == "integer"
-    assert len(plain) == len(asked) / 2
+    opened(handler).publish(SET)
+    create = {"create_alias": {"collection_name": SET.versioned_name, "alias_name": SET.public_name}}
+    assert sent == [{"actions": [create]}]
+
+
+def test_no_answer_is_asked_for_compressed() -> None:
+    """A real server sends the last chunk 40 ms later."""
+    seen: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["accept-encoding"])
+        return ok({"collections": []})
+
+    opened(handler).check()
+    assert set(seen) == {"identity"}
+
+
+@pytest.mark.parametrize("failure", [httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError])
+def test_a_call_that_meets_a_closing_connection_is_sent_once_more(failure: type[httpx.TransportError]) -> None:
+    calls = 0
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise failure("closed", request=request)
+        return ok({"count": 3})
+
+    assert opened(handler).count(SET) == 3
+    assert calls == 2
+
+
+@pytest.mark.parametrize("key", ["k3y\n", "  k3y", "\tk3y\r\n"])
+def test_blanks_around_the_api_key_are_not_sent(key: str) -> None:
+    seen: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request.headers["api-key"])
+        return ok({"collections": []})
+
+    opened(handler, api_key=key).check()
+    assert set(seen) == {"k3y"}
+
+
+@pytest.mark.parametrize("key", ["two words", "line\nbreak", "schlüssel", "nul\x00"])
+def test_an_api_key_that_cannot_be_one_is_a_configuration_error(key: str) -> None:
+    with pytest.raises(ConfigurationError, match="EMBEDD_QDRANT_API_KEY"):
+        opened(lambda _: ok({}), api_key=key)
+
+
+def test_a_key_that_is_asked_for_and_not_set_is_told() -> None:
+    with pytest.raises(VectorStoreRejected, match="none is set"):
+        opened(lambda _: httpx.Response(401, text="Must provide an API key")).check()
+
+
+def test_a_locked_server_is_told_with_its_own_words() -> None:
+    body = {"status": {"error": "Forbidden: Write operations are locked for maintenance"}}
+    with pytest.raises(VectorStoreRejected, match="locked for maintenance") as caught:
+        opened(lambda _: httpx.Response(403, json=body), api_key="k").check()
+    assert "not locked" in caught.value.resolution
+
+
+def test_parameter_names_are_shown_and_values_are_not() -> None:
+    error = 'Bad request: Limit exceeded 9 > 3 for "limit" near "Jane Doe". Help: Reduce the "limit" parameter.'
+    answer = httpx.Response(400, json={"status": {"error": error}})
+    with pytest.raises(VectorStoreRejected) as caught:
+        opened(lambda request: ok({}) if request.method == "GET" else answer).count(SET)
+    assert '"limit"' in caught.value.message
+    assert "Jane" not in caught.value.message
+    assert "strict_mode_config" in caught.value.resolution
+
+
+def answering_version(version: str) -> Handler:
+    return lambda request: (
+        httpx.Response(200, json={"version": version}) if request.url.path == "/" else ok({"collections": []})
+    )
+
+
+@pytest.mark.parametrize("version", ["1.9.7", "0.11.0"])
+def test_a_server_that_is_too_old_is_told(version: str) -> None:
+    with pytest.raises(VectorStoreRejected, match=version) as caught:
+        opened(answering_version(version)).check()
+    assert "1.17" in caught.value.resolution
+
+
+@pytest.mark.parametrize("version", ["1.10.0", "1.16.3", "1.17.1", "2.0.0-dev", "unknown"])
+def test_every_other_version_is_taken(version: str) -> None:
+    opened(answering_version(version)).check()
 
 
 def test_an_alias_of_somebody_else_is_not_taken(qdrant_url: str) -> None:
@@ -298,8 +413,10 @@ def test_plain_names_stay_as_they_are() -> None:
 def test_beyond_exact_doubles_integers_that_round_alike_are_named() -> None:
     types = {"n": FilterType.INTEGER}
     assert compile_filter(Condition("n", Operator.GT, 5), types) == {
-        "must": [{"key": 'metadata."n"', "range": {"gt": 5.0}}],
+        "must": [{"key": 'metadata."n"', "range": {"gt": 5}}],
     }
+    bound = compile_filter(Condition("n", Operator.GTE, 9007199254740991), types)["must"][0]["range"]["gte"]
+    assert type(bound) is int, "the server's parser reads the digits of a double as a neighbour"
     compiled = compile_filter(Condition("n", Operator.GT, 2**53), types)
     assert compiled["must_not"][0]["match"]["any"] == [2**53, 2**53 + 1]
 

@@ -353,14 +353,26 @@ class OpenAIServer:
         elif how == "nan":
             vector = np.full(self.behaviour.default_dimensions, np.nan, dtype="<f4")
             data[0]["embedding"] = base64.b64encode(vector.tobytes()).decode()
-        elif how == "no_index":
-            for item in data:
-                del item["index"]
+        elif how.endswith("_index"):
+            _garble_index(how, data)
         elif how == "mixed_sizes":
             data[-1]["embedding"] = data[-1]["embedding"][:16]
         elif how == "shuffled":
             data.reverse()
         return orjson.dumps(document)
+
+
+def _garble_index(how: str, data: list[dict[str, Any]]) -> None:
+    if how == "no_index":
+        for item in data:
+            del item["index"]
+    elif how == "null_index":
+        for item in data:
+            item["index"] = None
+    elif how == "one_null_index":
+        data[0]["index"] = None
+    elif how == "negative_index":
+        data[-1]["index"] = -1
 
 
 async def _read(receive: Callable[[], Awaitable[Any]]) -> bytes:
