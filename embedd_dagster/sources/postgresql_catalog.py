@@ -229,8 +229,23 @@ WITH RECURSIVE base(number, type_oid, modifier) AS (
     UNION ALL
     SELECT b.number, t.typbasetype, CASE WHEN t.typtypmod <> -1 THEN t.typtypmod ELSE b.modifier END
     FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.type_oid WHERE t.typtype = 'd'
+), heirs(oid) AS (  -- what inherits from a table, but partitions, may allow nulls that the table does not
+    SELECT h.inhrelid FROM pg_catalog.pg_inherits h JOIN pg_catalog.pg_class p ON p.oid = h.inhparent
+    WHERE h.inhparent = %(oid)s::pg_catalog.oid AND p.relkind <> 'p'
+    UNION
+    SELECT h.inhrelid FROM pg_catalog.pg_inherits h JOIN heirs ON h.inhparent = heirs.oid
 )
-SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull OR d.typnotnull,
+SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod),
+       -- an outer join makes nulls of a domain without them; a constraint may not have been validated
+       (a.attnotnull OR d.typnotnull AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_class c WHERE c.oid = a.attrelid AND c.relkind = ANY ('{v,m}'::pg_catalog."char"[])
+       )) AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_constraint k
+           WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated AND k.conkey[1] = a.attnum
+       ) AND NOT EXISTS (
+           SELECT FROM heirs JOIN pg_catalog.pg_attribute h ON h.attrelid = heirs.oid
+           WHERE h.attname = a.attname AND NOT h.attnotnull AND NOT d.typnotnull
+       ),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        CASE WHEN n.nspname = 'pg_catalog' OR t.typname = 'citext' AND EXISTS (
            SELECT FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_extension e ON e.oid = p.refobjid
