@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 import psycopg
 from psycopg import sql
 
+from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
-from embedd_dagster.errors import VectorStoreUnavailable
+from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import SILENCE_SECONDS, Connection
-from embedd_dagster.stores.pgvector_database import Database, TableMissing
+from embedd_dagster.stores.pgvector_database import Database, TableMissing, ValueRefused
 from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
 from embedd_dagster.stores.pgvector_objects import (
     Place,
@@ -41,6 +43,7 @@ from embedd_dagster.stores.pgvector_rows import (
     load_vector,
     resolve_key_type,
 )
+from embedd_dagster.stores.pgvector_refusals import write_holdable
 from embedd_dagster.stores.pgvector_search import SearchQuery, find_nearest
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
@@ -99,6 +102,16 @@ class PgvectorStore:
             find_schema(connection, self._database, self._wanted_schema)
             find_vector_schema(connection, self._database)
 
+    def unholdable(self, texts: Sequence[str]) -> tuple[int, str] | None:
+        """The index of the first of these texts that the database cannot hold, and why it cannot; None where it holds all."""
+        for index, text in enumerate(texts):
+            try:
+                with self._database.transaction() as connection:
+                    connection.execute("SELECT %s::pg_catalog.text", [clean_text(text)])
+            except ValueRefused as error:
+                return index, error.message
+        return None
+
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
         vector_schema, place = self._find_vector_schema(), self._table(vector_set)
@@ -110,10 +123,14 @@ class PgvectorStore:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
 
         A new set has none to remove: it is tried without, which saves a bulk load a tenth of its time. To merge from a
-        staging table instead would cost 30 %.
+        staging table instead would cost 30 %. Rows that the database cannot hold are found by halves.
         """
-        if not len(points):
-            return
+        with self._writers:
+            rejected = write_holdable(points, partial(self._write, vector_set))
+        if rejected:
+            raise PointsRejected(rejected)
+
+    def _write(self, vector_set: VectorSet, points: PointBatch) -> None:
         key_type = self._key_type(vector_set)
         body = copy_body(points, key_type)
         table = self._table(vector_set).identifier
@@ -127,16 +144,15 @@ class PgvectorStore:
             _delete(connection, table, key_type, points.keys)
             write(connection)
 
-        with self._writers:
-            if vector_set.versioned_name in self._new:
-                with self._database.transaction() as connection:
-                    try:
-                        write(connection)
-                    except psycopg.errors.UniqueViolation:  # which has rolled it back
-                        self._new.discard(vector_set.versioned_name)
-                    else:
-                        return
-            self._database.retrying_conflicts(replace)
+        if vector_set.versioned_name in self._new:
+            with self._database.transaction() as connection:
+                try:
+                    write(connection)
+                except psycopg.errors.UniqueViolation:  # which has rolled it back
+                    self._new.discard(vector_set.versioned_name)
+                else:
+                    return
+        self._database.retrying_conflicts(replace)
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""

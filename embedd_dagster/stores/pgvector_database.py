@@ -39,6 +39,13 @@ _SETTINGS: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in
 _TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
 # Needs somebody: a full disk, a limit of the configuration, a database that was dropped.
 _NOT_TRANSIENT: Final = frozenset({"53100", "53400", "57P04"})
+_NO_CHARACTER: Final = "its encoding does not have one of the characters"
+_REFUSAL_REASONS: Final = {
+    "22P05": _NO_CHARACTER,
+    "22021": _NO_CHARACTER,
+}
+_BAD_VALUE: Final = "22"
+"""The class of errors that are about one value of a statement, and nothing else."""
 # libpq gives no SQLSTATE for a connection that cannot be made, only English text
 _DENIED: Final = ("authentication failed", "no password supplied", 'role "', "pg_hba.conf", "not permitted to log in")
 _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not currently accepting")
@@ -46,6 +53,10 @@ _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not
 
 class TableMissing(VectorStoreRejected):
     """The table of a vector set is not there (any more)."""
+
+
+class ValueRefused(VectorStoreRejected):
+    """A value of the statement cannot be held by this database."""
 
 
 class Database:
@@ -208,6 +219,9 @@ class Database:
             return TableMissing(f"A vector set's table is not in the database {self.address} ({name}).")
         if state == "42501":
             return access_denied(self.user, self.address, "the objects of its vector tables")
+        if state.startswith(_BAD_VALUE):
+            reason = _REFUSAL_REASONS.get(state, "a value of it is not one that PostgreSQL can hold")
+            return ValueRefused(f"The database {self.address} cannot hold it: {reason} ({name}).")
         if not {state, state[:2]} & _TRANSIENT or state in _NOT_TRANSIENT:
             return VectorStoreRejected(
                 f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
