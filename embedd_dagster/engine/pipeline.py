@@ -201,8 +201,8 @@ class RowPipeline:
             ]
         refused = self._upsert(rows, [known[hashed] for hashed in hashes], None if cut else hashes) if rows else {}
         if refused:
-            for index, error in refused.items():
-                _note_failure(outcome, rows[index], "write", error)
+            for index, refusal in refused.items():
+                _note_failure(outcome, rows[index], "write", refusal)
             rows = [row for index, row in enumerate(rows) if index not in refused]
             hashes = [hashed for index, hashed in enumerate(hashes) if index not in refused]
             embedded.intersection_update(hashes)

@@ -33,6 +33,7 @@ from embedd_dagster.sources.postgresql_followable import check_followable
 from embedd_dagster.sources.postgresql_keys import check_key
 from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
+from embedd_dagster.sources.postgresql_row_security import require_visible_rows
 
 
 class PostgresSource:
@@ -116,6 +117,7 @@ class PostgresSource:
             key = relation.key(selection.primary_key_column)
             columns = relation.find_columns(selection.columns)
             relation.require_readable([key, *columns], server)
+            require_visible_rows(connection, relation, server)
         _require_filter_types(relation, columns, selection.filter_types)
         return PostgresTableReader(self._connections, relation, key, columns)
 

@@ -34,6 +34,7 @@ from embedd_dagster.stores.pgvector_objects import (
     replace_view,
 )
 from embedd_dagster.stores.pgvector_place import find_schema, find_vector_schema
+from embedd_dagster.stores.pgvector_refusals import write_holdable
 from embedd_dagster.stores.pgvector_rows import (
     COPIED_COLUMNS,
     KeyType,
@@ -43,7 +44,6 @@ from embedd_dagster.stores.pgvector_rows import (
     load_vector,
     resolve_key_type,
 )
-from embedd_dagster.stores.pgvector_refusals import write_holdable
 from embedd_dagster.stores.pgvector_search import SearchQuery, find_nearest
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 

@@ -219,14 +219,17 @@ class Database:
             return TableMissing(f"A vector set's table is not in the database {self.address} ({name}).")
         if state == "42501":
             return access_denied(self.user, self.address, "the objects of its vector tables")
+        if not {state, state[:2]} & _TRANSIENT or state in _NOT_TRANSIENT:
+            return self._refusal(state, name)
+        return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
+
+    def _refusal(self, state: str, name: str) -> VectorStoreRejected:
         if state.startswith(_BAD_VALUE):
             reason = _REFUSAL_REASONS.get(state, "a value of it is not one that PostgreSQL can hold")
             return ValueRefused(f"The database {self.address} cannot hold it: {reason} ({name}).")
-        if not {state, state[:2]} & _TRANSIENT or state in _NOT_TRANSIENT:
-            return VectorStoreRejected(
-                f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
-            )
-        return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
+        return VectorStoreRejected(
+            f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
+        )
 
     def _open(self) -> ScopedConnection:
         try:

@@ -19,8 +19,8 @@ def keys_of(source: Source, table: str) -> list[object]:
     ("ddl", "message"),
     [
         (
-            "CREATE TABLE t (id int PRIMARY KEY, v text); CREATE TABLE heir () INHERITS (t);"
-            "INSERT INTO t VALUES (1), (2); INSERT INTO heir VALUES (2), (3)",
+            ("CREATE TABLE t (id int PRIMARY KEY); CREATE TABLE heir () INHERITS (t); INSERT INTO t VALUES (1), (2);"
+             "INSERT INTO heir VALUES (2), (3)"),
             "1 row repeats another's value, such as '2'",
         ),
         (
@@ -30,9 +30,12 @@ def keys_of(source: Source, table: str) -> list[object]:
         ("CREATE TABLE t (id text); INSERT INTO t SELECT repeat('x', 500) FROM generate_series(1, 2)", "such as 'x{80}…'"),
         ("CREATE TYPE size AS ENUM ('s', 'm'); CREATE TABLE t (id size); INSERT INTO t VALUES ('m'), ('m')", "such as 'm'"),
         ("CREATE TABLE t (id date); INSERT INTO t VALUES ('infinity'), ('infinity')", "such as 'infinity'"),
-        ("CREATE TABLE b (id int, n int, PRIMARY KEY (id, n)) PARTITION BY LIST (n); CREATE TABLE b1 PARTITION OF b FOR VALUES"
-         " IN (1); CREATE TABLE b2 PARTITION OF b FOR VALUES IN (2); INSERT INTO b VALUES (5, 1), (5, 2);"
-         "CREATE VIEW t AS SELECT id FROM b", "such as '5'"),
+        (
+            ("CREATE TABLE b (id int, n int, PRIMARY KEY (id, n)) PARTITION BY LIST (n);"
+             "CREATE TABLE b1 PARTITION OF b FOR VALUES IN (1); CREATE TABLE b2 PARTITION OF b FOR VALUES IN (2);"
+             "INSERT INTO b VALUES (5, 1), (5, 2); CREATE VIEW t AS SELECT id FROM b"),
+            "such as '5'",
+        ),
     ],
 )  # fmt: skip
 def test_a_value_that_two_rows_have_is_named(admin: Admin, source: Source, ddl: str, message: str) -> None:
