@@ -278,8 +278,7 @@ def _check_prefixes(runtime: Runtime, connection: Connection, columns: Sequence[
         return
     with runtime.open_platform_store(connection) as store:
         refused = store.unholdable(prefixes)
-    if refused is not None:
-        index, reason = refused
+    for index, reason in refused.items():
         raise ValidationFailed(
             f"columns[{index}].name_prefix: {reason}", resolution="Choose another name_prefix, or leave it out."
         )

@@ -116,6 +116,6 @@ class PlatformStore(Store, Protocol):
         """The schema in which new vector tables are made, for `platform_vector_ref`."""
         ...
 
-    def unholdable(self, texts: Sequence[str]) -> tuple[int, str] | None:
-        """The index of the first of these texts that the database cannot hold, and why it cannot; None where it holds all."""
+    def unholdable(self, texts: Sequence[str]) -> Mapping[int, str]:
+        """Why the database cannot hold some of these texts, by their index."""
         ...

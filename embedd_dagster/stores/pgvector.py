@@ -34,7 +34,7 @@ from embedd_dagster.stores.pgvector_objects import (
     replace_view,
 )
 from embedd_dagster.stores.pgvector_place import find_schema, find_vector_schema
-from embedd_dagster.stores.pgvector_refusals import write_holdable
+from embedd_dagster.stores.pgvector_refusals import compared_texts, find_refused, without_texts, write_holdable
 from embedd_dagster.stores.pgvector_rows import (
     COPIED_COLUMNS,
     KeyType,
@@ -44,7 +44,7 @@ from embedd_dagster.stores.pgvector_rows import (
     load_vector,
     resolve_key_type,
 )
-from embedd_dagster.stores.pgvector_search import SearchQuery, find_nearest
+from embedd_dagster.stores.pgvector_search import FoundRow, SearchQuery, find_nearest
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
 _KEYS_PER_STATEMENT: Final = 10_000
@@ -102,15 +102,14 @@ class PgvectorStore:
             find_schema(connection, self._database, self._wanted_schema)
             find_vector_schema(connection, self._database)
 
-    def unholdable(self, texts: Sequence[str]) -> tuple[int, str] | None:
-        """The index of the first of these texts that the database cannot hold, and why it cannot; None where it holds all."""
-        for index, text in enumerate(texts):
-            try:
-                with self._database.transaction() as connection:
-                    connection.execute("SELECT %s::pg_catalog.text", [clean_text(text)])
-            except ValueRefused as error:
-                return index, error.message
-        return None
+    def unholdable(self, texts: Sequence[str]) -> dict[int, str]:
+        """Why the database cannot hold some of these texts, by their index."""
+
+        def attempt(start: int, stop: int) -> None:
+            with self._database.transaction() as connection:
+                connection.execute("SELECT %s::pg_catalog.text[]", [list(map(clean_text, texts[start:stop]))])
+
+        return {index: error.message for index, error in find_refused(len(texts), attempt).items()}
 
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
@@ -239,6 +238,24 @@ class PgvectorStore:
         """The nearest points by cosine, highest first, among exactly those the filter matches."""
         if not vector.any():
             return []
+        try:
+            rows = self._find_nearest(vector_set, vector, limit, filters)
+        except ValueRefused:
+            if filters is None:
+                raise
+            texts = list(compared_texts(filters))  # no row has one that the database cannot hold
+            absent = frozenset(texts[index] for index in self.unholdable(texts))
+            rows = self._find_nearest(vector_set, vector, limit, without_texts(filters, absent))
+        hits = (
+            Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
+            for key, distance, metadata, text in rows
+            if not math.isnan(distance)
+        )
+        return rank(hits, limit, min_similarity_score)
+
+    def _find_nearest(
+        self, vector_set: VectorSet, vector: Vectors, limit: int, filters: Filter | None
+    ) -> list[FoundRow]:
         query = SearchQuery(
             table=self._table(vector_set).identifier,
             vector_schema=self._find_vector_schema(),
@@ -249,18 +266,12 @@ class PgvectorStore:
             filter_types=vector_set.filter_types,
         )
         try:
-            rows = find_nearest(self._database, query)
+            return find_nearest(self._database, query)
         except TableMissing as error:
             raise VectorStoreUnavailable(
                 f"The vectors that were asked are not in the store: {error.message}",
                 resolution="They were just replaced, then ask again; or the store has lost them, then start a backfill.",
             ) from None
-        hits = (
-            Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
-            for key, distance, metadata, text in rows
-            if not math.isnan(distance)
-        )
-        return rank(hits, limit, min_similarity_score)
 
     def publish(self, vector_set: VectorSet) -> None:
         """Makes the view show this set, in one transaction. Views and grants of users on it stay."""

@@ -55,6 +55,19 @@ def test_rows_with_characters_that_the_encoding_lacks_are_failed_rows(latin1: Pr
     latin1.assert_true_to_source(without=(17, 211))
 
 
+def test_a_filter_by_a_text_that_the_database_cannot_hold_matches_no_row(latin1: Product) -> None:
+    latin1.run()
+    assert latin1.search("Stück 1", filters={"category": {"eq": "中"}}) == []
+    given: dict[str, object]
+    for given in (
+        {"category": {"ne": "中"}},
+        {"category": {"in": ["中", "red"]}},
+        {"$or": [{"category": "中"}, {"price": 3}]},
+    ):
+        hits = latin1.search("Stück 1", filters=given)
+        assert len(hits) == (1 if "$or" in given else 10), given
+
+
 def test_a_row_that_becomes_unholdable_loses_its_point_and_gets_it_back(latin1: Product) -> None:
     latin1.run()
     latin1.sql("UPDATE products SET body = %s::json WHERE id = 17; ".replace("%s", f"'{CHINESE}'"))
