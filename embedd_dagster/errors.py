@@ -44,6 +44,7 @@ secret or a row's content, and it survives pickling. The HTTP status of a code s
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -185,9 +186,9 @@ class VectorStoreRejected(PermanentError):
 class PointsRejected(VectorStoreRejected):
     """The store cannot hold some rows of a batch: `rejected` says which, by their index. It has written the others."""
 
-    def __init__(self, rejected: Mapping[int, RowError]) -> None:
-        super().__init__(next(iter(rejected.values())).message)
-        self.rejected = rejected
+    def __init__(self, message: str, *, rejected: Mapping[int, RowError] = MappingProxyType({}), **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+        self.rejected = dict(rejected)
 
 
 class EmbeddingRejected(PermanentError):

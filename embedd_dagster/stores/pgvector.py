@@ -127,7 +127,7 @@ class PgvectorStore:
         with self._writers:
             rejected = write_holdable(points, partial(self._write, vector_set))
         if rejected:
-            raise PointsRejected(rejected)
+            raise PointsRejected(f"{len(rejected)} points cannot be held.", rejected=rejected) from None
 
     def _write(self, vector_set: VectorSet, points: PointBatch) -> None:
         key_type = self._key_type(vector_set)

@@ -46,6 +46,8 @@ _REFUSAL_REASONS: Final = {
 }
 _BAD_VALUE: Final = "22"
 """The class of errors that are about one value of a statement, and nothing else."""
+_BAD_VECTOR: Final = "22000"
+"""pgvector's own: such as of another number of dimensions, which is a fault of all of a batch."""
 # libpq gives no SQLSTATE for a connection that cannot be made, only English text
 _DENIED: Final = ("authentication failed", "no password supplied", 'role "', "pg_hba.conf", "not permitted to log in")
 _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not currently accepting")
@@ -224,7 +226,7 @@ class Database:
         return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
 
     def _refusal(self, state: str, name: str) -> VectorStoreRejected:
-        if state.startswith(_BAD_VALUE):
+        if state.startswith(_BAD_VALUE) and state != _BAD_VECTOR:
             reason = _REFUSAL_REASONS.get(state, "a value of it is not one that PostgreSQL can hold")
             return ValueRefused(f"The database {self.address} cannot hold it: {reason} ({name}).")
         return VectorStoreRejected(
