@@ -24,11 +24,11 @@ from embedd_dagster.sources.postgresql_catalog import (
     Relation,
     find_relation,
     list_tables,
-    row_estimate,
 )
 from embedd_dagster.sources.postgresql_changes import FEED_SETTINGS, PostgresChangeFeed
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_estimates import row_estimate
 from embedd_dagster.sources.postgresql_followable import check_followable
 from embedd_dagster.sources.postgresql_keys import check_key
 from embedd_dagster.sources.postgresql_poolers import require_own_session

@@ -27,9 +27,10 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest
 from embedd_dagster.core.shards import KeyRange, ranges_between
 from embedd_dagster.errors import SourceRejected
-from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, page_count, planner_estimate
+from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_estimates import page_count, planner_estimate
 from embedd_dagster.sources.postgresql_keys import check_unique
 from embedd_dagster.sources.postgresql_statements import Statements
 

@@ -13,7 +13,7 @@ from embedd_dagster.catalog import connections, vector_sets, vector_tables
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode
 from embedd_dagster.engine import admission
-from embedd_dagster.errors import ValidationFailed
+from embedd_dagster.errors import SourceTableNotFound, ValidationFailed
 from embedd_dagster.local.postgres import EmbeddedPostgres
 from tests.engine.conftest import COLUMNS, Product
 
@@ -79,6 +79,13 @@ def test_a_row_that_becomes_unholdable_loses_its_point_and_gets_it_back(latin1: 
     latin1.run(TaskType.SYNC)
     assert latin1.failed_keys() == []
     latin1.assert_true_to_source()
+
+
+def test_a_table_name_that_the_database_cannot_hold_is_not_found(latin1: Product) -> None:
+    with latin1.runtime.open_source(latin1.connection()) as source:
+        with pytest.raises(SourceTableNotFound, match="encoding lacks"):
+            source.describe("产品")
+        assert source.describe("products").name == "products"
 
 
 def test_a_name_prefix_that_the_database_cannot_hold_is_refused(latin1: Product) -> None:
