@@ -28,12 +28,14 @@ down: setup  ## stop what `make up` started
 
 # a file's tests stay together, for the servers they share; each process has a PostgreSQL and a Qdrant of its own
 test: setup  ## every test
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 
 check: lint test  ## what CI runs
 
-fuzz: setup  ## ten thousand hypothesis-made requests by the OpenAPI, recorded
-	@FUZZ_EXAMPLES=200 FUZZ_RESULT=benchmarks/results/schemathesis.md $(BIN)/pytest -q --timeout 3600 tests/api/test_schemathesis.py
+fuzz: setup  ## property tests with other examples than make test has, then ten thousand requests by the OpenAPI, recorded
+	@TEST_EXAMPLES=other $(BIN)/pytest -q tests/core tests/sources/test_pgoutput.py tests/contracts/test_store_filters.py \
+		tests/engine/test_model.py tests/engine/test_follow_model.py tests/local/test_qdrant_server.py tests/api/test_fuzz.py
+	@TEST_EXAMPLES=other FUZZ_EXAMPLES=200 FUZZ_RESULT=benchmarks/results/schemathesis.md $(BIN)/pytest -q --timeout 3600 tests/api/test_schemathesis.py
 
 lint: setup  ## style, types, import contracts
 	@$(BIN)/ruff format --check .

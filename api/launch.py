@@ -16,8 +16,9 @@ import httpx
 import structlog
 from pydantic import SecretStr
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import partitions, tasks
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.errors import EmbeddError, OrchestratorUnavailable
@@ -51,10 +52,10 @@ class Launcher:
         self._workers = ThreadPoolExecutor(2, "launch")
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
-    def launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+    def launch(self, task_id: str, vector_table_id: str, label: RunLabel, task_type: TaskType) -> None:
         """Has a run launched for a pending task; returns at once."""
         _log.info("task queued", task_id=task_id, vector_table_id=vector_table_id, task_type=task_type.value)
-        self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, task_type))
+        self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, label, task_type))
 
     def terminate(self, run_id: str) -> None:
         """Has a run told to end; returns at once."""
@@ -82,15 +83,21 @@ class Launcher:
         except RuntimeError:  # shutting down
             self._waiting.release()
 
-    def _launch(self, task_id: str, vector_table_id: str, task_type: TaskType) -> None:
+    def _launch(self, task_id: str, vector_table_id: str, label: RunLabel, task_type: TaskType) -> None:
         with self._catalog.transaction() as session:
-            place = vector_tables.queue_places(session, [vector_table_id]).get(vector_table_id, QueuePlace())
+            place = partitions.queue_places(session, [vector_table_id]).get(vector_table_id, QueuePlace())
             waiting = tasks.count_waiting(session, place.environment_id)
         if waiting > _MAX_WAITING_TASKS:
             _log.info("task left to the sensor", task_id=task_id, waiting=waiting)
             return
         mode = "sync" if task_type is TaskType.SYNC else "backfill"
-        tags = {"dagster/partition": vector_table_id, "embedd/task_id": task_id, **queue_tags(task_type, place)}
+        tags = {
+            "dagster/partition": label.partition_key,
+            "embedd/task_id": task_id,
+            "embedd/name": label.name,
+            "embedd/task_type": task_type.value,
+            **queue_tags(task_type, place),
+        }
         answer = self._send(
             LAUNCH,
             {

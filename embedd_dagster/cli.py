@@ -128,11 +128,14 @@ def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
 
 @app.command()
 @_explained
-def demo() -> None:
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="Embed a few modules instead of the whole library.")] = False,
+) -> None:
     """Set up everything, embed Python's own documentation, ask it three questions, and shut down again."""
     from embedd_dagster.local.demo import run_demo
+    from embedd_dagster.local.stdlib_docs import SMALL_SELECTION
 
-    run_demo(_console)
+    run_demo(_console, SMALL_SELECTION if quick else None)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from embedd_dagster.defs.following import follow_job, follower_sensor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_schedule
-from embedd_dagster.defs.schedules import sync_schedule
+from embedd_dagster.defs.schedules import sync_sensor
 from embedd_dagster.defs.sensors import cleanup_sensor, reconcile_sensor
 
 logs.lose_unwritable_lines()
@@ -20,8 +20,8 @@ defs = dg.Definitions(
     assets=[source_table, vector_table],
     asset_checks=[vector_table_checks],
     jobs=[vector_table_job, follow_job, purge_job],
-    sensors=[reconcile_sensor, follower_sensor, cleanup_sensor],
-    schedules=[sync_schedule, purge_schedule],
+    sensors=[reconcile_sensor, sync_sensor, follower_sensor, cleanup_sensor],
+    schedules=[purge_schedule],
     resources={"runtime": RuntimeResource()},
     executor=dg.in_process_executor,
 )

@@ -9,13 +9,29 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 
 from embedd_dagster.local.postgres import EmbeddedPostgres, open_temporary_postgres
+
+# The same examples in every run: what fails for one fails for all, and whoever runs the tests first does not find what others
+# did not. `make fuzz` draws others. The machine may be as slow as it is.
+_ANY_SPEED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("same", derandomize=True, print_blob=True, **_ANY_SPEED)
+settings.register_profile("other", print_blob=True, **_ANY_SPEED)
+settings.load_profile(os.environ.get("TEST_EXAMPLES", "same"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, for the servers they share; those of the whole stack in one, for one stack."""
+    for item in items:
+        is_e2e = item.path.is_relative_to(Path(__file__).parent / "e2e")
+        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Set
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from functools import partial
 from typing import Annotated, Any, Final, Literal
 
 import httpx
@@ -14,7 +14,10 @@ from fastapi import APIRouter, Query, Request, Response
 from api.errors import ErrorEnvelope, error_response
 from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from api.state import ApiState
+from embedd_dagster import __version__
 from embedd_dagster.errors import EmbeddError
+from embedd_dagster.settings import Settings
+from embedd_dagster.stores import open_qdrant
 
 router = APIRouter(tags=["Health"])
 
@@ -40,7 +43,7 @@ _LINKS: Final = {
 @router.get("/")
 async def get_service() -> ServiceAnswer:
     """Tell what answers here, and where its documentation is."""
-    return ServiceAnswer(name="embedd", version=version("embedd"), links=_LINKS)
+    return ServiceAnswer(name="embedd", version=__version__, links=_LINKS)
 
 
 @router.get("/health")
@@ -86,7 +89,6 @@ def get_ready(
 
 def check_parts(state: ApiState, *, without: Set[str] = frozenset()) -> dict[str, PartAnswer]:
     """Every part (without some), asked at the same time."""
-    headers = {"api-key": key.get_secret_value()} if (key := state.settings.qdrant_api_key) else {}
     token = state.settings.dagster_token
     dagster_headers = {"Authorization": f"Bearer {token.get_secret_value()}"} if token else {}
     checks: dict[str, Callable[[], None] | None] = {
@@ -94,7 +96,7 @@ def check_parts(state: ApiState, *, without: Set[str] = frozenset()) -> dict[str
         "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info", dagster_headers)
         if state.settings.dagster_url
         else None,
-        "qdrant": _get(f"{state.settings.qdrant_url.rstrip('/')}/readyz", headers),
+        "qdrant": partial(_check_qdrant, state.settings),
     }
     checks = {name: check for name, check in checks.items() if name not in without}
     with ThreadPoolExecutor(len(checks)) as workers:
@@ -107,6 +109,13 @@ def _get(url: str, headers: dict[str, str] | None = None) -> Callable[[], None]:
             client.get(url, headers=headers).raise_for_status()
 
     return get
+
+
+def _check_qdrant(settings: Settings) -> None:
+    # not /readyz, which answers without a key: a wrong key is not ready
+    key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
+    with open_qdrant(settings.qdrant_url, key, read_timeout_seconds=_TIMEOUT_SECONDS) as store:
+        store.check()
 
 
 def _check(check: Callable[[], None] | None) -> PartAnswer:

@@ -23,6 +23,7 @@ from api.schemas.vector_table_sync import (
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
 from embedd_dagster.core.keys import decode_key, render_key
 from embedd_dagster.core.status import SyncStatus, TaskType
@@ -96,11 +97,12 @@ def start_sync(
     options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
     with attempt, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        label = RunLabel.of(row)
         task = _create_sync(session, caller, row, options)
         started = attempt.answer(
             session, SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
         )
-    caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
+    caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
     return started
 
 
@@ -149,11 +151,12 @@ def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: O
     """Try the failed rows again, in a sync that starts now."""
     with attempt, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+        label = RunLabel.of(row)
         task = _create_sync(session, caller, row, {"retry_failed": True})
         failed = vector_sets.count_failures(session, row.id, row.live_version) if row.live_version is not None else 0
         started = RetryStartedAnswer(
             vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed
         )
         attempt.answer(session, started)
-    caller.state.launcher.launch(task.id, vector_table_id, TaskType.SYNC)
+    caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
     return started

@@ -26,7 +26,9 @@ from api.schemas.vector_tables import (
     VectorTableUpdate,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import connections, moved_tables, tasks, vector_tables
+from embedd_dagster.catalog import connections, moved_tables, table_details, tasks, vector_tables
+from embedd_dagster.catalog.partitions import RunLabel
+from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import Connection, VectorTable
 from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
@@ -75,7 +77,7 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
         admitted = admission.admit(caller.state.runtime, caller.environment.id, wanted)
         with caller.state.runtime.catalog.transaction() as session:
             row = vector_tables.create(session, caller.environment, admitted)
-            return attempt.answer(session, VectorTableAnswer.of(row))
+            return attempt.answer(session, VectorTableAnswer.of(row, TableDetails()))
 
 
 @router.get("", response_model_exclude_unset=True, responses=answers())
@@ -100,14 +102,20 @@ def list_vector_tables(
     asked = PageRequest.read(limit, cursor, **wanted)
     with caller.state.runtime.catalog.transaction() as session:
         page = vector_tables.page(session, caller.environment.id, limit, asked.after, **wanted)
-    return list_answer(VectorTableList, page, asked, VectorTableAnswer.of)
+        details = table_details.read(session, [row.id for row in page.items])
+    return list_answer(VectorTableList, page, asked, lambda row: VectorTableAnswer.of(row, details[row.id]))
 
 
 @router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))
 def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTableAnswer:
     """Get a vector table."""
     with caller.state.runtime.catalog.transaction() as session:
-        return VectorTableAnswer.of(vector_tables.get(session, caller.environment.id, vector_table_id))
+        return _answer(session, vector_tables.get(session, caller.environment.id, vector_table_id))
+
+
+def _answer(session: Session, row: VectorTable) -> VectorTableAnswer:
+    session.flush()
+    return VectorTableAnswer.of(row, table_details.read(session, [row.id])[row.id])
 
 
 @router.put(
@@ -140,7 +148,7 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
         if key_type is not None:
             moved_tables.move(session, row, checked.source_table, key_type)
         _change(session, row, body, seen, checked)
-    return VectorTableAnswer.of(row)
+        return _answer(session, row)
 
 
 def _endpoints(session: Session, caller: Caller, vector_table_id: str) -> Endpoints:
@@ -218,6 +226,7 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
         total_rows = row.total_rows or state.estimate_rows(connection, row.source_table)
         with state.runtime.catalog.transaction() as session:
             row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
+            label = RunLabel.of(row)
             task = tasks.create(
                 session,
                 row,
@@ -233,7 +242,7 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
                 task_id=task.id,
             )
             attempt.answer(session, started)
-    state.launcher.launch(task.id, vector_table_id, TaskType.BACKFILL)
+    state.launcher.launch(task.id, vector_table_id, label, TaskType.BACKFILL)
     return started
 
 

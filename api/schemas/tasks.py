@@ -8,6 +8,7 @@ from pydantic import Field
 
 from api.pagination import ListAnswer
 from api.schemas.base import Answer, Timestamp
+from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.tables import Task
 
 TaskStatusName = Literal["pending", "running", "completed", "failed", "cancelled"]
@@ -19,8 +20,19 @@ class TaskProgress(Answer):
     rows_processed: int
     total_rows: int
     rows_failed: int
+    rows_skipped: int = Field(description="Rows without any text in the embedding columns: they get no vector")
+    rows_truncated: int = Field(description="Rows whose text was cut at the model's limit")
     tokens: int
     last_processed_pk: int | float | str | None
+    stage: str | None = Field(
+        description="What the task does now. `queued`: it waits for a run; `starting`; of a backfill `prepare`, `load`, "
+        "`catch_up`, `index`, `verify`, `swap`; of a sync `digest`, `sync`. A task that failed or was cancelled shows where "
+        "it ended, a completed one null",
+        examples=["load"],
+    )
+    rows_indexed: int | None = Field(
+        description="In stage `index`: vectors that the store has indexed so far, as far as it tells; else null"
+    )
 
 
 class TaskAnswer(Answer):
@@ -45,6 +57,8 @@ class TaskAnswer(Answer):
         """The task as callers see it."""
         progress = {name: task.progress.get(name, 0) for name in TaskProgress.model_fields}
         progress["last_processed_pk"] = task.progress.get("last_processed_pk")
+        progress["stage"] = tasks.shown_stage(task)
+        progress["rows_indexed"] = task.progress.get("rows_indexed") if progress["stage"] == "index" else None
         return cls(
             id=task.id,
             org_id=task.org_id,

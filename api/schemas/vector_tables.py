@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from api.pagination import ListAnswer
 from api.schemas.base import Answer, Body, Name, Timestamp, known_form, unset
+from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import VectorTable
 from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
 
@@ -110,7 +111,8 @@ class VectorTableUpdate(Body):
         {
             "id", "org_id", "environment_id", "connection_id", "embedding_provider_id", "primary_key_column",
             "mode", "sync_mode", "sync_status", "qdrant_collection", "platform_vector_ref",
-            "total_rows", "synced_rows", "created_at", "updated_at",
+            "total_rows", "synced_rows", "rows_skipped", "rows_truncated", "stage", "dagster_partition",
+            "created_at", "updated_at",
         }
     )  # fmt: skip
 
@@ -154,13 +156,26 @@ class VectorTableAnswer(Answer):
     platform_vector_ref: str | None = Field(description="In platform mode: the view over the live vectors")
     total_rows: int = Field(description="Rows of the source, as of the last run")
     synced_rows: int = Field(description="Rows that have a vector, as of the last run")
+    rows_skipped: int = Field(
+        description="Rows without any text in the embedding columns, as of the last run: they have no vector"
+    )
+    rows_truncated: int = Field(
+        description="Rows whose text was cut at the model's limit: those of the last backfill, and of each sync since"
+    )
+    stage: str | None = Field(
+        description="What its live task does, see the task's `progress.stage`; null while nothing is to be done"
+    )
+    dagster_partition: str = Field(
+        description="Its partition of the asset `vector_table` in Dagster; it stays when the vector table is renamed",
+        examples=["vt_1q3k8zc0_product-search"],
+    )
     sync_schedule: str | None
     sync_interval_seconds: int | None
     created_at: Timestamp
     updated_at: Timestamp
 
     @classmethod
-    def of(cls, row: VectorTable) -> VectorTableAnswer:
+    def of(cls, row: VectorTable, details: TableDetails) -> VectorTableAnswer:
         """The vector table as callers see it."""
         return cls(
             id=row.id,
@@ -181,6 +196,10 @@ class VectorTableAnswer(Answer):
             platform_vector_ref=row.platform_vector_ref,
             total_rows=row.total_rows,
             synced_rows=row.synced_rows,
+            rows_skipped=details.rows_skipped,
+            rows_truncated=details.rows_truncated,
+            stage=details.stage,
+            dagster_partition=row.partition_key,
             sync_schedule=row.sync_schedule,
             sync_interval_seconds=row.sync_interval_seconds,
             created_at=row.created_at,

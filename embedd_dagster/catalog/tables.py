@@ -234,6 +234,8 @@ class VectorTable(Base):
     """The configuration whose build somebody cancelled: while it is the present one, nothing begins it by itself."""
     storage_name: Mapped[str] = mapped_column(unique=True)
     """`vt_<8>_<name>`: the Qdrant alias, and behind `embedd_` the platform table."""
+    partition_key: Mapped[str] = mapped_column(unique=True)
+    """Its partition in Dagster: the storage name, never cut for PostgreSQL. Renaming the vector table does not change it."""
     platform_vector_ref: Mapped[str | None]
     sync_status: Mapped[str]
     paused: Mapped[bool] = mapped_column(default=False)
@@ -328,6 +330,8 @@ class VectorSetRow(Base):
     row_count: Mapped[int | None]
     skipped_count: Mapped[int | None]
     """Source rows without any text, as of the last completed run: they have no point."""
+    truncated_count: Mapped[int | None]
+    """Texts that were cut at the model's limit since the build began; one that changes often is counted each time."""
     created_at: Mapped[datetime]
     live_at: Mapped[datetime | None]
     retired_at: Mapped[datetime | None]

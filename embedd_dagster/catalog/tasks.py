@@ -32,8 +32,12 @@ EMPTY_PROGRESS: dict[str, Any] = {
     "rows_processed": 0,
     "total_rows": 0,
     "rows_failed": 0,
+    "rows_skipped": 0,
+    "rows_truncated": 0,
     "tokens": 0,
     "last_processed_pk": None,
+    "stage": None,
+    "rows_indexed": None,
 }
 
 
@@ -152,6 +156,16 @@ def forget_ended(session: Session, before: datetime, limit: int) -> int:
     old = select(Task.id).where(Task.id < ids.new_id("task", int(before.timestamp())), Task.ended_at < before)
     forgotten = session.scalars(delete(Task).where(Task.id.in_(old.order_by(Task.id).limit(limit))).returning(Task.id))
     return len(forgotten.all())
+
+
+def shown_stage(task: Task) -> str | None:
+    """What the task does now: `queued` while no run has claimed it. None once it is completed."""
+    if task.status == TaskStatus.PENDING.value:
+        return "queued"
+    if task.status == TaskStatus.COMPLETED.value:
+        return None
+    stage: str | None = task.progress.get("stage")
+    return "starting" if stage is None and task.status == TaskStatus.RUNNING.value else stage
 
 
 def record_launch(session: Session, task_id: str, run_id: str) -> None:

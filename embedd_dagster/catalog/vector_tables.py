@@ -15,7 +15,6 @@ from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free, violated_constraint
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
-from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
@@ -23,7 +22,7 @@ from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 _ALIAS_LENGTH = 255  # of Qdrant
 _PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
 _ID_ATTEMPTS = 20
-_STORAGE_NAME_CONSTRAINT = "uq_vector_tables_storage_name"
+_NAME_CONSTRAINTS = ("uq_vector_tables_storage_name", "uq_vector_tables_partition_key")
 _HELD = (
     "The re-backfill was cancelled, and does not begin again by itself. "
     "POST /v1/vector-tables/{id}/backfill starts it, and so does a new configuration."
@@ -61,7 +60,7 @@ def create(session: Session, environment: Environment, new: NewVectorTable) -> V
                 session.add(row)
         except IntegrityError as error:
             # the ids of two tables of one name, in two environments, begin with the same 8 characters: take another
-            if violated_constraint(error) != _STORAGE_NAME_CONSTRAINT:
+            if violated_constraint(error) not in _NAME_CONSTRAINTS:
                 raise
         else:
             return row
@@ -90,6 +89,7 @@ def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str
         sync_interval_seconds=new.sync_interval_seconds,
         config_version=1,
         storage_name=public_name,
+        partition_key=storage_name(vector_table_id, new.name, max_length=_ALIAS_LENGTH),
         platform_vector_ref=f"{new.platform_schema}.embedd_{public_name}" if new.platform_schema else None,
         sync_status=SyncStatus.PENDING.value,
         paused=False,
@@ -219,11 +219,14 @@ def refuse(session: Session, vector_table_id: str, error: str) -> None:
         row.last_error, row.last_error_at = error, now()
 
 
-def note_counts(session: Session, vector_table_id: str, version: int, point_count: int, failed_count: int) -> None:
+def note_counts(
+    session: Session, vector_table_id: str, version: int, point_count: int, failed_count: int, truncated_count: int
+) -> None:
     """Rows and points of the live set, as a follower finds them between two comparisons with the source."""
     row = find(session, vector_table_id, lock=True)
     if row is not None and row.live_version == version and SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
         live = session.get_one(VectorSetRow, (vector_table_id, version))
+        live.truncated_count = (live.truncated_count or 0) + truncated_count
         row.synced_rows = point_count
         row.total_rows = point_count + failed_count + (live.skipped_count or 0)
 
@@ -323,24 +326,6 @@ def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[
     statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
     found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
     return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
-
-
-def partition_keys(session: Session) -> set[str]:
-    """The ids of all vector tables that are not being deleted: Dagster's partitions."""
-    return set(session.scalars(select(VectorTable.id).where(VectorTable.deleted_at.is_(None))))
-
-
-def queue_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, QueuePlace]:
-    """Whose work each of these vector tables is, and how many rows there are."""
-    statement = select(
-        VectorTable.id,
-        VectorTable.org_id,
-        VectorTable.environment_id,
-        VectorTable.embedding_provider_id,
-        VectorTable.total_rows,
-    )
-    found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
-    return {key: QueuePlace(org, environment, provider, rows) for key, org, environment, provider, rows in found}
 
 
 def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]:

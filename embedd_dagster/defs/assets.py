@@ -1,20 +1,22 @@
 """The one asset, and the external one that it is made from."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 
 import dagster as dg
 from pydantic import Field
 
+from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
 from embedd_dagster.defs import partitions
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.heartbeat import heartbeat
-from embedd_dagster.defs.materialization import data_version, describe_report
+from embedd_dagster.defs.materialization import Links, data_version, describe_report
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import cancel_was_asked_for, stop_signal
 from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, NAME_TAG, OUTCOME_TAG, TASK_TAG, TASK_TYPE_TAG
+from embedd_dagster.defs.verdicts import not_checked
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
@@ -24,10 +26,13 @@ OWNERS = ["team:data-engineering"]
 
 source_table = dg.AssetSpec(
     "source_table",
-    description="A table or view in somebody's database: the rows that a vector table is made from. Not ours to build.",
+    description=(
+        "The tables and views in customers' databases that vector tables are made from: one asset for all of them. "
+        "The materializations of `vector_table` say in `source_table` which one each partition is made from."
+    ),
     group_name=GROUP,
     owners=OWNERS,
-    kinds={"table"},
+    kinds={"postgres", "table"},
 )
 
 
@@ -61,14 +66,15 @@ class VectorTableConfig(dg.Config):
     pool=partitions.vector_tables.name,  # `deploy/dagster.yaml` says how many of its runs there may be at once
     output_required=False,  # a run that finds its task done elsewhere materializes nothing, and has not failed
     description=(
-        "The vectors of one source table, searchable by meaning. A partition is a vector table of the API; its "
-        "materialization is a backfill (built beside the live vectors, then switched to in one step) or a sync. "
-        "Materializing it here does the same as the API: it is recorded as a task, and refused while one is live."
+        "The vectors of one source table, searchable by meaning. A partition is a vector table of the API, under the name "
+        "that it was created with. Its materialization is a backfill (built beside the live vectors, then switched to in "
+        "one step) or a sync; materializing it here does the same as the API: it is recorded as a task, and refused while "
+        "one is live."
     ),
 )
 def vector_table(
     context: dg.AssetExecutionContext, config: VectorTableConfig, runtime: RuntimeResource
-) -> Iterator[dg.MaterializeResult]:  # type: ignore[type-arg]
+) -> Iterator[dg.MaterializeResult | dg.AssetCheckEvaluation]:  # type: ignore[type-arg]
     """One backfill or sync, for the task named in the run's tag or for one that it makes."""
     run_id = context.run.run_id
     instance = context.instance
@@ -78,14 +84,15 @@ def vector_table(
 
     try:
         opened = runtime.open()
+        task_id = find_or_create_task(opened, context, config)
         # the API launches a table's first run maybe before the sensor has added its partition
         instance.add_dynamic_partitions("vector_tables", [context.partition_key])
-        task_id = find_or_create_task(opened, context, config)
         if task_id is None:
             context.log.info("Nothing to do: the vector table is paused, and nobody asked for this by hand.")
             instance.add_run_tags(run_id, {OUTCOME_TAG: "paused"})
             return
-        instance.add_run_tags(run_id, _tags_for_people(opened, task_id))
+        if tags := _missing_tags(opened, task_id, context.run.tags):
+            instance.add_run_tags(run_id, tags)
         with heartbeat(opened, run_id, context.log.info), stop_signal(cancelled) as should_stop:
             report = run_task(opened, task_id, run_id, log=context.log.info, should_stop=should_stop)
     except RunSuperseded as superseded:
@@ -98,11 +105,16 @@ def vector_table(
             instance.report_run_canceling(context.run, message=str(error))
         raise dg.DagsterExecutionInterruptedError from None
     except Exception as error:  # noqa: BLE001 - every error is translated, so that no row's content is shown
-        raise as_failure(error) from None
-    yield dg.MaterializeResult(
-        metadata=describe_report(report, opened.settings.api_url),
-        data_version=_data_version(context, report),
-    )
+        failure = as_failure(error)
+    else:
+        yield dg.MaterializeResult(
+            metadata=describe_report(report, Links.of(opened.settings)),
+            data_version=_data_version(context, report),
+        )
+        return
+    # a check that the run does not reach would be shown as failed to execute, as if the check had a fault
+    yield not_checked(context.partition_key, failure)
+    raise failure
 
 
 def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, config: VectorTableConfig) -> str | None:
@@ -121,9 +133,9 @@ def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, con
             ended = task is None or task.status not in LIVE_TASK_STATUSES
             if not (ended and context.run.parent_run_id):
                 return named
-        table = vector_tables.find(session, context.partition_key, lock=True)
+        table = catalog_partitions.find_table(session, context.partition_key, lock=True)
         if table is None or table.deleted_at is not None:
-            raise NotFound("vector_table", context.partition_key)
+            raise _no_such_partition(context.partition_key)
         by_hand = context.run.parent_run_id or not any(tag in context.run.tags for tag in AUTOMATIC_TAGS)
         if table.paused and not by_hand:
             return None
@@ -151,13 +163,29 @@ def find_or_create_task(runtime: Runtime, context: dg.AssetExecutionContext, con
     return task_id
 
 
-def _tags_for_people(runtime: Runtime, task_id: str) -> dict[str, str]:
+def _no_such_partition(partition_key: str) -> NotFound:
+    error = NotFound(
+        "vector_table",
+        partition_key,
+        resolution="Choose a partition from the list, where each vector table has one. New ones appear within seconds; "
+        "the API shows a vector table's partition as `dagster_partition`.",
+    )
+    error.message = f"No vector table has the partition {partition_key!r}."
+    return error
+
+
+def _missing_tags(runtime: Runtime, task_id: str, tags: Mapping[str, str]) -> dict[str, str]:
+    """The tags that a run of the API or the sensor has from its launch on, for one that was launched elsewhere.
+
+    A run that is executed again has copies of the tags of the run before it: they are replaced if they are wrong by now.
+    """
     with runtime.catalog.transaction() as session:
         task = tasks.find(session, task_id)
         table = vector_tables.find(session, task.target_id) if task is not None else None
     if task is None or table is None:
         return {}
-    return {NAME_TAG: table.name, TASK_TYPE_TAG: task.task_type}
+    wanted = {NAME_TAG: table.name, TASK_TYPE_TAG: task.task_type}
+    return {key: value for key, value in wanted.items() if tags.get(key) != value}
 
 
 def _mode(context: dg.AssetExecutionContext, config: VectorTableConfig) -> RunMode:

@@ -29,11 +29,13 @@ class GivenUpWork:
     """A partition of a backfill that Dagster gave up before a run had begun it."""
 
     backfill_id: str
-    vector_table_id: str
-    """As its partition key names it; there may be none of this id."""
+    partition_key: str
+    """What was asked for; there may be no such partition."""
     requested_at: datetime
     is_sync: bool
     options: Mapping[str, bool] = field(default_factory=dict)
+    vector_table_id: str = ""
+    """Empty as long as the catalog has not been asked which vector table has the partition."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ def _work(backfill: PartitionBackfill, partition_key: str) -> GivenUpWork:
     mode = backfill.tags.get(MODE_TAG) or config.get("mode")
     return GivenUpWork(
         backfill_id=backfill.backfill_id,
-        vector_table_id=partition_key,
+        partition_key=partition_key,
         requested_at=datetime.fromtimestamp(backfill.backfill_timestamp, UTC),
         is_sync=mode == "sync",
         options={name: True for name in _OPTIONS if config.get(name) is True},

@@ -13,14 +13,16 @@ from typing import Final
 import dagster as dg
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import partitions, tasks, vector_tables
+from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.resyncs import OwedSync
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.defs.backfills import GivenUpWork
+from embedd_dagster.defs.former_partitions import move_history
 from embedd_dagster.defs.reconcile import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
-from embedd_dagster.defs.tags import CANCELLED_BY_TAG, PARTITION_TAG, TASK_TAG
+from embedd_dagster.defs.tags import CANCELLED_BY_TAG, NAME_TAG, PARTITION_TAG, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, Conflict
 
@@ -47,7 +49,7 @@ class Enactor:
         """
         for run_id in plan.cancelled_alone:  # before anything is made of it, while it can still be told
             self.instance.add_run_tags(run_id, {CANCELLED_BY_TAG: "somebody"})
-        requests = [_request_for(decision, places) for decision in plan.tasks if decision.verdict is Verdict.LAUNCH]
+        requests = self._launches(plan, places)
         for subject, begin in self._beginnings(plan, places):
             if self._is_out_of_time():
                 break
@@ -64,8 +66,38 @@ class Enactor:
             self.log(f"{left} tasks and runs are left for the next tick.")
         return requests
 
+    def move_partitions(self, plan: Plan) -> list[str]:
+        """Moves the history of partitions that were named by an id; gives the keys whose history was moved in time."""
+        moved: list[str] = []
+        for old_key, new_key in plan.partitions_to_move.items():
+            if self._is_out_of_time():
+                self.log(f"{len(plan.partitions_to_move) - len(moved)} partitions are left for the next tick.")
+                break
+            with self._alone(old_key):
+                move_history(self.instance, old_key, new_key)
+                moved.append(old_key)
+        return moved
+
     def _is_out_of_time(self) -> bool:
         return self.clock() >= self.until
+
+    def _launches(self, plan: Plan, places: Mapping[str, QueuePlace]) -> list[dg.RunRequest]:
+        facts = [(one.task, one.run_key) for one in plan.tasks if one.verdict is Verdict.LAUNCH]
+        if not facts:
+            return []
+        with self.runtime.catalog.transaction() as session:
+            labels = partitions.run_labels(session, [task.vector_table_id for task, _ in facts])
+        return [
+            run_request(
+                task.task_id,
+                labels[task.vector_table_id],
+                task.task_type,
+                run_key or task.task_id,
+                places.get(task.vector_table_id, QueuePlace()),
+            )
+            for task, run_key in facts
+            if task.vector_table_id in labels
+        ]
 
     def _beginnings(
         self, plan: Plan, places: Mapping[str, QueuePlace]
@@ -134,8 +166,8 @@ class Enactor:
                 )
             except Conflict:
                 return []  # somebody was faster
-            task_id = task.id
-        return [run_request(task_id, vector_table_id, TaskType.REBACKFILL, f"{task_id}:0", place)]
+            task_id, label = task.id, RunLabel.of(table)
+        return [run_request(task_id, label, TaskType.REBACKFILL, f"{task_id}:0", place)]
 
     def _begin_owed_sync(self, owed: OwedSync, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
@@ -152,9 +184,9 @@ class Enactor:
                 )
             except Conflict:
                 return []  # somebody was faster
-            task_id = task.id
+            task_id, label = task.id, RunLabel.of(table)
         self.log(f"{owed.vector_table_id}, task {task_id}: sync. {owed.reason}")
-        return [run_request(task_id, owed.vector_table_id, TaskType.SYNC, f"{task_id}:0", place)]
+        return [run_request(task_id, label, TaskType.SYNC, f"{task_id}:0", place)]
 
     def _begin_given_up(self, work: GivenUpWork, place: QueuePlace) -> list[dg.RunRequest]:
         reason = f"Dagster gave up backfill {work.backfill_id}, which was to do this."
@@ -174,27 +206,25 @@ class Enactor:
                 )
             except Conflict:
                 return []  # somebody was faster
-            task_id = task.id
+            task_id, label = task.id, RunLabel.of(table)
         self.log(f"{work.vector_table_id}, task {task_id}: {task_type.value}. {reason}")
-        return [run_request(task_id, work.vector_table_id, task_type, f"{task_id}:0", place)]
+        return [run_request(task_id, label, task_type, f"{task_id}:0", place)]
 
 
-def _request_for(decision: TaskDecision, places: Mapping[str, QueuePlace]) -> dg.RunRequest:
-    task = decision.task
-    place = places.get(task.vector_table_id, QueuePlace())
-    return run_request(task.task_id, task.vector_table_id, task.task_type, decision.run_key or task.task_id, place)
-
-
-def run_request(
-    task_id: str, vector_table_id: str, task_type: TaskType, run_key: str, place: QueuePlace
-) -> dg.RunRequest:
+def run_request(task_id: str, label: RunLabel, task_type: TaskType, run_key: str, place: QueuePlace) -> dg.RunRequest:
     """A run of the job for a task."""
     mode = "sync" if task_type is TaskType.SYNC else "backfill"
     return dg.RunRequest(
         run_key=run_key,
-        partition_key=vector_table_id,
+        partition_key=label.partition_key,
         # with Dagster's own tag it is taken as it is: one whose partition has just gone would fail the tick for all
-        tags={TASK_TAG: task_id, PARTITION_TAG: vector_table_id, **queue_tags(task_type, place)},
+        tags={
+            TASK_TAG: task_id,
+            PARTITION_TAG: label.partition_key,
+            NAME_TAG: label.name,
+            TASK_TYPE_TAG: task_type.value,
+            **queue_tags(task_type, place),
+        },
         run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
     )
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 import dagster as dg
+from dagster._core.errors import DagsterUserCodeProcessError
+from dagster_shared.error import SerializableErrorInfo
 
 from embedd_dagster.errors import EmbeddError, PermanentError, RequestError, TransientError
 
@@ -21,6 +24,20 @@ _WHAT_HAPPENS: Final[tuple[tuple[type[Exception], str], ...]] = (
     (EmbeddError, _STOPPED),
     (Exception, _AGAIN),
 )
+
+
+class ReadableFailure(DagsterUserCodeProcessError, dg.Failure):
+    """A failure that Dagster shows by its message alone, without the stack of Dagster's own functions that ran the step.
+
+    Dagster takes the error that another process has described as it is, instead of describing what was raised.
+    """
+
+    def __init__(self, description: str, metadata: Mapping[str, dg.MetadataValue]) -> None:
+        dg.Failure.__init__(self, description, metadata=metadata, allow_retries=False)
+        resolution = metadata.get("resolution")
+        # the event that ends the run shows this and not the metadata
+        message = f"{description}\n{resolution.value}" if resolution is not None else description
+        self.user_code_process_error_infos = [SerializableErrorInfo(message, [], "Failure")]
 
 
 def as_failure(error: Exception) -> dg.Failure:
@@ -39,7 +56,7 @@ def as_failure(error: Exception) -> dg.Failure:
             f"Internal error: {type(error).__name__}. Its message is left out, as it may hold a row's content."
         )
         metadata["where"] = dg.MetadataValue.md("```\n" + _frames(error) + "\n```")
-    return dg.Failure(description, metadata=metadata, allow_retries=False)
+    return ReadableFailure(description, metadata)
 
 
 def _frames(error: Exception) -> str:

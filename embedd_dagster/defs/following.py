@@ -17,7 +17,7 @@ from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.liveness import CODE_SERVER_STARTED_AT, LifeSigns, Patience, why_gone
-from embedd_dagster.defs.materialization import describe_follow_report
+from embedd_dagster.defs.materialization import Links, describe_follow_report
 from embedd_dagster.defs.observe import Memory, life_signs
 from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
@@ -56,9 +56,9 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
             context.log_event(
                 dg.AssetMaterialization(
                     asset_key="vector_table",
-                    partition=done.vector_table_id,
+                    partition=done.partition_key,
                     description="Changes that were captured in the source's log",
-                    metadata=describe_follow_report(done, opened.settings.api_url),
+                    metadata=describe_follow_report(done, Links.of(opened.settings)),
                 )
             )
 

@@ -1,8 +1,9 @@
-"""What a materialization tells: numbers that Dagster plots over time, where to look further, and a few rows."""
+"""What a materialization says: what it is, where to look further, numbers that Dagster plots, and a few rows."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Final
 
 import dagster as dg
@@ -10,6 +11,7 @@ import dagster as dg
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.follow_reports import FollowReport
 from embedd_dagster.engine.run import RunReport
+from embedd_dagster.settings import Settings
 
 _COUNTS: Final = (
     "rows_read",
@@ -28,32 +30,42 @@ _COUNTS: Final = (
 )
 
 
-def describe_report(report: RunReport, api_url: str | None) -> dict[str, dg.MetadataValue]:
-    """The metadata of a materialization."""
-    metadata: dict[str, dg.MetadataValue] = {
+@dataclass(frozen=True, slots=True)
+class Links:
+    """Where people find what a materialization is about; without `api_url` there are no links to the API."""
+
+    api_url: str | None
+    qdrant_url: str
+
+    @classmethod
+    def of(cls, settings: Settings) -> Links:
+        """Those of this installation."""
+        return cls(settings.api_url, settings.qdrant_url)
+
+
+def describe_report(report: RunReport, links: Links) -> dict[str, dg.MetadataValue]:
+    """The metadata of a materialization; Dagster shows it in this order."""
+    metadata: dict[str, dg.MetadataValue] = _subject(report, links)
+    if links.api_url is not None:
+        metadata["task"] = dg.MetadataValue.url(f"{links.api_url.rstrip('/')}/v1/tasks/{report.task_id}")
+    metadata["task_type"] = dg.MetadataValue.text(report.task_type)
+    if report.reason:
+        metadata["reason"] = dg.MetadataValue.text(report.reason)
+    metadata |= {
         "dagster/row_count": dg.MetadataValue.int(report.total_rows),
         **{name: dg.MetadataValue.int(getattr(report, name)) for name in _COUNTS},
         "cost_usd": dg.MetadataValue.float(float(report.cost_usd)),
         "rows_per_second": dg.MetadataValue.float(float(report.rows_per_second)),
         **{f"seconds/{stage}": dg.MetadataValue.float(float(spent)) for stage, spent in report.seconds.items()},
-        "name": dg.MetadataValue.text(report.name),
-        "source_table": dg.MetadataValue.text(report.source_table),
-        "task_type": dg.MetadataValue.text(report.task_type),
         "task_id": dg.MetadataValue.text(report.task_id),
-        "embedding_model": dg.MetadataValue.text(report.model),
         "version": dg.MetadataValue.int(report.version),
     }
-    if report.reason:
-        metadata["reason"] = dg.MetadataValue.text(report.reason)
-    if api_url is not None:
-        metadata["vector_table"] = _vector_table(api_url, report.vector_table_id)
-        metadata["task"] = dg.MetadataValue.url(f"{api_url.rstrip('/')}/v1/tasks/{report.task_id}")
     if report.sample:
         metadata["sample"] = dg.MetadataValue.json(json.loads(json.dumps(report.sample, default=str)))
     return metadata
 
 
-def describe_follow_report(report: FollowReport, api_url: str | None) -> dict[str, dg.MetadataValue]:
+def describe_follow_report(report: FollowReport, links: Links) -> dict[str, dg.MetadataValue]:
     """The metadata of a materialization that a follower writes: under the names of a sync's, where they mean the same."""
     counts = report.counts
     numbers = {
@@ -69,19 +81,32 @@ def describe_follow_report(report: FollowReport, api_url: str | None) -> dict[st
         "point_count": report.point_count,
         "version": report.version,
     }
-    metadata: dict[str, dg.MetadataValue] = {name: dg.MetadataValue.int(value) for name, value in numbers.items()}
+    metadata = _subject(report, links)
     metadata["task_type"] = dg.MetadataValue.text("follow")
+    metadata |= {name: dg.MetadataValue.int(value) for name, value in numbers.items()}
     metadata["lag_seconds"] = dg.MetadataValue.float(round(report.lag_seconds, 3))
     metadata["seconds/follow"] = dg.MetadataValue.float(round(report.seconds, 3))
     if report.lag_bytes is not None:
         metadata["lag_bytes"] = dg.MetadataValue.int(report.lag_bytes)
-    if api_url is not None:
-        metadata["vector_table"] = _vector_table(api_url, report.vector_table_id)
     return metadata
 
 
-def _vector_table(api_url: str, vector_table_id: str) -> dg.UrlMetadataValue:
-    return dg.MetadataValue.url(f"{api_url.rstrip('/')}/v1/vector-tables/{vector_table_id}")
+def _subject(report: RunReport | FollowReport, links: Links) -> dict[str, dg.MetadataValue]:
+    """What was materialized, from what, and where to look at it."""
+    metadata: dict[str, dg.MetadataValue] = {
+        "name": dg.MetadataValue.text(report.name),
+        "source_table": dg.MetadataValue.text(report.source_table),
+        "embedding_model": dg.MetadataValue.text(report.model),
+    }
+    if links.api_url is not None:
+        url = f"{links.api_url.rstrip('/')}/v1/vector-tables/{report.vector_table_id}"
+        metadata["vector_table"] = dg.MetadataValue.url(url)
+    if report.platform_vector_ref is None:
+        collection = f"{links.qdrant_url.rstrip('/')}/collections/{report.storage_name}"
+        metadata["vectors"] = dg.MetadataValue.url(collection)
+    else:
+        metadata["vectors"] = dg.MetadataValue.text(f"{report.platform_vector_ref} in the source's database")
+    return metadata
 
 
 def data_version(report: RunReport, before: str | None) -> dg.DataVersion:

@@ -11,6 +11,7 @@ import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter
 from sqlalchemy.orm import Session
 
+from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.catalog import resyncs, run_heartbeats, tasks, vector_tables
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import Task
@@ -64,7 +65,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     with runtime.catalog.transaction() as session:
         now = database_now(session)
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
-        wanted = frozenset(vector_tables.partition_keys(session))
+        wanted = catalog_partitions.present_keys(session)
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
         owed = tuple(resyncs.owed(session, _OWED_SYNCS_AT_ONCE))
         given_up = _still_to_do(session, backfills.given_up, wanted)
@@ -77,7 +78,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     memory.note_read(instant, stale_after / 2)
     return Observation(
         now=now,
-        vector_table_ids=wanted,
+        wanted_partitions=wanted,
         awaiting_rebackfill=awaiting,
         owed_syncs=owed,
         tasks=live,
@@ -95,9 +96,11 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
     )
 
 
-def _still_to_do(session: Session, works: Iterable[GivenUpWork], wanted: frozenset[str]) -> tuple[GivenUpWork, ...]:
+def _still_to_do(session: Session, works: Iterable[GivenUpWork], wanted: Mapping[str, str]) -> tuple[GivenUpWork, ...]:
     """Of what given-up backfills left, that for which no task was created since, by a run of theirs or anybody."""
-    left = [work for work in works if work.vector_table_id in wanted]
+    # the key was the id until version 0013 of the catalog, and a backfill of that time still has it
+    by_key = {key: key for key in wanted} | {partition_key: key for key, partition_key in wanted.items()}
+    left = [replace(work, vector_table_id=by_key[work.partition_key]) for work in works if work.partition_key in by_key]
     never_built = vector_tables.never_built(session, {work.vector_table_id for work in left if work.is_sync})
     left = [work for work in left if not (work.is_sync and work.vector_table_id in never_built)]
     begun: set[tuple[str, bool]] = set()
@@ -116,7 +119,7 @@ def _still_to_do(session: Session, works: Iterable[GivenUpWork], wanted: frozens
 def _places(session: Session, vector_table_ids: list[str]) -> dict[str, QueuePlace]:
     places: dict[str, QueuePlace] = {}
     for start in range(0, len(vector_table_ids), _PLACES_PER_QUERY):
-        places |= vector_tables.queue_places(session, vector_table_ids[start : start + _PLACES_PER_QUERY])
+        places |= catalog_partitions.queue_places(session, vector_table_ids[start : start + _PLACES_PER_QUERY])
     return places
 
 
@@ -156,7 +159,7 @@ def _run_fact(record: dg.RunRecord) -> RunFact:
         run_id=record.dagster_run.run_id,
         status=record.dagster_run.status,
         task_id=tags.get(TASK_TAG),
-        vector_table_id=tags.get(PARTITION_TAG),
+        partition_key=tags.get(PARTITION_TAG),
         ended_at=_instant(record.end_time),
         signs=life_signs(record),
         backfill_id=None if CANCELLED_BY_TAG in tags else tags.get(BACKFILL_TAG),

@@ -64,7 +64,7 @@ class RunFact:
     run_id: str
     status: dg.DagsterRunStatus
     task_id: str | None = None
-    vector_table_id: str | None = None
+    partition_key: str | None = None
     ended_at: datetime | None = None
     signs: LifeSigns = field(default_factory=LifeSigns)
     backfill_id: str | None = None
@@ -82,8 +82,8 @@ class Observation:
     """Both sides at one instant. Runs are read before tasks: a queued run whose task is not there has lost it."""
 
     now: datetime
-    vector_table_ids: frozenset[str]
-    """Those that are not being deleted."""
+    wanted_partitions: Mapping[str, str]
+    """The partition keys of the vector tables that are not being deleted, by id."""
     awaiting_rebackfill: tuple[str, ...] = ()
     owed_syncs: tuple[OwedSync, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
@@ -159,6 +159,8 @@ class Plan:
 
     partitions_to_add: tuple[str, ...] = ()
     partitions_to_delete: tuple[str, ...] = ()
+    partitions_to_move: Mapping[str, str] = field(default_factory=dict)
+    """Of those to delete, the ones that were named by an id, with the key under which their history belongs now."""
     rebackfills: tuple[str, ...] = ()
     syncs: tuple[OwedSync, ...] = ()
     given_up: tuple[GivenUpWork, ...] = ()
@@ -174,14 +176,11 @@ def plan(seen: Observation, limits: Limits) -> Plan:
     decisions = [decision for decision in judged if decision is not None]
     launches = _choose_launches(seen, decisions, limits)
     settled = [one for one in decisions if one.verdict is not Verdict.LAUNCH]
-    to_add, to_delete = partition_changes(
-        seen.vector_table_ids,
-        seen.partition_keys,
-        {run.vector_table_id for run in seen.runs_in_flight} | seen.targeted_keys,
-    )
+    to_add, to_delete, to_move = _change_partitions(seen, limits)
     return Plan(
         partitions_to_add=to_add,
-        partitions_to_delete=to_delete[: limits.deletions_per_tick],
+        partitions_to_delete=to_delete,
+        partitions_to_move=to_move,
         rebackfills=tuple(one for one in launches if isinstance(one, str)),
         syncs=tuple(one for one in launches if isinstance(one, OwedSync)),
         given_up=tuple(one for one in launches if isinstance(one, GivenUpWork)),
@@ -208,12 +207,12 @@ def _choose_launches(seen: Observation, decisions: Sequence[TaskDecision], limit
             add(decision, task.vector_table_id, task.task_type, task.created_at)
     busy = {task.vector_table_id for task in seen.tasks}
     for vector_table_id in seen.awaiting_rebackfill:
-        if vector_table_id not in busy and vector_table_id in seen.vector_table_ids:
+        if vector_table_id not in busy and vector_table_id in seen.wanted_partitions:
             add(vector_table_id, vector_table_id, TaskType.REBACKFILL, seen.now)
     for owed in seen.owed_syncs:
         add(owed, owed.vector_table_id, TaskType.SYNC, seen.now)
     for work in seen.given_up:
-        if work.vector_table_id not in busy and work.vector_table_id in seen.vector_table_ids:
+        if work.vector_table_id not in busy and work.vector_table_id in seen.wanted_partitions:
             add(work, work.vector_table_id, TaskType.SYNC if work.is_sync else TaskType.BACKFILL, work.requested_at)
     small, large = _lanes(seen, limits)
     return choose(candidates, small, large, limits.requests_per_tick)
@@ -229,6 +228,16 @@ def _lanes(seen: Observation, limits: Limits) -> tuple[Lane, Lane]:
             lane = small if is_small(task.task_type, place) else large
             lane.add(place, queued=run.status in _WAITING)
     return small, large
+
+
+def _change_partitions(seen: Observation, limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """(keys to add, keys to delete, of these the ones whose history is moved first and where to), as far as a tick goes."""
+    in_use = {run.partition_key for run in seen.runs_in_flight} | seen.targeted_keys
+    to_add, unwanted = partition_changes(seen.wanted_partitions.values(), seen.partition_keys, in_use)
+    former = [key for key in unwanted if key in seen.wanted_partitions]
+    later = set(former[limits.requests_per_tick :])
+    to_delete = tuple(key for key in unwanted if key not in later)[: limits.deletions_per_tick]
+    return to_add, to_delete, {key: seen.wanted_partitions[key] for key in to_delete if key in seen.wanted_partitions}
 
 
 def partition_changes(
@@ -326,7 +335,7 @@ def _judge_running(
 
 
 def _why_unwanted(task: TaskFact, seen: Observation) -> str | None:
-    if task.vector_table_id not in seen.vector_table_ids:
+    if task.vector_table_id not in seen.wanted_partitions:
         return "The vector table was deleted."
     return "Cancelled." if task.cancel_requested else None
 

@@ -20,7 +20,6 @@ from sqlalchemy import delete, select
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.defs.backfills import ASSET_KEY, JOB_NAME
-from embedd_dagster.defs.checks import vector_table_checks
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.following import follow_job
 from embedd_dagster.defs.partitions import vector_tables
@@ -28,6 +27,7 @@ from embedd_dagster.defs.reconcile import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tags import TASK_TAG
 from embedd_dagster.defs.tick_logs import purge_tick_logs
+from embedd_dagster.defs.verdicts import CHECK_NAME, FORMER_CHECK_NAMES
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import ConfigurationError
 
@@ -132,7 +132,7 @@ def _delete_verdicts(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
     )
     of_these = (
         verdicts.c.asset_key == ASSET_KEY.to_string(),
-        verdicts.c.check_name.in_(sorted(key.name for key in vector_table_checks.check_keys)),
+        verdicts.c.check_name.in_([CHECK_NAME, *FORMER_CHECK_NAMES]),
         verdicts.c.run_id.in_(run_ids),
     )
     with storage.index_connection() as connection:

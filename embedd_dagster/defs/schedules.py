@@ -1,6 +1,8 @@
-"""The one schedule: vector tables whose next sync has come get a task, which `reconcile_sensor` launches.
+"""When vector tables sync: those whose next sync has come get a task, which `reconcile_sensor` launches.
 
 Batch tables sync by a schedule of their own or the default one; cdc tables are followed, and compared once a day.
+
+A sensor looks for them. Dagster's timeline shows each future tick of a schedule as a run, and nearly all ticks find nothing.
 """
 
 from collections.abc import Callable
@@ -22,18 +24,18 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, Conflict
 from embedd_dagster.settings import Settings
 
+_INTERVAL_SECONDS = 15  # a cron is due on a minute: so late a sync begins at most, and as much later as a tick takes
 _LIVE_TASKS = 500  # so many may wait for a run; the others stay due, so that a backfill never stands behind thousands
 
 
-@dg.schedule(
-    name="sync_schedule",
+@dg.sensor(
+    name="sync_sensor",
     job=vector_table_job,
-    cron_schedule="* * * * *",
-    execution_timezone="UTC",
-    default_status=dg.DefaultScheduleStatus.RUNNING,
-    description="Every minute: vector tables whose own schedule (`sync_schedule`, a cron in UTC) has come sync.",
+    minimum_interval_seconds=_INTERVAL_SECONDS,
+    default_status=dg.DefaultSensorStatus.RUNNING,
+    description="Starts the syncs that are due: of vector tables whose own schedule (`sync_schedule`, a cron in UTC) has come.",
 )
-def sync_schedule(context: dg.ScheduleEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
+def sync_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SkipReason:
     """Creates the tasks that are due. It goes by the clock, not by the tick, so that after a pause one sync follows."""
     return schedule_syncs(runtime.open, now(), tick_log(context))
 

@@ -66,14 +66,16 @@ def reconcile(
             launches = [one for one in plan(seen, limits).tasks if one.verdict is Verdict.LAUNCH]
             chosen = tuple(one for one in launches if one.task.task_id in requeued)
             requests += enactor.enact(Plan(tasks=chosen), seen.places)
+        moved = enactor.move_partitions(planned)
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())
         return dg.SkipReason(f"{error.message} {error.resolution}")
     changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
     if planned.partitions_to_add:
         changes.append(partitions.build_add_request(list(planned.partitions_to_add)))
-    if planned.partitions_to_delete:
-        changes.append(partitions.build_delete_request(list(planned.partitions_to_delete)))
+    to_delete = [key for key in planned.partitions_to_delete if key in moved or key not in planned.partitions_to_move]
+    if to_delete:
+        changes.append(partitions.build_delete_request(to_delete))
     if not requests and not changes:
         return dg.SkipReason("The catalog and Dagster agree.")
     return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=changes)

@@ -12,7 +12,7 @@ OUTCOME_TAG: Final = "embedd/outcome"
 run's; `paused` where its vector table is, and nobody asked for it by hand."""
 
 NAME_TAG: Final = "embedd/name"
-"""The vector table's name when the run began, for people: the partition is its id."""
+"""The vector table's name when the run was launched: its partition has the name at creation."""
 
 TASK_TYPE_TAG: Final = "embedd/task_type"
 """`backfill`, `rebackfill` or `sync`."""

@@ -63,12 +63,31 @@ def backfill(work: Work) -> RowCounts:
         digest = _catch_up(work, reader, pipeline, row, live)
     _refuse_many_failures(work, vector_set, digest.row_count)
     with work.stage("index"):
-        work.as_owner(lambda: work.store.finish_load(vector_set))
+        report = _IndexReport(work)
+        work.as_owner(lambda: work.store.finish_load(vector_set, report))
     with work.stage("verify"):
         digest, point_count = _verify(work, reader, pipeline, vector_set, live, digest)
     with work.stage("swap"):
         _swap(work, reader, vector_set, live, digest, point_count)
     return work.progress.counts
+
+
+class _IndexReport:
+    """Tells how far the store's index is, every ten seconds: in the log and in the task's progress."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._told_at = time.monotonic()
+
+    def __call__(self, indexed: int, total: int) -> None:
+        """`indexed` of `total` vectors are in the index; called as often as the store likes."""
+        self._work.check()
+        self._work.progress.rows_indexed = indexed
+        instant = time.monotonic()
+        if instant - self._told_at >= _TELL_SECONDS:
+            self._told_at = instant
+            self._work.log(f"Indexing: {indexed:,} of {total:,} vectors.")
+            self._work.show_progress()
 
 
 def _went_live_before(work: Work, live: VectorSetRow) -> bool:
@@ -320,6 +339,7 @@ def _swap(
             - point_count
             - vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
         )
+        row.truncated_count = work.progress.counts.truncated + work.caught_up.truncated
         vector_sets.set_digest(row, digest)
         row.source_origin = reader.origin
         vector_sets.mark_live(session, table, row)

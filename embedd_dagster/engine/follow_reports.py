@@ -23,6 +23,12 @@ class FollowReport:
     """What was applied to one vector table since its last report."""
 
     vector_table_id: str
+    partition_key: str
+    name: str
+    source_table: str
+    storage_name: str
+    platform_vector_ref: str | None
+    model: str
     version: int
     changes: int
     """Changed keys; several changes of one row within a batch are one."""
@@ -72,13 +78,20 @@ class Reports:
                 point_count = table.count_points()
                 with lease.fenced() as session:
                     failed = vector_sets.count_failures(session, key, table.version)
-                    vector_tables.note_counts(session, key, table.version, point_count, failed)
+                    truncated = self._sums[key].counts.truncated
+                    vector_tables.note_counts(session, key, table.version, point_count, failed, truncated)
             except (TransientError, PermanentError):
                 continue  # numbers for people: told in a minute, with what is added until then
             total = self._sums.pop(key)
             self._send(
                 FollowReport(
                     vector_table_id=key,
+                    partition_key=table.row.partition_key,
+                    name=table.row.name,
+                    source_table=table.row.source_table,
+                    storage_name=table.row.storage_name,
+                    platform_vector_ref=table.row.platform_vector_ref,
+                    model=table.row.embedding_model,
                     version=table.version,
                     changes=total.changes,
                     counts=total.counts,

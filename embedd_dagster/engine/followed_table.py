@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import vector_sets
 from embedd_dagster.catalog.change_feeds import FollowedRow
-from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.catalog.tables import VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import VectorSet
@@ -59,7 +59,13 @@ class TableFollower:
             (mine.live_set and mine.live_set.version) == (row.live_set and row.live_set.version)
             and (mine.provider and mine.provider.updated_at) == (row.provider and row.provider.updated_at)
             and mine.table.sync_interval_seconds == table.sync_interval_seconds
+            and mine.table.name == table.name
         )
+
+    @property
+    def row(self) -> VectorTable:
+        """The vector table as it was when this was made."""
+        return self._row.table
 
     @property
     def version(self) -> int | None:

@@ -30,6 +30,8 @@ class RunReport:
     vector_table_id: str
     name: str
     source_table: str
+    storage_name: str
+    platform_vector_ref: str | None
     task_id: str
     task_type: str
     version: int
@@ -151,6 +153,8 @@ def _report(work: Work, counts: RowCounts, seconds: float) -> RunReport:
         vector_table_id=table.id,
         name=table.name,
         source_table=table.source_table,
+        storage_name=table.storage_name,
+        platform_vector_ref=table.platform_vector_ref,
         task_id=work.task.id,
         task_type=work.task.task_type,
         version=live.version,

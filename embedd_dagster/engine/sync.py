@@ -244,6 +244,7 @@ def sync(work: Work) -> RowCounts:
         if table is None:
             raise RunSuperseded("The vector table is gone.")
         vector_sets.set_digest(row, following)
+        row.truncated_count = (row.truncated_count or 0) + counts.truncated
         row.source_origin = reader.origin
         if point_count is not None:
             failed = vector_sets.count_failures(session, live.vector_table_id, live.version)

@@ -34,6 +34,10 @@ class Progress:
     total_rows: int = 0
     counts: RowCounts = field(default_factory=RowCounts)
     last_key: Key | None = None
+    stage: str | None = None
+    """What the run is doing now; None before its first stage."""
+    rows_indexed: int | None = None
+    """In stage `index`: how many vectors the store has indexed so far, as far as it can tell."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, counts: RowCounts, last_key: Key | None = None) -> None:
@@ -42,6 +46,11 @@ class Progress:
             self.counts.add(counts)
             self.last_key = last_key if last_key is not None else self.last_key
 
+    def begin_stage(self, name: str) -> None:
+        """Says what the run does from now on."""
+        with self._lock:
+            self.stage, self.rows_indexed = name, None
+
     def to_json(self) -> dict[str, Any]:
         """The task's `progress` (SPEC §2)."""
         with self._lock:
@@ -49,8 +58,12 @@ class Progress:
                 "rows_processed": self.counts.read,
                 "total_rows": max(self.total_rows, self.counts.read),
                 "rows_failed": self.counts.failed,
+                "rows_skipped": self.counts.skipped,
+                "rows_truncated": self.counts.truncated,
                 "tokens": self.counts.tokens,
                 "last_processed_pk": None if self.last_key is None else render_key(self.last_key),
+                "stage": self.stage,
+                "rows_indexed": self.rows_indexed,
             }
 
 
@@ -76,6 +89,7 @@ class Work:
         self._should_stop = should_stop
         self._stopped_by: BaseException | None = None
         self._ended = threading.Event()
+        self._beat_due = threading.Event()
         with runtime.catalog.transaction() as session:
             endpoints = vector_tables.load_endpoints(session, task.target_id)
         if endpoints is None or endpoints.vector_table.deleted_at is not None:
@@ -104,12 +118,17 @@ class Work:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._ended.set()
+        self._beat_due.set()
         self._heart.join()
         self._memories.close()
         self._opened.close()
 
     def _beat(self) -> None:
-        while not self._ended.wait(self.settings.heartbeat_seconds):
+        while True:
+            self._beat_due.wait(self.settings.heartbeat_seconds)
+            self._beat_due.clear()
+            if self._ended.is_set():
+                return
             try:
                 with self.runtime.catalog.transaction() as session:
                     tasks.heartbeat(session, self.task.id, self.run_id, self.progress.to_json())
@@ -130,11 +149,17 @@ class Work:
         """Makes `check` raise in every thread of this run: one part of it failed."""
         self._stopped_by = self._stopped_by or RunCancelled(f"Another part of the run failed: {type(error).__name__}")
 
+    def show_progress(self) -> None:
+        """Has the task's progress written to the catalog soon, without waiting for it or for the next heartbeat."""
+        self._beat_due.set()
+
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Measures a stage of the run, and says in the log when it begins."""
+        """Measures a stage of the run, and says when it begins: in the log and in the task's progress."""
         self.check()
         self.log(f"Stage {name} begins.")
+        self.progress.begin_stage(name)
+        self.show_progress()
         begun = time.monotonic()
         try:
             yield

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,10 @@ class DemoFailed(PermanentError):
     """The demo did not show what it is to show; its state is kept, and the message says where."""
 
 
-def run_demo(console: Console) -> None:
+def run_demo(console: Console, modules: Iterable[str] | None = None) -> None:
     """Sets up, embeds and asks, in managed and in platform mode; leaves nothing running, and nothing behind if it succeeds.
+
+    The data is the documentation of these modules, or of the whole standard library.
 
     Raises:
         DemoFailed: The stack did not start, or an answer is not as it must be. State and logs are kept.
@@ -72,7 +74,7 @@ def run_demo(console: Console) -> None:
     )
     try:
         with _interruptible(), running_stack_told(console, state_dir, settings) as endpoints:
-            _walk_through(console, endpoints)
+            _walk_through(console, endpoints, modules)
     except KeyboardInterrupt:
         discard(state_dir)
         console.print("Stopped. Nothing is left.")
@@ -137,10 +139,10 @@ def _styled(first: str, style: str, rest: str) -> Text:
     return Text.assemble((first, style), rest)
 
 
-def _walk_through(console: Console, endpoints: Endpoints) -> None:
+def _walk_through(console: Console, endpoints: Endpoints, modules: Iterable[str] | None) -> None:
     customer_url = make_url(endpoints.database_url).set(database=CUSTOMER_DATABASE)
     create_database(endpoints.database_url, CUSTOMER_DATABASE)
-    rows = stdlib_docs.load(customer_url.render_as_string(hide_password=False))
+    rows = stdlib_docs.load(customer_url.render_as_string(hide_password=False), modules)
     text = f" A customer's table {stdlib_docs.TABLE}: {rows} rows of Python's documentation."
     console.print(_styled("2.", "bold", text))
     credentials = {

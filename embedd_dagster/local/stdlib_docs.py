@@ -6,7 +6,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any, Final, NamedTuple
 
@@ -38,6 +38,9 @@ _SUBMODULES: Final = (
 )  # fmt: skip
 
 
+SMALL_SELECTION: Final = ("asyncio", "bz2", "gzip", "lzma", "os", "pathlib", "shutil", "tempfile", "zlib")
+
+
 class Documented(NamedTuple):
     """One function, class or method that has a docstring."""
 
@@ -50,10 +53,13 @@ class Documented(NamedTuple):
     is_coroutine: bool
 
 
-def read_docs() -> list[Documented]:
-    """Everything public and documented in the standard library, each once, by qualified name; a few thousand."""
+def read_docs(modules: Iterable[str] | None = None) -> list[Documented]:
+    """Everything public and documented in the standard library (or these modules), each once, by qualified name.
+
+    The whole library has a few thousand.
+    """
     found: dict[str, Documented] = {}
-    for name in (*sorted(sys.stdlib_module_names), *_SUBMODULES):
+    for name in (*sorted(sys.stdlib_module_names), *_SUBMODULES) if modules is None else modules:
         if name.startswith("_") or name in _SKIPPED:
             continue
         module = _import(name)
@@ -64,9 +70,9 @@ def read_docs() -> list[Documented]:
     return list(found.values())
 
 
-def load(database_url: str) -> int:
-    """Writes the documentation into a fresh table `python_docs`; the number of rows."""
-    rows = read_docs()
+def load(database_url: str, modules: Iterable[str] | None = None) -> int:
+    """Writes the documentation (of these modules) into a fresh table `python_docs`; the number of rows."""
+    rows = read_docs(modules)
     with psycopg.connect(database_url) as connection:
         connection.execute(f"DROP TABLE IF EXISTS {TABLE}")
         connection.execute(

@@ -160,14 +160,14 @@ class PostgresChangeFeed:
             return Attachment(position, joined, shapes, refused, hidden, lost if known_position is not None else None)
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
-        """See the Protocol. Two round trips where nothing has been logged.
+        """See the Protocol. If nothing has been logged it is two statements in one transaction.
 
         No statement is open while a batch is worked on: what was decoded is kept in a temporary file. A position may come
         without any change, to let the log of other tables be forgotten too; it need not be confirmed at once.
         """
         if self._by_oid is None:
             raise RuntimeError("attach comes before read")
-        with self._session() as connection:
+        with self._session() as connection, connection.scope():
             standing = read_standing(connection, self._name)
             self._require_followed(connection, standing)
             end = standing.end or 0

@@ -7,13 +7,20 @@ Stores raise only: VectorStoreUnavailable (try again), VectorStoreRejected, Sour
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import Fingerprint, Hit, PointBatch, Vectors, VectorSet
+
+ReportIndexed = Callable[[int, int], None]
+"""Takes how many vectors are in the index so far, and how many there are."""
+
+
+def ignore_report(indexed: int, total: int) -> None:
+    """Does nothing with it."""
 
 
 class Store(Protocol):
@@ -53,8 +60,11 @@ class Store(Protocol):
         """Returns when fingerprints of a few buckets can be had without reading the whole set."""
         ...
 
-    def finish_load(self, vector_set: VectorSet) -> None:
-        """Builds what searching needs and returns when the set is ready to be searched fast."""
+    def finish_load(self, vector_set: VectorSet, report: ReportIndexed = ignore_report) -> None:
+        """Builds what searching needs and returns when the set is ready to be searched fast.
+
+        Meanwhile `report` is called every few seconds. What it raises ends the wait, not what the store has begun.
+        """
         ...
 
     def count(self, vector_set: VectorSet) -> int:

@@ -23,6 +23,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import SILENCE_SECONDS, Connection
+from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.pgvector_database import Database, TableMissing, ValueRefused
 from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
 from embedd_dagster.stores.pgvector_objects import (
@@ -208,13 +209,14 @@ class PgvectorStore:
         """Builds the index over buckets if it is not there yet."""
         build_bucket_index(self._database, self._table(vector_set))
 
-    def finish_load(self, vector_set: VectorSet) -> None:
+    def finish_load(self, vector_set: VectorSet, report: ReportIndexed = ignore_report) -> None:
         """Builds the indexes that are not there yet and gathers statistics; returns when the table is fast to search."""
         build_indexes(
             self._database,
             vector_set,
             self._table(vector_set),
             vector_schema=self._find_vector_schema(),
+            report=report,
         )
 
     def count(self, vector_set: VectorSet) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Final
 
 import psycopg
@@ -11,9 +12,11 @@ from psycopg import sql
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.postgresql import Connection
 from embedd_dagster.postgresql_sessions import set_local
+from embedd_dagster.stores.base import ReportIndexed
 from embedd_dagster.stores.pgvector_database import Database
 from embedd_dagster.stores.pgvector_filters import index_expressions
 from embedd_dagster.stores.pgvector_objects import Place
+from embedd_dagster.stores.pgvector_progress import reported_build
 
 _MAX_VECTOR: Final = 2_000
 _MAX_HALFVEC: Final = 4_000
@@ -41,8 +44,13 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
     )
 
 
-def build_indexes(database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str) -> None:
-    """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one."""
+def build_indexes(
+    database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str, report: ReportIndexed
+) -> None:
+    """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one.
+
+    `report` takes how far the index over the vectors is: it takes nearly all of the time.
+    """
     table, vectors = place.identifier, sql.Identifier(vector_schema)
     build_bucket_index(database, place)
     wanted: list[tuple[str, sql.Composable]] = []
@@ -57,12 +65,13 @@ def build_indexes(database: Database, vector_set: VectorSet, place: Place, *, ve
     with database.transaction(timeout_seconds=0) as connection:
         connection.execute(sql.SQL("ANALYZE {}").format(table))
     for suffix, method in wanted:
-        try:
-            with database.transaction(timeout_seconds=0) as connection:
-                _build(connection, place, suffix, method, _memory(connection, table, vector_set.dimensions))
-        except _MemoryShort:
-            with database.transaction(timeout_seconds=0) as connection:
-                _build(connection, place, suffix, method, {"max_parallel_maintenance_workers": "0"})
+        with reported_build(database, place, report) if suffix == "hnsw" else nullcontext():
+            try:
+                with database.transaction(timeout_seconds=0) as connection:
+                    _build(connection, place, suffix, method, _memory(connection, table, vector_set.dimensions))
+            except _MemoryShort:
+                with database.transaction(timeout_seconds=0) as connection:
+                    _build(connection, place, suffix, method, {"max_parallel_maintenance_workers": "0"})
     # Without it the table has no visibility map, and no index alone answers.
     database.vacuum(table)
     with database.transaction(timeout_seconds=0) as connection:  # statistics of the indexes' expressions

@@ -16,6 +16,7 @@ from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.qdrant_calls import SCROLL_PAGE, PointCalls
 from embedd_dagster.stores.qdrant_filters import bucket_filter, column_name, payload_indexes
 from embedd_dagster.stores.qdrant_indexing import wait_for_index
@@ -61,7 +62,8 @@ class QdrantStore:
 
     def check(self) -> None:
         """Returns when Qdrant answers to this key. Raises VectorStoreRejected if its version is too old."""
-        self._rest.call("GET", ("collections",))
+        # asks for the key, and costs the same however many collections there are
+        self._rest.call("GET", ("collections", "embedd", "exists"))
         if not self._is_version_checked:
             self._check_version()
             self._is_version_checked = True
@@ -130,10 +132,10 @@ class QdrantStore:
         """Has Qdrant index the bucket; what is indexed costs the load a tenth, so none of it is before its end."""
         self._index(vector_set, ["bucket"])
 
-    def finish_load(self, vector_set: VectorSet) -> None:
+    def finish_load(self, vector_set: VectorSet, report: ReportIndexed = ignore_report) -> None:
         """Turns indexing on and returns when the collection stays green, or its index is complete."""
         self._index(vector_set, payload_indexes(vector_set.filter_types))
-        wait_for_index(self._rest, vector_set)
+        wait_for_index(self._rest, vector_set, report)
 
     def count(self, vector_set: VectorSet) -> int:
         """The exact number of points; 0 where the collection does not exist."""

@@ -9,6 +9,7 @@ import structlog
 
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.qdrant_rest import WRITE_SECONDS, QdrantRest
 
 INDEXING_THRESHOLD_KB: Final = 20_000  # Qdrant's own default was this for years; smaller segments are scanned fast
@@ -19,11 +20,12 @@ _STALLED_SECONDS: Final = 900.0
 _log = structlog.get_logger(__name__)
 
 
-def wait_for_index(rest: QdrantRest, vector_set: VectorSet) -> None:
+def wait_for_index(rest: QdrantRest, vector_set: VectorSet, report: ReportIndexed = ignore_report) -> None:
     """Turns indexing on and returns when the collection stays green, or its index is complete.
 
     A collection that is yellow is being indexed, however long nothing about it changes: the build of one large segment shows
-    no step. Idempotent: a build that is running is left alone.
+    no step. Idempotent: a build that is running is left alone. Each time that Qdrant is asked, `report` takes what is indexed;
+    what it raises ends the wait.
 
     Raises:
         VectorStoreRejected: Qdrant could not build the index; the message says why.
@@ -40,6 +42,7 @@ def wait_for_index(rest: QdrantRest, vector_set: VectorSet) -> None:
     while True:
         info = rest.call("GET", path)
         status = info["status"]
+        report(info.get("indexed_vectors_count") or 0, info.get("points_count") or 0)
         # Right after the switch a real server may say green before its optimizer has looked.
         green_count = green_count + 1 if status == "green" else 0
         if green_count >= (_GREEN_POLLS if _kilobytes(info, vector_set) >= INDEXING_THRESHOLD_KB else 1):

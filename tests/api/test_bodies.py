@@ -127,9 +127,7 @@ def test_task_filters(tenant: Tenant, query: str) -> None:
     assert (response.status_code, code_of(response)) == (422, "validation_error")
 
 
-@pytest.mark.parametrize(
-    "path", ["/", "/v1", "/v1/vector-tables/", "/v2/vector-tables", "/v1/vector_tables", "/nothing"]
-)
+@pytest.mark.parametrize("path", ["/v1", "/v1/vector-tables/", "/v2/vector-tables", "/v1/vector_tables", "/nothing"])
 def test_unknown_paths(client: TestClient, path: str) -> None:
     response = client.get(path, follow_redirects=False)
     assert (response.status_code, code_of(response)) == (404, "not_found")

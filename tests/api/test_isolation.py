@@ -24,6 +24,7 @@ OPERATIONS: list[tuple[str, str, Any]] = [
     ("DELETE", "/v1/connections/{connection_id}", None),
     ("POST", "/v1/connections/{connection_id}/test", None),
     ("GET", "/v1/connections/{connection_id}/tables", None),
+    ("GET", "/v1/connections/{connection_id}/tables/{table}/columns", None),
     ("GET", "/v1/embedding-providers/{embedding_provider_id}", None),
     ("PUT", "/v1/embedding-providers/{embedding_provider_id}", {"name": "stolen"}),
     ("DELETE", "/v1/embedding-providers/{embedding_provider_id}", None),
@@ -94,6 +95,7 @@ def owned(tenant: Tenant) -> Owned:
         "embedding_provider_id": table["embedding_provider_id"],
         "vector_table_id": table["id"],
         "task_id": task["task_id"],
+        "table": "products",
     }
     return Owned(tenant, ids)
 

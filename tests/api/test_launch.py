@@ -82,8 +82,10 @@ def test_a_backfill_is_launched_with_its_partition_and_task(
             "runConfigData": {"ops": {"vector_table": {"config": {"mode": "backfill"}}}},
             "executionMetadata": {
                 "tags": [
-                    {"key": "dagster/partition", "value": table["id"]},
+                    {"key": "dagster/partition", "value": table["dagster_partition"]},
                     {"key": "embedd/task_id", "value": task_id},
+                    {"key": "embedd/name", "value": table["name"]},
+                    {"key": "embedd/task_type", "value": "backfill"},
                     {"key": "embedd/lane", "value": "large"},
                     {"key": "embedd/large_environment", "value": request_tags(request)["embedd/large_environment"]},
                     {"key": "embedd/large_provider", "value": table["embedding_provider_id"]},

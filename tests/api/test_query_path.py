@@ -102,7 +102,7 @@ def test_a_revoked_key_a_renamed_environment_and_a_deleted_table_are_seen_at_onc
     assert code_of(tenant.post(path, {"query": "x"}, environment=staging)) == "vector_table_not_found"
     tenant.delete(f"/v1/environments/{staging}")
     assert code_of(tenant.post(path, {"query": "x"}, environment=staging)) == "environment_not_found"
-    assert code_of(tenant.post(path, {"query": "x"}, environment="prod")) == "environment_not_found"
+    assert code_of(tenant.post(path, {"query": "x"}, environment="nowhere")) == "environment_not_found"
     assert tenant.delete(built.path).status_code == 204
     response = built.query(query="x")
     assert (response.status_code, code_of(response)) == (404, "vector_table_not_found")

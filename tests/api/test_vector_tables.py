@@ -47,6 +47,10 @@ def test_create_answers_exactly_the_seeds_fields(tenant: Tenant) -> None:
         "platform_vector_ref": None,
         "total_rows": 0,
         "synced_rows": 0,
+        "rows_skipped": 0,
+        "rows_truncated": 0,
+        "stage": None,
+        "dagster_partition": f"vt_{short}_product-search",
         "sync_schedule": None,
         "sync_interval_seconds": None,
         "created_at": table["created_at"],
@@ -71,6 +75,7 @@ def test_update_delete_and_schema(tenant: Tenant) -> None:
     ]
     renamed = tenant.put(path, {"name": " renamed "}).json()
     assert (renamed["name"], renamed["qdrant_collection"]) == ("renamed", table["qdrant_collection"])
+    assert renamed["dagster_partition"] == table["dagster_partition"] == table["qdrant_collection"]
     changed = tenant.put(path, {"columns": COLUMNS[:1], "sync_schedule": "*/5 * * * *"}).json()
     assert (changed["columns"], changed["sync_schedule"]) == (COLUMNS[:1], "*/5 * * * *")
     assert tenant.put(path, {"sync_schedule": None}).json()["sync_schedule"] is None
@@ -107,6 +112,7 @@ def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant, monkeypa
     task = tenant.get(f"/v1/tasks/{started['task_id']}").json()
     assert (task["task_type"], task["status"], task["target_id"]) == ("backfill", "pending", table["id"])
     assert task["progress"]["total_rows"] == 30
+    assert task["progress"]["stage"] == "queued"
     assert tenant.post(f"/v1/vector-tables/{table['id']}/sync").status_code == 409
     cancelled = tenant.post(f"/v1/tasks/{started['task_id']}/cancel").json()
     assert cancelled["status"] == "cancelled"

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
 
-from embedd_dagster.catalog import connections, environments, migrate, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import connections, environments, migrate, partitions, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
 from embedd_dagster.core.status import TaskType, VectorSetState
@@ -135,6 +135,17 @@ class Tables:
             for name, value in values.items():
                 setattr(table, name, value)
 
+    def partition(self, vector_table_id: str) -> str:
+        """The table's partition key; one that is unknown is given back."""
+        with self.runtime.catalog.transaction() as session:
+            table = vector_tables.find(session, vector_table_id)
+            return table.partition_key if table is not None else vector_table_id
+
+    def of(self, partition_key: str) -> str:
+        """The id of the vector table that has the partition."""
+        with self.runtime.catalog.transaction() as session:
+            return partitions.find_table(session, partition_key).id
+
     def __getitem__(self, vector_table_id: str) -> VectorTable:
         with self.runtime.catalog.transaction() as session:
             return vector_tables.find(session, vector_table_id)
@@ -154,14 +165,16 @@ def tables(runtime: Runtime) -> Tables:
 
 
 @pytest.fixture
-def make_run(instance: dg.DagsterInstance) -> Callable[..., str]:
+def make_run(instance: dg.DagsterInstance, tables: Tables) -> Callable[..., str]:
     """A record of a run of the job, in any state, without running anything."""
     from embedd_dagster.definitions import defs
 
     job = defs.resolve_job_def("vector_table_job")
 
     def make(status: dg.DagsterRunStatus, vector_table_id: str, task_id: str | None = None) -> str:
-        tags = {"dagster/partition": vector_table_id} | ({"embedd/task_id": task_id} if task_id else {})
+        tags = {"dagster/partition": tables.partition(vector_table_id)} | (
+            {"embedd/task_id": task_id} if task_id else {}
+        )
         queued = {"remote_job_origin": ORIGIN, "job_code_origin": None} if status is dg.DagsterRunStatus.QUEUED else {}
         run = instance.create_run_for_job(job, status=status, tags=tags, **queued)
         return run.run_id

@@ -15,14 +15,23 @@ from embedd_dagster.catalog import tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import VectorSetRow
 from embedd_dagster.core.status import VectorSetState
+from embedd_dagster.definitions import defs
 from embedd_dagster.defs import assets, checks
 from embedd_dagster.defs.assets import RunMode, VectorTableConfig
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.verdicts import CHECK_NAME, judge
 from embedd_dagster.engine.inspect import LiveSetInspection
 from embedd_dagster.engine.run import RunReport
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.errors import EmbeddingRejected, RunCancelled, RunSuperseded, SourceUnavailable, TransientError
+from embedd_dagster.errors import (
+    EmbeddingRejected,
+    NotFound,
+    RunCancelled,
+    RunSuperseded,
+    SourceUnavailable,
+    TransientError,
+)
 
 GOOD = LiveSetInspection(
     source_rows=10, point_count=8, skipped_count=1, failed_count=1, sampled=8, dimensions_wrong=0, hash_mismatches=0
@@ -78,6 +87,8 @@ class Engine:
             vector_table_id=task.target_id,
             name="recipes",
             source_table="public.recipes",
+            storage_name="vt_12345678_recipes",
+            platform_vector_ref=None,
             task_id=task_id,
             task_type=task.task_type,
             version=1,
@@ -112,13 +123,14 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Engine:
 
 
 @pytest.fixture
-def materialize(instance: dg.DagsterInstance, engine: Engine) -> Callable[..., dg.ExecuteInProcessResult]:
+def materialize(instance: dg.DagsterInstance, engine: Engine, tables: Any) -> Callable[..., dg.ExecuteInProcessResult]:
     def run(vector_table_id: str, task_id: str | None = None, **config: Any) -> dg.ExecuteInProcessResult:
-        instance.add_dynamic_partitions("vector_tables", [vector_table_id])
+        partition_key = tables.partition(vector_table_id)
+        instance.add_dynamic_partitions("vector_tables", [partition_key])
         return dg.materialize(
             [assets.source_table, assets.vector_table, checks.vector_table_checks],
             instance=instance,
-            partition_key=vector_table_id,
+            partition_key=partition_key,
             resources={"runtime": RuntimeResource()},
             run_config=dg.RunConfig(ops={"vector_table": VectorTableConfig(**config)}),
             tags={TASK_TAG: task_id} if task_id else {},
@@ -146,7 +158,7 @@ def test_a_task_of_the_api_is_done_and_described(materialize: Any, tables: Any, 
     assert tables.get_task(task_id).dagster_run_id == result.run_id
     assert tables[key].sync_status == "synced"
     (made,) = materializations(result)
-    assert made.partition == key
+    assert made.partition == tables.partition(key)
     metadata = {name: value.value for name, value in made.metadata.items()}
     assert metadata["dagster/row_count"] == 10
     assert metadata["rows_embedded"] == 7
@@ -155,10 +167,110 @@ def test_a_task_of_the_api_is_done_and_described(materialize: Any, tables: Any, 
     assert metadata["vector_table"] == f"http://api.test/v1/vector-tables/{key}"
     assert metadata["sample"][0]["id"] == 1
     assert made.tags["dagster/data_version"] == "v1"
-    evaluations = {check.check_name: check for check in result.get_asset_check_evaluations()}
-    assert set(evaluations) == set(checks._DESCRIPTIONS)
-    assert {name for name, check in evaluations.items() if not check.passed} == {"no_failed_rows"}
-    assert {check.partition for check in evaluations.values()} == {key}
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert (evaluation.check_name, evaluation.passed) == (CHECK_NAME, False)
+    assert evaluation.description == "1 rows were refused by the provider or the store."
+    assert evaluation.partition == tables.partition(key)
+
+
+def test_a_materialization_begins_with_what_it_is_and_where_to_find_it(materialize: Any, tables: Any) -> None:
+    key = tables.create("t")
+    (made,) = materializations(materialize(key))
+    first = [(name, value.value) for name, value in made.metadata.items()][:6]
+    assert first[:5] == [
+        ("name", "recipes"),
+        ("source_table", "public.recipes"),
+        ("embedding_model", "m"),
+        ("vector_table", f"http://api.test/v1/vector-tables/{key}"),
+        ("vectors", "http://127.0.0.1:1/collections/vt_12345678_recipes"),
+    ]
+    assert first[5][0] == "task"
+
+
+def test_a_run_launched_in_the_ui_gets_the_tags_that_others_have_from_the_launch_on(
+    materialize: Any, tables: Any, instance: dg.DagsterInstance
+) -> None:
+    key = tables.create("product-search")
+    tags = instance.get_run_by_id(materialize(key).run_id).tags
+    assert (tags["embedd/name"], tags["embedd/task_type"]) == ("product-search", "backfill")
+    assert tags["dagster/partition"] == tables[key].storage_name
+
+
+def test_a_run_with_the_id_as_its_partition_key_is_done_as_before(
+    tables: Any, engine: Engine, instance: dg.DagsterInstance
+) -> None:
+    key = tables.create("t")
+    task_id = tables.task(key)
+    instance.add_dynamic_partitions("vector_tables", [key])
+    result = dg.materialize(
+        [assets.source_table, assets.vector_table, checks.vector_table_checks],
+        instance=instance,
+        partition_key=key,
+        resources={"runtime": RuntimeResource()},
+        tags={TASK_TAG: task_id},
+    )
+    assert tables.get_task(task_id).status == "completed"
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert evaluation.partition == key
+    assert evaluation.metadata["source_rows"].value == GOOD.source_rows
+
+
+def test_a_partition_that_no_vector_table_has_fails_clearly_and_is_not_added(
+    engine: Engine, runtime: Runtime, instance: dg.DagsterInstance
+) -> None:
+    key = "vt_12345678_typed-by-hand"
+    job = defs.resolve_job_def("vector_table_job")
+    context = SimpleNamespace(
+        run=SimpleNamespace(run_id="r", tags={}, parent_run_id=None), partition_key=key, instance=instance
+    )
+    with pytest.raises(NotFound) as raised:
+        assets.find_or_create_task(runtime, context, VectorTableConfig())  # type: ignore[arg-type]
+    assert raised.value.message == f"No vector table has the partition {key!r}."
+    result = job.execute_in_process(
+        instance=instance,
+        tags={"dagster/partition": key},
+        resources={"runtime": RuntimeResource()},
+        raise_on_error=False,
+    )
+    assert failure(result).step_failure_data.user_failure_data.description == raised.value.message
+    assert not instance.has_dynamic_partition("vector_tables", key)
+
+
+def test_a_failed_run_warns_for_its_own_vector_table_and_leaves_the_check_of_others(
+    materialize: Any, tables: Any, engine: Engine, instance: dg.DagsterInstance
+) -> None:
+    sound, failing = tables.create("sound"), tables.create("failing")
+    materialize(sound)
+    engine.fails = EmbeddingRejected("Wrong key.")
+    result = materialize(failing, tables.task(failing))
+    (evaluation,) = result.get_asset_check_evaluations()
+    assert (evaluation.partition, evaluation.passed) == (tables.partition(failing), False)
+    assert evaluation.severity is dg.AssetCheckSeverity.WARN
+    assert "Wrong key." in evaluation.description
+    statuses = {
+        info.partition_key: info.latest_execution_status
+        for info in instance.event_log_storage.get_asset_check_partition_info(
+            [dg.AssetCheckKey(assets.vector_table.key, CHECK_NAME)]
+        )
+    }
+    assert {key: status.value for key, status in statuses.items()} == {
+        tables.partition(sound): "FAILED",  # by its failed row
+        tables.partition(failing): "FAILED",
+    }, "none is left as planned: that would be shown as an execution that failed"
+
+
+def test_a_failure_shows_its_message_without_a_stack_of_dagsters_functions(
+    materialize: Any, tables: Any, engine: Engine
+) -> None:
+    engine.fails = EmbeddingRejected("Wrong key.", resolution="Give another key.")
+    result = materialize(tables.create("t"))
+    error = failure(result).step_failure_data.error
+    assert (error.message, error.stack, error.cause, error.context) == (
+        "Wrong key.\nGive another key.", [], None, None,
+    )  # fmt: skip
+    (ended,) = [event for event in result.all_events if event.event_type_value == "PIPELINE_FAILURE"]
+    shown = ended.job_failure_data.first_step_failure_event.step_failure_data.error.to_string()
+    assert shown == "Wrong key.\nGive another key."
 
 
 def test_a_materialization_of_the_ui_makes_its_own_task(
@@ -340,14 +452,19 @@ def test_checks_that_cannot_look_do_not_fail_the_run(
 
 
 @pytest.mark.parametrize(
-    ("inspection", "failed"),
+    ("inspection", "severity", "finding"),
     [
-        (LiveSetInspection(10, 10, 0, 0, 10, 0, 0), set()),
-        (LiveSetInspection(0, 0, 0, 0, 0, 0, 0), set()),
-        (LiveSetInspection(11, 10, 0, 0, 10, 0, 0), {"point_count_matches_source"}),
-        (LiveSetInspection(10, 9, 0, 1, 9, 0, 0), {"no_failed_rows"}),
-        (LiveSetInspection(10, 10, 0, 0, 10, 1, 2), {"vectors_have_configured_dimensions", "sampled_row_hashes_agree"}),
+        (LiveSetInspection(10, 10, 0, 0, 10, 0, 0), None, "Every row"),
+        (LiveSetInspection(0, 0, 0, 0, 0, 0, 0), None, "Every row"),
+        (LiveSetInspection(10, 7, 3, 0, 7, 0, 0), None, "Every row"),
+        (LiveSetInspection(11, 10, 0, 0, 10, 0, 0), "WARN", "There are 10 points for 11 rows"),
+        (LiveSetInspection(10, 9, 0, 1, 9, 0, 0), "WARN", "1 rows were refused"),
+        (LiveSetInspection(10, 10, 0, 0, 10, 0, 2), "WARN", "2 of 10 sampled points were made from rows"),
+        (LiveSetInspection(10, 10, 0, 0, 10, 1, 0), "ERROR", "1 of 10 sampled vectors have other dimensions"),
     ],
 )
-def test_verdicts(inspection: LiveSetInspection, failed: set[str]) -> None:
-    assert {verdict.check_name for verdict in checks.judge(inspection) if not verdict.passed} == failed
+def test_the_verdict_says_what_was_found(inspection: LiveSetInspection, severity: str | None, finding: str) -> None:
+    verdict = judge(inspection)
+    assert verdict.passed == (severity is None)
+    assert severity in (None, verdict.severity.value)
+    assert verdict.description.startswith(finding)

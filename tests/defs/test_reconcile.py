@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -46,7 +47,7 @@ def seen(
     keys = frozenset({"vt_1"})
     facts = Observation(
         now=NOW,
-        vector_table_ids=keys,
+        wanted_partitions={"vt_1": "vt_1"},
         partition_keys=keys,
         tasks=tasks,
         runs_in_flight=flying,
@@ -56,7 +57,7 @@ def seen(
 
 
 FAILED, DONE, CANCELED = Status.FAILURE, Status.SUCCESS, Status.CANCELED
-DELETED = {"vector_table_ids": frozenset()}
+DELETED: dict[str, object] = {"wanted_partitions": {}}
 
 CASES = {
     # a pending task
@@ -209,8 +210,9 @@ def test_partitions(wanted: set[str], existing: set[str], in_flight: set[str | N
 
 
 def test_rebackfills_begin_where_nothing_runs() -> None:
-    everyone = frozenset({"vt_1", "vt_2", "vt_3"})
-    observation = seen(RUNNING, flying=(run(Status.STARTED),), vector_table_ids=everyone, partition_keys=everyone)
+    everyone = {key: key for key in ("vt_1", "vt_2", "vt_3")}
+    flying = (run(Status.STARTED),)
+    observation = seen(RUNNING, flying=flying, wanted_partitions=everyone, partition_keys=frozenset(everyone))
     assert plan(replace(observation, awaiting_rebackfill=("vt_1", "vt_2", "vt_gone")), LIMITS) == Plan(
         rebackfills=("vt_2",)
     )
@@ -223,11 +225,16 @@ def waiting(count: int, environment: str, start: int = 0, **values: object) -> t
     )
 
 
+def same(ids: Iterable[str]) -> dict[str, str]:
+    """Partitions whose keys are the ids."""
+    return {key: key for key in ids}
+
+
 def observation_of(*tasks: TaskFact, rows: int = 0, **others: object) -> Observation:
     """All there, each in the environment that its id names."""
     ids = frozenset(task.vector_table_id for task in tasks)
     places = {key: QueuePlace("org", key.split("_")[1], "provider", rows) for key in ids}
-    return seen(*tasks, **{"vector_table_ids": ids, "partition_keys": ids, "places": places, **others})
+    return seen(*tasks, **{"wanted_partitions": same(ids), "partition_keys": ids, "places": places, **others})
 
 
 def queued(*tasks: TaskFact) -> tuple[RunFact, ...]:
@@ -239,7 +246,7 @@ def test_a_tick_launches_so_much_and_no_more() -> None:
     assert len(plan(observation_of(*many), LIMITS).tasks) == 25
     tables = tuple(f"vt_{n}" for n in range(40))
     places = {key: QueuePlace("org", key) for key in tables}
-    observation = seen(vector_table_ids=frozenset(tables), awaiting_rebackfill=tables, places=places)
+    observation = seen(wanted_partitions=same(tables), awaiting_rebackfill=tables, places=places)
     assert len(plan(observation, LIMITS).rebackfills) == 25
 
 
@@ -289,7 +296,7 @@ def test_what_is_queued_by_the_sensor_itself_takes_its_turn_too() -> None:
     places = {**observation.places, **{key: QueuePlace("org", key.split("_")[1]) for key in waiting_too}}
     observation = replace(
         observation,
-        vector_table_ids=frozenset({*ids, *waiting_too}),
+        wanted_partitions=same({*ids, *waiting_too}),
         awaiting_rebackfill=waiting_too,
         places=places,
     )
@@ -316,7 +323,7 @@ def test_runs_that_gave_their_task_back_do_not_count_as_failed_starts() -> None:
 
 
 def test_partitions_that_a_backfill_still_needs_are_kept() -> None:
-    observation = seen(vector_table_ids=frozenset(), targeted_keys=frozenset({"vt_1"}))
+    observation = seen(wanted_partitions={}, targeted_keys=frozenset({"vt_1"}))
     assert plan(observation, LIMITS).partitions_to_delete == ()
     assert plan(replace(observation, targeted_keys=frozenset()), LIMITS).partitions_to_delete == ("vt_1",)
 
@@ -327,5 +334,54 @@ def test_ten_thousand_tables_are_planned_in_no_time() -> None:
     import time
 
     begun = time.perf_counter()
-    plan(seen(*many, vector_table_ids=frozenset(keys), partition_keys=frozenset(keys[:5000])), LIMITS)
+    plan(
+        seen(*many, wanted_partitions=dict(zip(keys, keys, strict=True)), partition_keys=frozenset(keys[:5000])), LIMITS
+    )
     assert time.perf_counter() - begun < 0.5
+
+
+def test_a_partition_named_by_an_id_is_moved_to_the_readable_key_and_then_deleted() -> None:
+    wanted = {"vt_1": "vt_1_products", "vt_2": "vt_2_articles"}
+    before = seen(wanted_partitions=wanted, partition_keys=frozenset({"vt_1", "vt_2_articles", "vt_gone"}))
+    planned = plan(before, LIMITS)
+    assert planned.partitions_to_move == {"vt_1": "vt_1_products"}
+    assert planned.partitions_to_add == ("vt_1_products",)
+    assert planned.partitions_to_delete == ("vt_1", "vt_gone")
+
+
+def test_a_partition_named_by_an_id_stays_while_a_run_of_it_is_in_flight() -> None:
+    wanted = {"vt_1": "vt_1_products"}
+    planned = plan(
+        seen(RUNNING, flying=(run(Status.STARTED),), wanted_partitions=wanted, partition_keys=frozenset({"vt_1"})),
+        LIMITS,
+    )
+    assert (planned.partitions_to_add, planned.partitions_to_delete) == (("vt_1_products",), ())
+    assert planned.partitions_to_move == {}
+
+
+def test_a_partition_named_by_an_id_stays_while_a_backfill_in_dagster_still_needs_it() -> None:
+    before = seen(
+        wanted_partitions={"vt_1": "vt_1_products"},
+        partition_keys=frozenset({"vt_1"}),
+        targeted_keys=frozenset({"vt_1"}),
+    )
+    planned = plan(before, LIMITS)
+    assert (planned.partitions_to_add, planned.partitions_to_delete) == (("vt_1_products",), ())
+    assert planned.partitions_to_move == {}
+    planned = plan(replace(before, targeted_keys=frozenset()), LIMITS)
+    assert (planned.partitions_to_delete, planned.partitions_to_move) == (("vt_1",), {"vt_1": "vt_1_products"})
+
+
+def test_only_what_is_deleted_at_this_tick_is_moved_at_this_tick() -> None:
+    wanted = {f"vt_z{n}": f"vt_z{n}_name" for n in range(20)}
+    gone = {f"vt_gone{n}" for n in range(LIMITS.deletions_per_tick - 5)}
+    planned = plan(seen(wanted_partitions=wanted, partition_keys=frozenset({*wanted, *gone})), LIMITS)
+    assert len(planned.partitions_to_delete) == LIMITS.deletions_per_tick
+    assert set(planned.partitions_to_move) == set(planned.partitions_to_delete) - gone
+
+
+def test_a_tick_moves_so_many_partitions_and_deletes_no_other() -> None:
+    wanted = {f"vt_{n}": f"vt_{n}_name" for n in range(60)}
+    planned = plan(seen(wanted_partitions=wanted, partition_keys=frozenset(wanted)), LIMITS)
+    assert len(planned.partitions_to_move) == LIMITS.requests_per_tick
+    assert set(planned.partitions_to_delete) == set(planned.partitions_to_move)

@@ -21,7 +21,7 @@ from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
-from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs
+from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs, sync_sensor
 from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
 from embedd_dagster.engine import teardown
 from embedd_dagster.engine.runtime import Runtime
@@ -65,13 +65,13 @@ def requests(result: dg.SensorResult | dg.SkipReason) -> list[dg.RunRequest]:
 def test_partitions_follow_the_catalog(tick: Any, tables: Any, instance: dg.DagsterInstance, make_run: Any) -> None:
     first, second = tables.create("a"), tables.create("b")
     tick()
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {first, second}
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(first), tables.partition(second)}
     assert isinstance(tick(), dg.SkipReason)
     run_id = make_run(Status.STARTED, first)
     tables.delete(first)
     tables.delete(second)
     tick()
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {first}, "a run of it is in flight"
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(first)}, "a run is in flight"
     instance.report_run_failed(instance.get_run_by_id(run_id))
     tick()
     assert not instance.get_dynamic_partitions("vector_tables")
@@ -87,15 +87,16 @@ def test_a_catalog_that_cannot_be_read_is_not_an_empty_one(
     result = reconcile(instance, lambda: broken, Memory(), log.append)
     assert isinstance(result, dg.SkipReason)
     assert "catalog" in (result.skip_message or "")
-    assert set(instance.get_dynamic_partitions("vector_tables")) == {key}
+    assert set(instance.get_dynamic_partitions("vector_tables")) == {tables.partition(key)}
 
 
 def test_a_task_without_a_run_gets_one(tick: Any, tables: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
     (request,) = requests(tick())
-    assert (request.partition_key, request.run_key) == (key, f"{task_id}:0")
+    assert (request.partition_key, request.run_key) == (tables.partition(key), f"{task_id}:0")
     assert request.tags["embedd/task_id"] == task_id
+    assert (request.tags["embedd/name"], request.tags["embedd/task_type"]) == ("a", "backfill")
     assert request.run_config == {"ops": {"vector_table": {"config": {"mode": "backfill"}}}}
     assert requests(tick())[0].run_key == request.run_key, "the same until Dagster has the run"
 
@@ -193,8 +194,8 @@ def test_a_task_whose_run_died_gets_another_in_the_same_tick(
     if kind == "silent":
         tables.change_task(task_id, heartbeat_at=long_ago())
     made = requests(tick())
-    assert sorted(request.partition_key for request in made) == sorted([key, other]), "each once"
-    (request,) = [request for request in made if request.partition_key == key]
+    assert sorted(request.partition_key for request in made) == sorted(map(tables.partition, [key, other])), "each once"
+    (request,) = [request for request in made if request.partition_key == tables.partition(key)]
     assert request.run_key == f"{task_id}:{run_id}"
     again = {request.run_key for request in requests(tick())}
     assert request.run_key in again, "the same until Dagster has the run"
@@ -427,7 +428,7 @@ def test_the_tick_of_ten_thousand_tables_is_short(
                 text("SELECT column_name FROM information_schema.columns WHERE table_name = 'vector_tables'")
             )
         ]
-        given = {"id": "'vt_' || n", "name": "'t' || n", "storage_name": "'s' || n"}
+        given = {"id": "'vt_' || n", "name": "'t' || n", "storage_name": "'s' || n", "partition_key": "'s' || n"}
         picked = ", ".join(given.get(name, f'"{name}"') for name in columns)
         names = ", ".join(f'"{name}"' for name in columns)
         session.execute(
@@ -449,13 +450,24 @@ def evaluate(sensor: dg.SensorDefinition, instance: dg.DagsterInstance) -> Any:
         return sensor.evaluate_tick(context)
 
 
+def test_no_schedule_ticks_so_often_that_the_timeline_fills_with_runs_that_never_come() -> None:
+    assert {schedule.cron_schedule for schedule in defs.schedules or ()} == {"17 3 * * *"}
+    assert "sync_sensor" in {sensor.name for sensor in defs.sensors or ()}
+
+
+def test_the_sync_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: Any) -> None:
+    key = tables.create("a", live=True)
+    tables.change(key, next_sync_at=long_ago())
+    assert evaluate(sync_sensor, instance).skip_message == f"1 syncs begin: {key}."
+
+
 def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: Any) -> None:
     key = tables.create("a")
     task_id = tables.task(key)
     data = evaluate(reconcile_sensor, instance)
-    assert data.dynamic_partitions_requests[0].partition_keys == [key]
+    assert data.dynamic_partitions_requests[0].partition_keys == [tables.partition(key)]
     (request,) = data.run_requests
-    assert request.tags["dagster/partition"] == key
+    assert request.tags["dagster/partition"] == tables.partition(key)
     assert request.tags["embedd/task_id"] == task_id
     assert evaluate(cleanup_sensor, instance).skip_message == "Nothing to drop."
 

@@ -29,7 +29,7 @@ from embedd_dagster.defs.following import follower_sensor
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_backfills
-from embedd_dagster.defs.schedules import sync_schedule
+from embedd_dagster.defs.schedules import sync_sensor
 from embedd_dagster.defs.sensors import cleanup_sensor, reconcile, reconcile_sensor
 from embedd_dagster.defs.tick_logs import purge_tick_logs
 from embedd_dagster.engine.runtime import Runtime
@@ -68,7 +68,7 @@ def test_deleting_many_tables_with_queued_backfills_does_not_delay_the_start_of_
     assert isinstance(result, dg.SensorResult)
     assert [request.tags["embedd/task_id"] for request in result.run_requests or ()] == [task_id]
     changes = result.dynamic_partitions_requests or ()
-    assert other in {key for change in changes for key in change.partition_keys}
+    assert tables.partition(other) in {key for change in changes for key in change.partition_keys}
     assert len(settled) == 5, "ten seconds' work"
     assert any("left for the next tick" in line for line in left)
     for _ in range(4):
@@ -83,7 +83,7 @@ def test_partitions_are_deleted_so_many_per_tick(instance: dg.DagsterInstance, r
     result = reconcile(instance, lambda: runtime, Memory(), print)
     assert isinstance(result, dg.SensorResult)
     added, deleted = result.dynamic_partitions_requests or ()
-    assert (added.partition_keys, len(deleted.partition_keys)) == ([new], 100)
+    assert (added.partition_keys, len(deleted.partition_keys)) == ([tables.partition(new)], 100)
 
 
 @pytest.fixture
@@ -101,16 +101,11 @@ def test_a_tick_that_has_nothing_to_say_leaves_no_file(
 ) -> None:
     resources = {"runtime": RuntimeResource()}
     repository = defs.get_repository_def()
-    for sensor in (reconcile_sensor, cleanup_sensor, follower_sensor):
+    for sensor in (reconcile_sensor, sync_sensor, cleanup_sensor, follower_sensor):
         with dg.build_sensor_context(
             instance=on_disk, resources=resources, repository_def=repository, sensor_name=sensor.name
         ) as context:
             sensor.evaluate_tick(context)
-    schedule_context = dg.build_schedule_context(
-        instance=on_disk, resources=resources, scheduled_execution_time=now(), repository_def=repository
-    )
-    with schedule_context as context:
-        sync_schedule.evaluate_tick(context)
     assert files(tmp_path) == []
 
 

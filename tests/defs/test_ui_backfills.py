@@ -58,8 +58,10 @@ def workspace(instance: dg.DagsterInstance) -> Iterator[WorkspaceProcessContext]
 class Dagster:
     """The UI, the backfill daemon and the reconcile sensor, each a step at a time."""
 
-    def __init__(self, instance: dg.DagsterInstance, runtime: Runtime, workspace: WorkspaceProcessContext) -> None:
-        self.instance, self.runtime, self._workspace = instance, runtime, workspace
+    def __init__(
+        self, instance: dg.DagsterInstance, runtime: Runtime, workspace: WorkspaceProcessContext, tables: Any
+    ) -> None:
+        self.instance, self.runtime, self._workspace, self._tables = instance, runtime, workspace, tables
         self._schema, self._memory = create_schema(), Memory()
 
     def _execute(self, query: str, **variables: Any) -> Any:
@@ -68,8 +70,12 @@ class Dagster:
         assert not result.errors, result.errors
         return next(iter(result.data.values()))
 
-    def launch(self, keys: list[str], *, by_job: bool = False, mode: str = "backfill") -> str:
-        """Materializes these partitions together: from the asset's page, or from the job's."""
+    def launch(self, table_ids: list[str], *, by_job: bool = False, mode: str = "backfill") -> str:
+        """Materializes these vector tables together: from the asset's page, or from the job's."""
+        return self.launch_keys([*map(self._tables.partition, table_ids)], by_job=by_job, mode=mode)
+
+    def launch_keys(self, keys: list[str], *, by_job: bool = False, mode: str = "backfill") -> str:
+        """Materializes the partitions of these keys together."""
         repository = {"repositoryLocationName": "embedd", "repositoryName": "__repository__"}
         what: dict[str, Any] = {"assetSelection": [{"path": ["vector_table"]}]}
         if by_job:
@@ -107,22 +113,28 @@ class Dagster:
     def partitions(self) -> set[str]:
         return set(self.instance.get_dynamic_partitions("vector_tables"))
 
+    def asked_for(self, requests: list[dg.RunRequest]) -> set[str]:
+        """The vector tables that these runs are for."""
+        return {self._tables.of(str(request.partition_key)) for request in requests}
+
     def status(self, backfill_id: str) -> BulkActionStatus:
         backfill = self.instance.get_backfill(backfill_id)
         assert backfill is not None
         return backfill.status
 
-    def run_of(self, key: str) -> dg.DagsterRun:
-        (run,) = self.instance.get_runs(dg.RunsFilter(tags={"dagster/partition": key}))
+    def run_of(self, table_id: str) -> dg.DagsterRun:
+        tags = {"dagster/partition": self._tables.partition(table_id)}
+        (run,) = self.instance.get_runs(dg.RunsFilter(tags=tags))
         return run
 
-    def begin(self, run: dg.DagsterRun, tables: Any) -> str:
+    def begin(self, run: dg.DagsterRun) -> str:
         """What a run from the UI does first: it makes its task, and claims it."""
         self.instance.report_dagster_event(_event("PIPELINE_STARTING", run), run_id=run.run_id)
         self.instance.report_dagster_event(_event("PIPELINE_START", run), run_id=run.run_id)
-        task_id = str(tables.task(run.tags["dagster/partition"], TaskType.BACKFILL, created_at=now()))
+        table_id = self._tables.of(run.tags["dagster/partition"])
+        task_id = str(self._tables.task(table_id, TaskType.BACKFILL, created_at=now()))
         self.instance.add_run_tags(run.run_id, {"embedd/task_id": task_id})
-        tables.claim(task_id, run.run_id)
+        self._tables.claim(task_id, run.run_id)
         return task_id
 
 
@@ -131,8 +143,8 @@ def _event(kind: str, run: dg.DagsterRun) -> dg.DagsterEvent:
 
 
 @pytest.fixture
-def dagster(instance: dg.DagsterInstance, runtime: Runtime, workspace: WorkspaceProcessContext) -> Dagster:
-    return Dagster(instance, runtime, workspace)
+def dagster(instance: dg.DagsterInstance, runtime: Runtime, workspace: WorkspaceProcessContext, tables: Any) -> Dagster:
+    return Dagster(instance, runtime, workspace, tables)
 
 
 @pytest.fixture
@@ -149,7 +161,7 @@ def test_deleting_a_vector_table_leaves_the_backfill_of_the_others_at_work(
     backfill_id = dagster.launch(keys, by_job=by_job)
     tables.delete(keys[0])
     dagster.tick()
-    assert keys[0] in dagster.partitions(), "its backfill still needs it"
+    assert tables.partition(keys[0]) in dagster.partitions(), "its backfill still needs it"
     dagster.iterate(2)
     assert {run.status for run in dagster.instance.get_runs()} == {Status.QUEUED}
     assert dagster.status(backfill_id) is BulkActionStatus.REQUESTED
@@ -160,7 +172,7 @@ def test_deleting_a_vector_table_leaves_the_backfill_of_the_others_at_work(
     dagster.iterate(2)
     assert dagster.status(backfill_id) is BulkActionStatus.COMPLETED_FAILED
     dagster.tick()
-    assert dagster.partitions() == set(keys[1:])
+    assert dagster.partitions() == set(map(tables.partition, keys[1:]))
 
 
 def test_what_a_given_up_backfill_left_is_done_all_the_same(
@@ -171,9 +183,9 @@ def test_what_a_given_up_backfill_left_is_done_all_the_same(
     cancelled, at_work, waiting = keys
     dagster.instance.run_coordinator.cancel_run(dagster.run_of(cancelled).run_id)  # by somebody
     dagster.tick()
-    running = dagster.begin(dagster.run_of(at_work), tables)
+    running = dagster.begin(dagster.run_of(at_work))
     # as an older release did with the key of a deleted table; an administrator may, too
-    dagster.instance.delete_dynamic_partition("vector_tables", cancelled)
+    dagster.instance.delete_dynamic_partition("vector_tables", tables.partition(cancelled))
     dagster.iterate(2)
     assert dagster.status(backfill_id) is BulkActionStatus.FAILING
     assert dagster.run_of(waiting).status is Status.CANCELED
@@ -182,7 +194,7 @@ def test_what_a_given_up_backfill_left_is_done_all_the_same(
     assert not cancel_was_asked_for(dagster.instance, run.run_id), "its process puts the task back when it hears"
     dagster.instance.report_run_canceled(run)
     requests = dagster.tick()
-    assert {request.partition_key for request in requests} == {at_work, waiting}
+    assert dagster.asked_for(requests) == {at_work, waiting}
     assert (tables.get_task(running).status, tables.get_task(running).attempts) == ("pending", 0)
     assert (
         tables.live_task(waiting).options["reason"] == f"Dagster gave up backfill {backfill_id}, which was to do this."
@@ -210,7 +222,7 @@ def test_a_key_that_is_gone_before_the_first_run_does_not_keep_the_others_from_b
     assert dagster.status(backfill_id) is BulkActionStatus.FAILED
     assert not dagster.instance.get_runs()
     requests = dagster.tick()
-    kinds = {request.partition_key: tables.live_task(request.partition_key).task_type for request in requests}
+    kinds = {asked: tables.live_task(asked).task_type for asked in dagster.asked_for(requests)}
     # what was never built cannot be synced: the UI's run would have said so
     assert kinds == ({key: "sync"} if mode == "sync" else {key: "rebackfill", new: "backfill"})
     again = {request.run_key for request in dagster.tick()}
@@ -221,7 +233,7 @@ def test_a_key_that_is_gone_before_the_first_run_does_not_keep_the_others_from_b
 def test_a_backfill_that_somebody_cancels_is_not_taken_up_again(dagster: Dagster, tables: Any, keys: list[str]) -> None:
     backfill_id = dagster.launch(keys)
     dagster.iterate()
-    task_id = dagster.begin(dagster.run_of(keys[0]), tables)
+    task_id = dagster.begin(dagster.run_of(keys[0]))
     dagster.cancel(backfill_id)
     dagster.instance.report_run_canceling(dagster.run_of(keys[0]))
     assert cancel_was_asked_for(dagster.instance, dagster.run_of(keys[0]).run_id)
@@ -231,3 +243,21 @@ def test_a_backfill_that_somebody_cancels_is_not_taken_up_again(dagster: Dagster
     assert tables.get_task(task_id).status == "cancelled"
     assert dagster.status(backfill_id) is BulkActionStatus.CANCELED
     assert not dagster.tick()
+
+
+def test_a_given_up_backfill_of_a_partition_that_was_named_by_an_id_is_done_all_the_same(
+    dagster: Dagster, tables: Any
+) -> None:
+    table_id = tables.create("a")
+    # launched before the keys could be read
+    dagster.instance.add_dynamic_partitions("vector_tables", [table_id, "gone"])
+    backfill_id = dagster.launch_keys([table_id, "gone"])
+    dagster.instance.delete_dynamic_partition("vector_tables", "gone")
+    assert not dagster.tick()
+    assert {table_id, tables.partition(table_id)} <= dagster.partitions(), "its backfill still needs the old one"
+    dagster.iterate(2)
+    assert dagster.status(backfill_id) is BulkActionStatus.FAILED
+    (request,) = dagster.tick()
+    assert request.partition_key == tables.partition(table_id)
+    assert tables.live_task(table_id).task_type == "backfill"
+    assert dagster.partitions() == {tables.partition(table_id)}

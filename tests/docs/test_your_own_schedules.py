@@ -37,7 +37,7 @@ def instance() -> Iterator[dg.DagsterInstance]:
 def location(product: Product, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the document, in a process set up as a code server is."""
     settings = product.runtime.settings
-    monkeypatch.setenv("PRODUCTS_VECTOR_TABLE", product.vector_table_id)
+    monkeypatch.setenv("PRODUCTS_VECTOR_TABLE", product.table().partition_key)
     monkeypatch.setenv("EMBEDD_DATABASE_URL", settings.database_url.get_secret_value())
     monkeypatch.setenv("EMBEDD_ENCRYPTION_KEYS", settings.encryption_keys[0].get_secret_value())
     monkeypatch.setenv("EMBEDD_QDRANT_URL", settings.qdrant_url)
@@ -68,8 +68,8 @@ def test_a_code_server_loads_it(location: ModuleType) -> None:
 @pytest.fixture
 def built(location: ModuleType, product: Product, instance: dg.DagsterInstance) -> Product:
     """Built by a run of Dagster's, as the API would have it; then rows have changed."""
-    instance.add_dynamic_partitions("vector_tables", [product.vector_table_id])
-    assert execute(location, instance, dg.RunRequest(partition_key=product.vector_table_id)).success
+    instance.add_dynamic_partitions("vector_tables", [product.table().partition_key])
+    assert execute(location, instance, dg.RunRequest(partition_key=product.table().partition_key)).success
     change_rows(product)
     return product
 
@@ -111,7 +111,7 @@ def assert_synced(product: Product, instance: dg.DagsterInstance, result: dg.Exe
     assert run is not None
     assert run.tags[TASK_TAG] == task.id
     (made,) = result.asset_materializations_for_node("vector_table")
-    assert made.partition == product.vector_table_id
+    assert made.partition == product.table().partition_key
     assert made.metadata["rows_embedded"].value == 5
     product.assert_true_to_source()
 
@@ -133,7 +133,7 @@ def test_a_schedule_syncs_every_vector_table_that_was_built(
 ) -> None:
     instance.add_dynamic_partitions("vector_tables", ["vt_neverbuilt"])
     (request,) = tick(location, instance, location.everything_every_morning)
-    assert request.run_key == f"2026-01-05:{built.vector_table_id}"
+    assert request.run_key == f"2026-01-05:{built.table().partition_key}"
     assert_synced(built, instance, execute(location, instance, request))
 
 
@@ -184,15 +184,15 @@ def test_conditions_sync_at_night_and_follow_what_changed(
     assert wanted(evening) == {}, "nothing has happened since it watches"
     assert wanted(evening + timedelta(hours=1)) == {}
     asked = wanted(evening + timedelta(hours=4))
-    assert asked.pop("vector_table") == {built.vector_table_id}, "not what never was built"
+    assert asked.pop("vector_table") == {built.table().partition_key}, "not what never was built"
     assert asked == {}
     request = dg.RunRequest(
-        partition_key=built.vector_table_id,
+        partition_key=built.table().partition_key,
         asset_selection=[location.vector_table.key],
         tags={**location.automation.run_tags, "dagster/from_automation_condition": "true"},
     )
     assert_synced(built, instance, execute(location, instance, request))
-    assert wanted(evening + timedelta(hours=5)) == {"search_quality": {built.vector_table_id}}
+    assert wanted(evening + timedelta(hours=5)) == {"search_quality": {built.table().partition_key}}
     assert execute(location, instance, request).success, "a sync that finds nothing to do"
     assert wanted(evening + timedelta(hours=6)) == {}
 

@@ -68,7 +68,9 @@ def test_a_change_is_found_and_told(embedd: Embedd, followed: str, eventually: C
     eventually(lambda: not _finds(embedd, followed, 1000, "title: new\nrow"))
 
     def told() -> bool:
-        materializations = embedd.graphql(MATERIALIZATIONS, partition=followed)["assetOrError"]["assetMaterializations"]
+        materializations = embedd.graphql(MATERIALIZATIONS, partition=embedd.table(followed)["dagster_partition"])[
+            "assetOrError"
+        ]["assetMaterializations"]
         entries = [{entry["label"]: entry for entry in one["metadataEntries"]} for one in materializations]
         of_following = [one for one in entries if one["task_type"].get("text") == "follow"]
         return bool(of_following) and all("lag_seconds" in one for one in of_following)

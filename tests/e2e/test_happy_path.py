@@ -178,11 +178,12 @@ def test_a_deleted_vector_table_leaves_nothing(embedd: Embedd, mode: str, eventu
     embedd.create_source(10)
     vector_table_id = embedd.create_vector_table(mode)
     embedd.build(vector_table_id)
-    assert vector_table_id in _partitions(embedd)
+    partition = embedd.table(vector_table_id)["dagster_partition"]
+    assert partition in _partitions(embedd)
     assert embedd.api.delete(f"/v1/vector-tables/{vector_table_id}").status_code == 204
     assert embedd.api.get(f"/v1/vector-tables/{vector_table_id}").status_code == 404
     # two sensors see to it, in either order: one removes the partition, the other what is in the store
-    eventually(lambda: vector_table_id not in _partitions(embedd))
+    eventually(lambda: partition not in _partitions(embedd))
     eventually(lambda: _left_over(embedd, mode, vector_table_id) == [])
 
 

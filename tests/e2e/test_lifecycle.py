@@ -219,7 +219,9 @@ def _click_materialize(embedd: Embedd, vector_table_id: str) -> str | None:
         __typename ... on LaunchRunSuccess { run { runId } } } }"""
     parameters = {
         "mode": "default",
-        "executionMetadata": {"tags": [{"key": "dagster/partition", "value": vector_table_id}]},
+        "executionMetadata": {
+            "tags": [{"key": "dagster/partition", "value": embedd.table(vector_table_id)["dagster_partition"]}]
+        },
         "runConfigData": "{}",
         "selector": {
             "repositoryLocationName": "embedd",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,14 @@ from embedd_dagster.errors import RunSuperseded, VectorStoreRejected, VectorStor
 
 class _Table:
     version = 3
+    row = SimpleNamespace(
+        partition_key="vt_a_products",
+        name="products",
+        source_table="public.products",
+        storage_name="vt_a_products",
+        platform_vector_ref=None,
+        embedding_model="m",
+    )
 
     def count_points(self) -> int:
         return 40
@@ -54,6 +63,7 @@ def test_changes_are_summed_and_told_once_a_minute(clock: list[float]) -> None:
     reports.send_due(tables, lease)
     assert (sent[1].changes, sent[1].counts.reused, sent[1].lag_seconds) == (6, 6, 0.9)
     assert (sent[1].version, sent[1].point_count, sent[1].lag_bytes) == (3, 40, 77)
+    assert (sent[1].partition_key, sent[1].source_table) == ("vt_a_products", "public.products")
     clock[0] += 61
     reports.send_due(tables, lease)
     assert len(sent) == 2, "nothing happened, so there is nothing to tell"

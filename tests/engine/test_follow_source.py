@@ -544,7 +544,8 @@ def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
         product.sql("ALTER TABLE products ALTER COLUMN id TYPE text USING 'p' || id")
         product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
         eventually(lambda: "p1" in product.points())
-    eventually(lambda: is_owed(product))
+    # the look at each read sees the new type at once, so the comparison may be over before anybody could see it wanted
+    eventually(is_true(product))
     eventually(lambda: settled(product))
     product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")
     eventually(is_true(product))

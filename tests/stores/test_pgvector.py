@@ -17,7 +17,13 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.stores import open_platform_store, pgvector_database, pgvector_index, pgvector_search
+from embedd_dagster.stores import (
+    open_platform_store,
+    pgvector_database,
+    pgvector_index,
+    pgvector_progress,
+    pgvector_search,
+)
 from embedd_dagster.stores.pgvector import PgvectorStore, platform_vector_ref, table_name
 from embedd_dagster.stores.pgvector_filters import compile_filter
 from embedd_dagster.stores.pgvector_objects import Place
@@ -392,3 +398,17 @@ def test_an_address_that_is_not_to_be_reached_is_not_connected_to(host: str, den
         with pytest.raises((VectorStoreRejected, VectorStoreUnavailable)) as refused:
             store.check()
     assert "does not connect" in refused.value.message or "resolve" in refused.value.message
+
+
+def test_the_index_stage_reports_how_many_rows_postgresql_has_indexed(
+    store: PgvectorStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pgvector_progress, "_ASK_SECONDS", 0.01)
+    vector_set = new_set(dimensions=500)
+    store.create(vector_set)
+    store.upsert(vector_set, batch(list(range(4000)), 500))
+    reported: list[tuple[int, int]] = []
+    store.finish_load(vector_set, lambda indexed, total: reported.append((indexed, total)))
+    assert reported
+    assert {total for _indexed, total in reported} == {4000}
+    assert all(0 <= indexed <= total for indexed, total in reported)

@@ -18,9 +18,16 @@ from hypothesis import strategies as st
 from embedd_dagster.core.filters import Condition, Operator
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.errors import ConfigurationError, EmbeddError, VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.errors import (
+    ConfigurationError,
+    EmbeddError,
+    RunCancelled,
+    VectorStoreRejected,
+    VectorStoreUnavailable,
+)
 from embedd_dagster.local.qdrant_server import MAX_BODY_BYTES
 from embedd_dagster.stores import qdrant_indexing, qdrant_points
+from embedd_dagster.stores.base import ReportIndexed, ignore_report
 from embedd_dagster.stores.qdrant import QdrantStore
 from embedd_dagster.stores.qdrant_filters import column_name, compile_filter, payload_key, payload_path
 from embedd_dagster.stores.ranking import bucket_ranges
@@ -105,7 +112,7 @@ def test_the_api_key_and_a_path_prefix_are_sent() -> None:
 
     opened(handler, "https://cloud.example/prefix", "k3y").check()
     assert seen[0].headers["api-key"] == "k3y"
-    assert str(seen[0].url) == "https://cloud.example/prefix/collections"
+    assert str(seen[0].url) == "https://cloud.example/prefix/collections/embedd/exists"
 
 
 def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +175,12 @@ def test_numbers_and_names_of_metadata_count() -> None:
     assert max(sizes) <= qdrant_points.BODY_BYTES
 
 
-def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]], threshold: int = 0) -> list[str]:
+def run_finish_load(
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[dict[str, Any]],
+    threshold: int = 0,
+    report: ReportIndexed = ignore_report,
+) -> list[str]:
     monkeypatch.setattr(qdrant_indexing, "_POLL_SECONDS", 0)
     calls: list[str] = []
     first = {"status": "green", "config": {"optimizer_config": {"indexing_threshold": threshold}}}
@@ -180,7 +192,7 @@ def run_finish_load(monkeypatch: pytest.MonkeyPatch, states: list[dict[str, Any]
         calls.append(request.method)
         return ok(True if request.method == "PATCH" else next(remaining))
 
-    opened(handler).finish_load(SET)
+    opened(handler).finish_load(SET, report)
     return calls
 
 
@@ -425,3 +437,23 @@ def test_bucket_ranges_are_joined() -> None:
     assert bucket_ranges([3, 1, 2, 2, 7], 8, 16) == [(256, 1023), (1792, 2047)]
     assert bucket_ranges([0], 0, 16) == [(0, 65535)]
     assert bucket_ranges([], 4, 16) == []
+
+
+def test_the_index_stage_reports_how_many_vectors_qdrant_has_indexed(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[tuple[int, int]] = []
+    states = [
+        {"status": "yellow", "points_count": 9, "indexed_vectors_count": 4},
+        {"status": "green", "points_count": 9, "indexed_vectors_count": 9},
+    ]
+    run_finish_load(monkeypatch, states, report=lambda indexed, total: reported.append((indexed, total)))
+    assert reported == [(4, 9), (9, 9)]
+
+
+def test_a_run_that_is_cancelled_does_not_wait_for_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    def report(indexed: int, total: int) -> None:
+        if indexed:
+            raise RunCancelled("Somebody asked for it.")
+
+    states = [{"status": "yellow", "points_count": 9, "indexed_vectors_count": number} for number in (0, 1)]
+    with pytest.raises(RunCancelled):
+        run_finish_load(monkeypatch, states, report=report)

@@ -8,11 +8,11 @@ import psycopg
 _TABLES = """
 INSERT INTO vector_tables (
     id, org_id, environment_id, connection_id, embedding_provider_id, name, source_table, primary_key_column, columns,
-    embedding_model, embedding_dimensions, mode, sync_mode, config_version, storage_name, sync_status, paused,
+    embedding_model, embedding_dimensions, mode, sync_mode, config_version, storage_name, partition_key, sync_status, paused,
     live_version, total_rows, synced_rows, last_sync_at, next_sync_at, deleted_at, created_at, updated_at)
 SELECT 'vt_' || lpad(n::text, 26, '0'), e.org_id, e.id, 'conn_many', 'ep_many', 'table ' || n, 'public.t' || n, 'id',
     %(columns)s::jsonb, 'text-embedding-3-small', 384, 'managed', 'batch', CASE WHEN n %% 100 = 1 THEN 2 ELSE 1 END,
-    'vt_' || lpad(n::text, 8, '0') || '_table',
+    'vt_' || lpad(n::text, 8, '0') || '_table', 'vt_' || lpad(n::text, 8, '0') || '_table',
     CASE WHEN n %% 1000 = 3 THEN 'deleting' WHEN n %% 1000 = 2 THEN 'backfilling' WHEN n %% 100 = 1 THEN 'pending_rebackfill'
         ELSE 'synced' END,
     false, 1, 1000, 1000, now() - interval '10 minutes', now() + make_interval(secs => n %% 3600 - 30),
