@@ -67,7 +67,7 @@ ERROR_CODES: Final[dict[str, ErrorCode]] = {
     "validation_error": ErrorCode(422, "The body or a parameter is not accepted; the message names the field."),
     "connection_not_ready": ErrorCode(422, "The connection has not passed its test."),
     "vector_table_not_ready": ErrorCode(422, "There is no complete set of vectors before the first backfill ends."),
-    "value_out_of_range": ErrorCode(422, "A value that its filter_type cannot hold."),
+    "value_out_of_range": ErrorCode(422, "A value that its filter_type, or the database of the vectors, cannot hold."),
     "metadata_too_large": ErrorCode(
         422, f"A row's metadata is longer than {MAX_METADATA_LENGTH:,} characters, all columns together."
     ),

@@ -18,12 +18,14 @@
     │   ├── SourceTableNotFound        the table, or a configured column, is not in the source
     │   ├── SourceRejected             the source cannot do what was asked, and will not by itself
     │   ├── VectorStoreRejected        the store cannot do what was asked, and will not by itself
+    │   │   └── PointsRejected         the store cannot hold some rows of a batch; it has written the others
     │   ├── EmbeddingRejected          wrong key, unknown model, wrong dimensions
     │   ├── TooManyFailedRows          so many rows failed that the fault is not the rows'
     │   └── MassDeleteRefused          the source looks emptied; mirroring that wants a confirmation
     ├── RowError                       set this row aside, go on with the others
     │   ├── TextRejected               the provider refuses this text
     │   ├── ValueOutOfRange            a metadata value that its filter type cannot hold
+    │   ├── RowNotStorable             the database of the vectors cannot hold the row
     │   └── MetadataTooLarge           more metadata than a row may have
     ├── RunSuperseded                  this run does not own its task (any more): end at once
     ├── RunCancelled                   somebody asked this run to end
@@ -41,6 +43,8 @@ secret or a row's content, and it survives pickling. The HTTP status of a code s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 
@@ -178,6 +182,14 @@ class VectorStoreRejected(PermanentError):
     default_code = "vector_store_unavailable"
 
 
+class PointsRejected(VectorStoreRejected):
+    """The store cannot hold some rows of a batch: `rejected` says which, by their index. It has written the others."""
+
+    def __init__(self, message: str, *, rejected: Mapping[int, RowError] = MappingProxyType({}), **kwargs: Any) -> None:
+        super().__init__(message, **kwargs)
+        self.rejected = dict(rejected)
+
+
 class EmbeddingRejected(PermanentError):
     """The provider refuses every text: wrong key, unknown model, wrong dimensions."""
 
@@ -213,6 +225,13 @@ class ValueOutOfRange(RowError):
     """A metadata value that its filter type cannot hold, such as an integer beyond 64 bits."""
 
     default_code = "value_out_of_range"
+
+
+class RowNotStorable(RowError):
+    """The database of the vectors cannot hold the row, such as a character that its encoding does not have."""
+
+    default_code = "value_out_of_range"
+    default_resolution = "Correct the row in the source, or keep the vectors in a database that can hold it."
 
 
 class MetadataTooLarge(RowError):

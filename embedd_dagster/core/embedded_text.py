@@ -9,17 +9,16 @@ integer, numeric     digits, no exponent, the scale kept: ``19.90``
 floating point       shortest form that reads back the same: ``0.1``; NaN and infinities count as null
 date, time           ISO 8601: ``2024-02-29``, ``13:37:00``
 timestamp            ISO 8601, one with a zone in UTC: ``2024-02-29T13:37:00Z``
-interval             seconds as ISO 8601: ``PT5400S``
+interval             ISO 8601, months, days and times apart: ``P1M``, ``P30D``, ``PT1H30M``
 UUID                 lower case with hyphens
 array of scalars     the elements, joined by ``, ``; nulls left out
-JSON, other arrays   compact JSON, keys sorted
+JSON, other arrays   compact JSON, keys sorted, numbers with the digits they have: ``1.10``
 binary               hexadecimal
 ===================  =====================================================================================
 """
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from embedd_dagster.core.floats import kept_float
+from embedd_dagster.core.json_text import dump_json
 from embedd_dagster.core.vector_table import Column, FilterType
 from embedd_dagster.errors import MetadataTooLarge, ValueOutOfRange
 
@@ -73,7 +73,7 @@ def render_value(value: Any) -> str | None:  # noqa: C901, PLR0911, PLR0912 - on
     if isinstance(value, date | time):
         return value.isoformat()
     if isinstance(value, timedelta):
-        return f"PT{value.total_seconds():.6f}".rstrip("0").rstrip(".") + "S"
+        return _render_interval(value)
     if isinstance(value, UUID):
         return str(value)
     if isinstance(value, bytes | bytearray | memoryview):
@@ -81,10 +81,22 @@ def render_value(value: Any) -> str | None:  # noqa: C901, PLR0911, PLR0912 - on
     if isinstance(value, list | tuple) and not any(isinstance(item, list | tuple | dict) for item in value):
         return ", ".join(text for item in value if (text := render_value(item)) is not None)
     if isinstance(value, list | tuple | dict):
-        return clean_text(
-            json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), default=render_value)
-        )
+        return clean_text(dump_json(value, render_value))
     return clean_text(str(value))
+
+
+def _render_interval(value: timedelta) -> str:
+    """As PostgreSQL writes an interval of these days and this time: `P-1DT2H0.5S`; a negative one has the sign at each number."""
+    sign = "-" if value < timedelta(0) else ""
+    value = abs(value)
+    minutes, seconds = divmod(value.seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{value.microseconds:06d}".rstrip("0") if value.microseconds else ""
+    days = f"{sign}{value.days}D" if value.days else ""
+    times = "".join(f"{sign}{number}{unit}" for number, unit in ((hours, "H"), (minutes, "M")) if number)
+    if seconds or fraction:
+        times += f"{sign}{seconds}{fraction}S"
+    return f"P{days}T{times}" if times else f"P{days or 'T0S'}"
 
 
 def compose_text(columns: Sequence[Column], values: Sequence[Any]) -> str:

@@ -93,6 +93,18 @@ class PointBatch:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, start: int, stop: int) -> PointBatch:
+        """The points of these indexes."""
+        return PointBatch(
+            self.keys[start:stop],
+            self.texts[start:stop],
+            self.metadata[start:stop],
+            self.row_hashes[start:stop],
+            self.text_hashes[start:stop],
+            self.buckets[start:stop],
+            self.vectors[start:stop],
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Hit:

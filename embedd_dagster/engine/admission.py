@@ -96,6 +96,7 @@ def admit(runtime: Runtime, environment_id: str, new: NewVectorTable) -> NewVect
     check_embedding(provider, configuration.embedding_model, configuration.embedding_dimensions)
     checked = _check_source(runtime, connection, configuration, check_key=True, sync_mode=new.sync_mode)
     schema = _platform_schema(runtime, connection) if new.mode is Mode.PLATFORM else None
+    _check_prefixes(runtime, connection, checked.columns)
     return replace(new, configuration=checked, platform_schema=schema)
 
 
@@ -114,7 +115,9 @@ def admit_change(
     is_moved = new.source_table != old.source_table
     if new.columns == old.columns and not is_moved:
         return new
-    return _check_source(runtime, connection, new, check_key=is_moved)
+    checked = _check_source(runtime, connection, new, check_key=is_moved)
+    _check_prefixes(runtime, connection, checked.columns)
+    return checked
 
 
 def source_key_type(runtime: Runtime, connection: Connection, configuration: VectorConfiguration) -> str:
@@ -266,6 +269,19 @@ def _platform_schema(runtime: Runtime, connection: Connection) -> str:
             return store.schema
     except (VectorStoreRejected, ConfigurationError) as error:
         raise ValidationFailed(f"mode: {error.message}", resolution=error.resolution) from None
+
+
+def _check_prefixes(runtime: Runtime, connection: Connection, columns: Sequence[Column]) -> None:
+    """Raises ValidationFailed for what would be in front of every text, where a platform database cannot hold it."""
+    prefixes = [column.name_prefix or "" for column in columns]
+    if connection.mode != Mode.PLATFORM or all(prefix.isascii() for prefix in prefixes):
+        return
+    with runtime.open_platform_store(connection) as store:
+        refused = store.unholdable(prefixes)
+    for index, reason in refused.items():
+        raise ValidationFailed(
+            f"columns[{index}].name_prefix: {reason}", resolution="Choose another name_prefix, or leave it out."
+        )
 
 
 def estimate_rows(runtime: Runtime, connection: Connection, source_table: str) -> int | None:

@@ -49,6 +49,7 @@ def backfill(work: Work) -> RowCounts:
         return work.progress.counts
     reader = work.reader(work.table.configuration)
     with work.stage("prepare"):
+        work.patiently(reader.check_keys)  # before a text is paid for that would replace another row's
         row, resumed = _begin(work, reader, live)
         vector_set = work.vector_set(row)
         work.as_owner(lambda: work.store.create(vector_set))
@@ -312,6 +313,7 @@ def _verify(
         skipped_count = compared.skipped
         work.caught_up.add(compared)
     if work.patiently(lambda: reader.digest(digest.bits)).changed_buckets(digest) == []:
+        work.patiently(reader.check_keys)
         raise VectorStoreRejected(
             f"The built set has {point_count} points for {digest.row_count} rows.",
             resolution="Start the backfill again; if it happens again, look at the vector store's log.",

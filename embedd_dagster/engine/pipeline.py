@@ -26,7 +26,7 @@ from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.core.vector_table import VectorConfiguration
 from embedd_dagster.embedders.pacing import PacedEmbedder
 from embedd_dagster.engine.reuse import TextMemory
-from embedd_dagster.errors import RowError, TextRejected
+from embedd_dagster.errors import PointsRejected, RowError, TextRejected
 from embedd_dagster.stores.base import Store
 
 
@@ -199,26 +199,40 @@ class RowPipeline:
                 row._replace(text=cut[hashed], truncated=True) if hashed in cut else row
                 for row, hashed in zip(rows, hashes, strict=True)
             ]
+        refused = self._upsert(rows, [known[hashed] for hashed in hashes], None if cut else hashes) if rows else {}
+        if refused:
+            for index, refusal in refused.items():
+                _note_failure(outcome, rows[index], "write", refusal)
+            rows = [row for index, row in enumerate(rows) if index not in refused]
+            hashes = [hashed for index, hashed in enumerate(hashes) if index not in refused]
+            embedded.intersection_update(hashes)
         outcome.counts.embedded += len(embedded)
         outcome.counts.reused += len(rows) - len(embedded)
-        if not rows:
-            return
-        keys, row_hashes, buckets, texts, metadata, _length, _tokens, truncated, _failure = zip(*rows, strict=True)
-        outcome.counts.truncated += sum(truncated)
+        outcome.counts.truncated += sum(row.truncated for row in rows)
+        outcome.written = [row.key for row in rows]
+        self._memory.note_written(
+            {hashed: row.key for hashed, row in zip(hashes, rows, strict=True) if hashed in embedded}
+        )
+
+    def _upsert(
+        self, rows: list[ComposedRow], vectors: list[Vectors], hashes: list[int] | None
+    ) -> Mapping[int, RowError]:
+        """Writes the rows; why the store cannot hold some of them, by their index. `hashes` are their texts', where known."""
+        keys, row_hashes, buckets, texts, metadata, _length, _tokens, _truncated, _failure = zip(*rows, strict=True)
         points = PointBatch(
             keys=list(keys),
             texts=list(texts),
             metadata=list(metadata),
             row_hashes=list(row_hashes),
-            text_hashes=text_hashes(list(texts)) if cut else hashes,
+            text_hashes=text_hashes(list(texts)) if hashes is None else hashes,
             buckets=list(buckets),
-            vectors=np.concatenate([known[hashed] for hashed in hashes]).reshape(len(hashes), -1),
+            vectors=np.concatenate(vectors).reshape(len(rows), -1),
         )
-        self._as_owner(lambda: self._store.upsert(self._set, points))
-        outcome.written = points.keys
-        self._memory.note_written(
-            {hashed: key for hashed, key in zip(hashes, points.keys, strict=True) if hashed in embedded}
-        )
+        try:
+            self._as_owner(lambda: self._store.upsert(self._set, points))
+        except PointsRejected as error:
+            return error.rejected
+        return {}
 
     def _find_vectors(self, keys: list[Key], hashes: list[int]) -> dict[int, Vectors]:
         """Vectors that need not be paid for again, by text hash: of this row in an older set, or of an equal text."""

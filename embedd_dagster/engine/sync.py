@@ -162,9 +162,14 @@ def write_keys(
     def pages() -> Iterator[list[SourceRow]]:
         for chunk in in_chunks(keys, _KEYS_A_READ):
             absent = {encode_key(key): key for key in chunk}
+            seen: set[str] = set()
             for page in work.patiently(lambda chunk=chunk: reader.read_keys(chunk, page_bytes=PAGE_BYTES)):  # type: ignore[misc]
                 for row in page:
-                    absent.pop(encode_key(row.key), None)
+                    encoded = encode_key(row.key)
+                    absent.pop(encoded, None)
+                    if encoded in seen:
+                        work.patiently(reader.check_keys)  # which names the key
+                    seen.add(encoded)
                 yield page
             vanished.extend(absent.values())
 

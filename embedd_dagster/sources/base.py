@@ -72,6 +72,10 @@ class TableReader(Protocol):
         """The number of rows, exactly."""
         ...
 
+    def check_keys(self) -> None:
+        """Returns when no two rows have one key, by constraint or by counting. Raises SourceRejected, naming such a key."""
+        ...
+
     def split(self, shard_count: int) -> list[KeyRange]:
         """At most `shard_count` ranges of about equal size that together cover every possible key."""
         ...
@@ -115,7 +119,7 @@ class Source(Protocol):
         ...
 
     def check_key(self, table: str, column: str) -> None:
-        """Returns when the column is unique and not null, by constraint or (a view) by its rows.
+        """Returns when the column is unique and not null, by constraint or by its rows.
 
         Raises SourceRejected with a message that says why it is no key.
         """

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import psycopg
-from psycopg.sql import SQL
 
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
@@ -24,16 +23,17 @@ from embedd_dagster.sources.postgresql_catalog import (
     ColumnInfo,
     Relation,
     find_relation,
-    identifier,
     list_tables,
-    row_estimate,
 )
 from embedd_dagster.sources.postgresql_changes import FEED_SETTINGS, PostgresChangeFeed
 from embedd_dagster.sources.postgresql_connections import Connections, Credentials
 from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_estimates import row_estimate
 from embedd_dagster.sources.postgresql_followable import check_followable
+from embedd_dagster.sources.postgresql_keys import check_key
 from embedd_dagster.sources.postgresql_poolers import require_own_session
 from embedd_dagster.sources.postgresql_reader import PostgresTableReader
+from embedd_dagster.sources.postgresql_row_security import require_visible_rows
 
 
 class PostgresSource:
@@ -95,9 +95,7 @@ class PostgresSource:
             relation = find_relation(connection, table, self._connections.server)
             key = relation.key(column)
             relation.require_readable([key], self._connections.server)
-            is_unique = bool(connection.execute(_UNIQUE, [relation.oid, key.number]).fetchone())
-            if not (is_unique and key.not_null):
-                _check_key_by_rows(connection, relation, key)
+            check_key(connection, relation, key)
 
     def check_followable(self, table: FollowedTable) -> None:
         """Returns when changes of the table can be followed. Changes nothing."""
@@ -119,6 +117,7 @@ class PostgresSource:
             key = relation.key(selection.primary_key_column)
             columns = relation.find_columns(selection.columns)
             relation.require_readable([key, *columns], server)
+            require_visible_rows(connection, relation, server)
         _require_filter_types(relation, columns, selection.filter_types)
         return PostgresTableReader(self._connections, relation, key, columns)
 
@@ -140,38 +139,3 @@ def _require_filter_types(
                 f" filter_type `{wanted}` cannot hold.",
                 resolution="Give it another filter_type with PUT /v1/vector-tables/{id}, or the column its type back.",
             )
-
-
-# An index on this column alone, over all rows, that holds at every instant: not one still being built, not a partial or
-# a deferrable one.
-_UNIQUE = """
-SELECT 1 FROM pg_catalog.pg_index
-WHERE indrelid = %s::pg_catalog.oid AND indisunique AND indisvalid AND indimmediate AND indpred IS NULL AND indnkeyatts = 1
-  AND indkey[0] = %s
-LIMIT 1
-"""
-
-_COUNT_KEYS = """
-SELECT COALESCE(pg_catalog.sum(n) FILTER (WHERE k IS NULL), 0)::pg_catalog.int8,
-       COALESCE(pg_catalog.sum(n) FILTER (WHERE k IS NOT NULL), 0)::pg_catalog.int8, pg_catalog.count(k)
-FROM (SELECT t.{column} AS k, pg_catalog.count(*) AS n FROM {table} AS t GROUP BY t.{column}) AS s
-"""
-
-
-def _check_key_by_rows(connection: psycopg.Connection[Any], relation: Relation, key: ColumnInfo) -> None:
-    statement = SQL(_COUNT_KEYS).format(column=identifier(key.name), table=relation.identifier)
-    row = connection.execute(statement, []).fetchone()
-    without_key, with_key, distinct = row or (0, 0, 0)
-    faults = []
-    if without_key:
-        faults.append(f"{without_key} {'row has' if without_key == 1 else 'rows have'} no value in it")
-    if with_key > distinct:
-        repeated = with_key - distinct
-        faults.append(
-            f"it is not unique: {repeated} {'row repeats' if repeated == 1 else 'rows repeat'} another's value"
-        )
-    if faults:
-        raise SourceRejected(
-            f"Column {key.name!r} of {relation.label} is no primary key: {'; '.join(faults)}.",
-            resolution="Choose a column that is unique and never null, or correct these rows and add a constraint.",
-        )

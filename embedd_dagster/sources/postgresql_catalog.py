@@ -229,8 +229,23 @@ WITH RECURSIVE base(number, type_oid, modifier) AS (
     UNION ALL
     SELECT b.number, t.typbasetype, CASE WHEN t.typtypmod <> -1 THEN t.typtypmod ELSE b.modifier END
     FROM base b JOIN pg_catalog.pg_type t ON t.oid = b.type_oid WHERE t.typtype = 'd'
+), heirs(oid) AS (  -- what inherits from a table, but partitions, may allow nulls that the table does not
+    SELECT h.inhrelid FROM pg_catalog.pg_inherits h JOIN pg_catalog.pg_class p ON p.oid = h.inhparent
+    WHERE h.inhparent = %(oid)s::pg_catalog.oid AND p.relkind <> 'p'
+    UNION
+    SELECT h.inhrelid FROM pg_catalog.pg_inherits h JOIN heirs ON h.inhparent = heirs.oid
 )
-SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod), a.attnotnull OR d.typnotnull,
+SELECT a.attnum, a.attname, pg_catalog.format_type(a.atttypid, a.atttypmod),
+       -- an outer join makes nulls of a domain without them; a constraint may not have been validated
+       (a.attnotnull OR d.typnotnull AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_class c WHERE c.oid = a.attrelid AND c.relkind = ANY ('{v,m}'::pg_catalog."char"[])
+       )) AND NOT EXISTS (
+           SELECT FROM pg_catalog.pg_constraint k
+           WHERE k.conrelid = a.attrelid AND k.contype = 'n' AND NOT k.convalidated AND k.conkey[1] = a.attnum
+       ) AND NOT EXISTS (
+           SELECT FROM heirs JOIN pg_catalog.pg_attribute h ON h.attrelid = heirs.oid
+           WHERE h.attname = a.attname AND NOT h.attnotnull AND NOT d.typnotnull
+       ),
        pg_catalog.has_column_privilege(a.attrelid, a.attnum, 'SELECT'),
        CASE WHEN n.nspname = 'pg_catalog' OR t.typname = 'citext' AND EXISTS (
            SELECT FROM pg_catalog.pg_depend p JOIN pg_catalog.pg_extension e ON e.oid = p.refobjid
@@ -249,29 +264,6 @@ JOIN pg_catalog.pg_namespace n ON n.oid = t.typnamespace
 WHERE a.attrelid = %(oid)s::pg_catalog.oid
 ORDER BY a.attnum
 """
-
-# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null where nothing was counted.
-_ESTIMATE: Final = """
-SELECT CASE WHEN pg_catalog.bool_and(known) THEN pg_catalog.sum(rows)::pg_catalog.int8 END
-FROM (
-    SELECT pages = 0 AND c.relkind <> 'f' OR c.reltuples >= 0 AND (c.relpages > 0 OR c.relkind = 'f') AS known,
-           CASE WHEN c.relkind = 'f' THEN c.reltuples WHEN pages = 0 THEN 0
-                ELSE c.reltuples / nullif(c.relpages, 0) * pages END AS rows
-    FROM pg_catalog.pg_class c,
-         LATERAL (SELECT pg_catalog.pg_relation_size(c.oid)
-                         / pg_catalog.current_setting('block_size')::pg_catalog.int8) AS size(pages)
-    WHERE c.relkind = ANY ('{r,m,f}'::pg_catalog."char"[])
-      AND c.oid IN (SELECT %(oid)s::pg_catalog.oid
-                    UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s) WHERE isleaf)
-) AS leaves
-"""
-
-_PAGES: Final = """
-SELECT pg_catalog.sum(pg_catalog.pg_relation_size(o) / pg_catalog.current_setting('block_size')::pg_catalog.int8)
-FROM (SELECT %(oid)s::pg_catalog.oid UNION SELECT relid FROM pg_catalog.pg_partition_tree(%(oid)s) WHERE isleaf) AS l(o)
-"""
-
-_LEAST_PLANNED_PAGES: Final = 10  # PostgreSQL's table_block_relation_estimate_size
 
 _TABLES: Final = """
 SELECT n.nspname, c.relname, c.relkind::pg_catalog.text, v.visible,
@@ -296,30 +288,6 @@ def list_tables(connection: psycopg.Connection[Any], limit: int) -> list[SourceT
         SourceTable(spelling(schema, name, visible=visible), (), kind in "vm", estimate)
         for schema, name, kind, visible, estimate in rows
     ]
-
-
-def row_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int:
-    """About how many rows the table has: by what was counted, else by what the planner thinks its pages can hold."""
-    row = connection.execute(_ESTIMATE, {"oid": relation.oid}).fetchone()
-    if row and row[0] is not None:
-        return int(row[0])
-    planned = planner_estimate(connection, relation)
-    if relation.kind == "f":
-        return planned
-    # which takes a table that was never vacuumed to be of ten pages at least
-    return round(planned * min(1.0, page_count(connection, relation) / _LEAST_PLANNED_PAGES))
-
-
-def page_count(connection: psycopg.Connection[Any], relation: Relation) -> int:
-    """How many pages the table, with its partitions, has now."""
-    row = connection.execute(_PAGES, {"oid": relation.oid}).fetchone()
-    return int(row[0]) if row and row[0] else 0
-
-
-def planner_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int:
-    """How many rows the planner expects: also of views, and of tables that were never analyzed."""
-    row = connection.execute(sql.SQL("EXPLAIN (FORMAT JSON) SELECT FROM {}").format(relation.identifier), []).fetchone()
-    return int(row[0][0]["Plan"]["Plan Rows"]) if row else 0
 
 
 def _in_short(column: ColumnInfo, path: list[str]) -> ColumnInfo:
@@ -372,7 +340,14 @@ def find_relation(connection: psycopg.Connection[Any], given: str, server: Serve
     """The table that this name means. Raises SourceTableNotFound, SourceAccessDenied."""
     candidates = readings(given)
     path = role_schemas(connection)
-    chosen = _choose(candidates, _find_candidates(connection, candidates, path))
+    try:
+        found = _find_candidates(connection, candidates, path)
+    except psycopg.errors.UntranslatableCharacter:  # no table has a name that the database's encoding cannot hold
+        raise SourceTableNotFound(
+            f"There is no table {given!r} in database {server.database!r}, whose encoding lacks a character of it.",
+            table=given,
+        ) from None
+    chosen = _choose(candidates, found)
     if chosen is not None:
         oid, schema, name, kind, visible, schema_usage, readable = chosen
         label = f"{quoted(schema)}.{quoted(name)}"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Self
@@ -12,9 +11,9 @@ from typing import Any, Final, Self
 import psycopg
 from psycopg.adapt import Buffer, Loader
 from psycopg.sql import Composable
-from psycopg.types.json import set_json_loads
 from psycopg.types.string import TextLoader
 
+from embedd_dagster.core.json_text import load_json
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
 from embedd_dagster.postgresql import CONNECT_OPTIONS, SILENCE_SECONDS, ConnectionPool, host_parameters
 from embedd_dagster.postgresql_login import accepted_methods, is_socket, socket_fault
@@ -31,7 +30,7 @@ _OLDEST_VERSION: Final = 140000  # bit_xor, and the last release that its makers
 _SETTINGS: Final = {
     "TimeZone": "UTC",
     "DateStyle": "ISO, YMD",
-    "IntervalStyle": "postgres",
+    "IntervalStyle": "iso_8601",
     "extra_float_digits": "1",
     "bytea_output": "hex",
     "lc_monetary": "C",
@@ -49,6 +48,7 @@ _SETTINGS: Final = {
 # Types that psycopg makes objects of, where the database's own text is what users know.
 _AS_TEXT: Final = (
     "inet", "cidr",
+    "interval",  # a timedelta has no months: one of 30 days would be the same
     "int4range", "int8range", "numrange", "daterange", "tsrange", "tstzrange",
     "int4multirange", "int8multirange", "nummultirange", "datemultirange", "tsmultirange", "tstzmultirange",
 )  # fmt: skip
@@ -191,7 +191,8 @@ class Connections:
         connection.longest_silence, connection.probe = self._silence_seconds, self._dial
         for name in _AS_TEXT:
             connection.adapters.register_loader(name, TextLoader)
-        set_json_loads(_load_json, connection)
+        connection.adapters.register_loader("json", _JsonLoader)
+        connection.adapters.register_loader("jsonb", _JsonbLoader)
         if self.may_hold_invalid_text:
             connection.cursor_factory = _Utf8Cursor
             for kind in ("text", "varchar", "bpchar", "name", 0):  # 0: every type that the driver does not know
@@ -221,10 +222,18 @@ class _ReplacingTextLoader(Loader):
         return bytes(data).decode(errors="replace")
 
 
-def _load_json(data: str | bytes) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):  # numbers of thousands of digits, thousands of brackets
-        with suppress(UnicodeDecodeError):
-            return data if isinstance(data, str) else bytes(data).decode()
-        return bytes(data).decode(errors="replace")  # type: ignore[arg-type]
+class _JsonLoader(Loader):
+    """JSON with every number as it is, or the text itself where no Python object tells as much."""
+
+    has_unique_keys = False
+
+    def load(self, data: Buffer) -> Any:
+        try:
+            document = bytes(data).decode()
+        except UnicodeDecodeError:
+            return bytes(data).decode(errors="replace")
+        return load_json(document, has_unique_keys=self.has_unique_keys)
+
+
+class _JsonbLoader(_JsonLoader):
+    has_unique_keys = True

@@ -27,9 +27,11 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest
 from embedd_dagster.core.shards import KeyRange, ranges_between
 from embedd_dagster.errors import SourceRejected
-from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation, page_count, planner_estimate
+from embedd_dagster.sources.postgresql_catalog import ColumnInfo, Relation
 from embedd_dagster.sources.postgresql_connections import Connections
 from embedd_dagster.sources.postgresql_errors import translated
+from embedd_dagster.sources.postgresql_estimates import page_count, planner_estimate
+from embedd_dagster.sources.postgresql_keys import check_unique
 from embedd_dagster.sources.postgresql_statements import Statements
 
 _MIN_SHARD_ROWS: Final = 2000
@@ -73,6 +75,11 @@ class PostgresTableReader:
         with self._cursor() as cursor:
             row = cursor.execute(self._statements.count(), []).fetchone()
         return int(row[0]) if row else 0
+
+    def check_keys(self) -> None:
+        """Returns when no two rows have one key: by a constraint, else by one scan of the rows."""
+        with self._cursor() as cursor:
+            check_unique(cursor.connection, self._relation, self._key)
 
     def split(self, shard_count: int) -> list[KeyRange]:
         """At most `shard_count` ranges that cover every possible key: by a sample of pages, or of a view by one scan."""
@@ -308,5 +315,4 @@ _LENIENT_LOADERS: Final = {
     "timetz": _lenient(driver_types.TimetzLoader),
     "timestamp": _lenient(driver_types.TimestampLoader),
     "timestamptz": _lenient(driver_types.TimestamptzLoader),
-    "interval": _lenient(driver_types.IntervalLoader),
 }

@@ -38,7 +38,10 @@ class Store(Protocol):
         ...
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
-        """Writes the points, whole, durably; a point of the same key is replaced. All or nothing is not promised."""
+        """Writes the points, whole, durably; a point of the same key is replaced. All or nothing is not promised.
+
+        Raises PointsRejected where it can hold all but some of them: the others are written then.
+        """
         ...
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
@@ -121,4 +124,8 @@ class PlatformStore(Store, Protocol):
     @property
     def schema(self) -> str:
         """The schema in which new vector tables are made, for `platform_vector_ref`."""
+        ...
+
+    def unholdable(self, texts: Sequence[str]) -> Mapping[int, str]:
+        """Why the database cannot hold some of these texts, by their index."""
         ...

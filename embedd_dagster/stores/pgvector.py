@@ -10,19 +10,21 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
 import psycopg
 from psycopg import sql
 
+from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
-from embedd_dagster.errors import VectorStoreUnavailable
+from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import SILENCE_SECONDS, Connection
 from embedd_dagster.stores.base import ReportIndexed, ignore_report
-from embedd_dagster.stores.pgvector_database import Database, TableMissing
+from embedd_dagster.stores.pgvector_database import Database, TableMissing, ValueRefused
 from embedd_dagster.stores.pgvector_index import build_bucket_index, build_indexes, index_kind
 from embedd_dagster.stores.pgvector_objects import (
     Place,
@@ -33,6 +35,7 @@ from embedd_dagster.stores.pgvector_objects import (
     replace_view,
 )
 from embedd_dagster.stores.pgvector_place import find_schema, find_vector_schema
+from embedd_dagster.stores.pgvector_refusals import compared_texts, find_refused, without_texts, write_holdable
 from embedd_dagster.stores.pgvector_rows import (
     COPIED_COLUMNS,
     KeyType,
@@ -42,7 +45,7 @@ from embedd_dagster.stores.pgvector_rows import (
     load_vector,
     resolve_key_type,
 )
-from embedd_dagster.stores.pgvector_search import SearchQuery, find_nearest
+from embedd_dagster.stores.pgvector_search import FoundRow, SearchQuery, find_nearest
 from embedd_dagster.stores.ranking import bucket_ranges, rank
 
 _KEYS_PER_STATEMENT: Final = 10_000
@@ -100,6 +103,15 @@ class PgvectorStore:
             find_schema(connection, self._database, self._wanted_schema)
             find_vector_schema(connection, self._database)
 
+    def unholdable(self, texts: Sequence[str]) -> dict[int, str]:
+        """Why the database cannot hold some of these texts, by their index."""
+
+        def attempt(start: int, stop: int) -> None:
+            with self._database.transaction() as connection:
+                connection.execute("SELECT %s::pg_catalog.text[]", [list(map(clean_text, texts[start:stop]))])
+
+        return {index: error.message for index, error in find_refused(len(texts), attempt).items()}
+
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
         vector_schema, place = self._find_vector_schema(), self._table(vector_set)
@@ -111,10 +123,14 @@ class PgvectorStore:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
 
         A new set has none to remove: it is tried without, which saves a bulk load a tenth of its time. To merge from a
-        staging table instead would cost 30 %.
+        staging table instead would cost 30 %. Rows that the database cannot hold are found by halves.
         """
-        if not len(points):
-            return
+        with self._writers:
+            rejected = write_holdable(points, partial(self._write, vector_set))
+        if rejected:
+            raise PointsRejected(f"{len(rejected)} points cannot be held.", rejected=rejected) from None
+
+    def _write(self, vector_set: VectorSet, points: PointBatch) -> None:
         key_type = self._key_type(vector_set)
         body = copy_body(points, key_type)
         table = self._table(vector_set).identifier
@@ -128,16 +144,15 @@ class PgvectorStore:
             _delete(connection, table, key_type, points.keys)
             write(connection)
 
-        with self._writers:
-            if vector_set.versioned_name in self._new:
-                with self._database.transaction() as connection:
-                    try:
-                        write(connection)
-                    except psycopg.errors.UniqueViolation:  # which has rolled it back
-                        self._new.discard(vector_set.versioned_name)
-                    else:
-                        return
-            self._database.retrying_conflicts(replace)
+        if vector_set.versioned_name in self._new:
+            with self._database.transaction() as connection:
+                try:
+                    write(connection)
+                except psycopg.errors.UniqueViolation:  # which has rolled it back
+                    self._new.discard(vector_set.versioned_name)
+                else:
+                    return
+        self._database.retrying_conflicts(replace)
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
         """Removes the points of these keys."""
@@ -225,6 +240,24 @@ class PgvectorStore:
         """The nearest points by cosine, highest first, among exactly those the filter matches."""
         if not vector.any():
             return []
+        try:
+            rows = self._find_nearest(vector_set, vector, limit, filters)
+        except ValueRefused:
+            if filters is None:
+                raise
+            texts = list(compared_texts(filters))  # no row has one that the database cannot hold
+            absent = frozenset(texts[index] for index in self.unholdable(texts))
+            rows = self._find_nearest(vector_set, vector, limit, without_texts(filters, absent))
+        hits = (
+            Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
+            for key, distance, metadata, text in rows
+            if not math.isnan(distance)
+        )
+        return rank(hits, limit, min_similarity_score)
+
+    def _find_nearest(
+        self, vector_set: VectorSet, vector: Vectors, limit: int, filters: Filter | None
+    ) -> list[FoundRow]:
         query = SearchQuery(
             table=self._table(vector_set).identifier,
             vector_schema=self._find_vector_schema(),
@@ -235,18 +268,12 @@ class PgvectorStore:
             filter_types=vector_set.filter_types,
         )
         try:
-            rows = find_nearest(self._database, query)
+            return find_nearest(self._database, query)
         except TableMissing as error:
             raise VectorStoreUnavailable(
                 f"The vectors that were asked are not in the store: {error.message}",
                 resolution="They were just replaced, then ask again; or the store has lost them, then start a backfill.",
             ) from None
-        hits = (
-            Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
-            for key, distance, metadata, text in rows
-            if not math.isnan(distance)
-        )
-        return rank(hits, limit, min_similarity_score)
 
     def publish(self, vector_set: VectorSet) -> None:
         """Makes the view show this set, in one transaction. Views and grants of users on it stay."""

@@ -39,6 +39,15 @@ _SETTINGS: Final = {"statement_timeout": "600s", "lock_timeout": "30s", "idle_in
 _TRANSIENT: Final = frozenset({"08", "23505", "40", "53", "57", "55P03", "58", "25P03", "25P04"})
 # Needs somebody: a full disk, a limit of the configuration, a database that was dropped.
 _NOT_TRANSIENT: Final = frozenset({"53100", "53400", "57P04"})
+_NO_CHARACTER: Final = "its encoding does not have one of the characters"
+_REFUSAL_REASONS: Final = {
+    "22P05": _NO_CHARACTER,
+    "22021": _NO_CHARACTER,
+}
+_BAD_VALUE: Final = "22"
+"""The class of errors that are about one value of a statement, and nothing else."""
+_BAD_VECTOR: Final = "22000"
+"""pgvector's own: such as of another number of dimensions, which is a fault of all of a batch."""
 # libpq gives no SQLSTATE for a connection that cannot be made, only English text
 _DENIED: Final = ("authentication failed", "no password supplied", 'role "', "pg_hba.conf", "not permitted to log in")
 _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not currently accepting")
@@ -46,6 +55,10 @@ _REJECTED: Final = ("does not support SSL", "certificate", 'database "', "is not
 
 class TableMissing(VectorStoreRejected):
     """The table of a vector set is not there (any more)."""
+
+
+class ValueRefused(VectorStoreRejected):
+    """A value of the statement cannot be held by this database."""
 
 
 class Database:
@@ -209,10 +222,16 @@ class Database:
         if state == "42501":
             return access_denied(self.user, self.address, "the objects of its vector tables")
         if not {state, state[:2]} & _TRANSIENT or state in _NOT_TRANSIENT:
-            return VectorStoreRejected(
-                f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
-            )
+            return self._refusal(state, name)
         return VectorStoreUnavailable(f"PostgreSQL at {self.address} is busy or unavailable: {name}.")
+
+    def _refusal(self, state: str, name: str) -> VectorStoreRejected:
+        if state.startswith(_BAD_VALUE) and state != _BAD_VECTOR:
+            reason = _REFUSAL_REASONS.get(state, "a value of it is not one that PostgreSQL can hold")
+            return ValueRefused(f"The database {self.address} cannot hold it: {reason} ({name}).")
+        return VectorStoreRejected(
+            f"PostgreSQL at {self.address} refuses: {name}.", resolution="Look at the database server's log."
+        )
 
     def _open(self) -> ScopedConnection:
         try:

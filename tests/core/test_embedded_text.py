@@ -31,7 +31,10 @@ from embedd_dagster.errors import ValueOutOfRange
         (time(13, 37), "13:37:00"),
         (datetime(2024, 2, 29, 13, 37), "2024-02-29T13:37:00"),  # noqa: DTZ001 - a timestamp without zone
         (datetime(2024, 2, 29, 14, 37, tzinfo=timezone(timedelta(hours=1))), "2024-02-29T13:37:00Z"),
-        (timedelta(hours=1, minutes=30), "PT5400S"),
+        (timedelta(hours=1, minutes=30), "PT1H30M"),
+        (timedelta(days=30), "P30D"),
+        (timedelta(days=-1, microseconds=-500000), "P-1DT-0.5S"),
+        (timedelta(0), "PT0S"),
         (timedelta(milliseconds=1500), "PT1.5S"),
         (UUID("A0EEBC99-9C0B-4EF8-BB6D-6BB9BD380A11"), "a0eebc99-9c0b-4ef8-bb6d-6bb9bd380a11"),
         (["a", None, "b", 3], "a, b, 3"),
