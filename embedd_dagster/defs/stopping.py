@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Final
 
 import dagster as dg
 from dagster._core.execution.backfill import BulkActionStatus
@@ -17,6 +18,9 @@ from embedd_dagster.errors import TransientError
 
 GIVEN_UP_BACKFILL = frozenset({BulkActionStatus.FAILING, BulkActionStatus.FAILED})
 """Dagster itself gave the backfill up, and cancels its runs. One that somebody cancels is CANCELING, then CANCELED."""
+
+_HELD_BACK_SECONDS: Final = 25.0
+"""Less than the supervisor gives the code server and its runs, more than a run needs to give its task back."""
 
 
 def cancel_was_asked_for(instance: dg.DagsterInstance, run_id: str) -> bool:
@@ -49,10 +53,12 @@ def told_to_stop() -> Iterator[Callable[[], bool]]:
 def stop_signal(cancelled: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """What tells the engine, at its next check, whether to stop: True where `cancelled` says that somebody wants it.
 
-    The callable raises WorkerStopped where the process is told to stop without that. A second signal is not held back.
-    Without this, Dagster would raise in the midst of whatever the main thread does, such as a commit.
+    The callable raises WorkerStopped where the process is told to stop without that. Without this, Dagster would raise in the
+    midst of whatever the main thread does, such as a commit. Further signals are held back for a while: a supervisor and
+    Dagster's code server each send one for the same end. After that, a signal does what Dagster does with it.
     """
     told = threading.Event()
+    told_at = 0.0
 
     def should_stop() -> bool:
         if not told.is_set():
@@ -67,7 +73,11 @@ def stop_signal(cancelled: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     previous: dict[signal.Signals, Any] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
-        if told.is_set() and callable(previous[signal.Signals(number)]):
+        nonlocal told_at
+        now = time.monotonic()
+        if not told.is_set():
+            told_at = now
+        elif now - told_at > _HELD_BACK_SECONDS and callable(previous[signal.Signals(number)]):
             previous[signal.Signals(number)](number, frame)
         told.set()
 

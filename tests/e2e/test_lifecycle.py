@@ -61,6 +61,21 @@ def test_a_killed_worker_is_resumed_and_little_is_paid_twice(embedd: Embedd, eve
     assert stats["texts"] <= ROWS + in_flight, "more than the batches in flight was embedded again"
 
 
+def test_a_restart_of_the_code_server_costs_a_backfill_no_attempt(
+    embedd: Embedd, eventually: Callable[..., Any]
+) -> None:
+    """As Ctrl-C or a deployment does it: the run gives its task back, and another goes on where it was."""
+    vector_table_id, task_id = _start_slow_backfill(embedd, eventually)
+    embedd.stack.stop_child("code-server")
+    embedd.stack.start_child("code-server")
+    embedd.provider_server.behave(latency_seconds=0)
+    task = embedd.wait_for_task(task_id)
+    assert (task["status"], task["attempts"]) == ("completed", 1)
+    _assert_settled(embedd, vector_table_id, ROWS)
+    stats = embedd.provider_server.stats()
+    assert stats["texts"] <= ROWS + stats["max_in_flight"] * stats["max_items"]
+
+
 def test_a_run_terminated_in_the_ui_is_a_cancelled_task(embedd: Embedd, eventually: Callable[..., Any]) -> None:
     vector_table_id, task_id = _start_slow_backfill(embedd, eventually)
     run_id = embedd.task(task_id)["dagster_run_id"]
