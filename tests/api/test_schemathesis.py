@@ -57,6 +57,7 @@ EXPLAINED = {
     "source_table: ": "of batch tables only",
     "a text must not contain": "lone surrogates and NUL inside of `filters`",
     "is not known": "unknown names in `filters`",
+    "the local provider has a fixed model": "limits that only providers behind HTTP can keep",
     "used with another body": "an Idempotency-Key is of one request",
 }  # fmt: skip
 OUTSIDE = {"source_unavailable", "embedding_failed"}
