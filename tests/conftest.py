@@ -27,6 +27,7 @@ settings.register_profile("other", print_blob=True, **_ANY_SPEED)
 settings.load_profile(os.environ.get("TEST_EXAMPLES", "same"))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run in one process, for the servers they share; those of the whole stack in one, for one stack."""
     for item in items:
