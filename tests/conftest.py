@@ -16,6 +16,7 @@ import httpx
 import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadFileScheduling
 
 from embedd_dagster.local.postgres import EmbeddedPostgres, open_temporary_postgres
 
@@ -27,12 +28,17 @@ settings.register_profile("other", print_blob=True, **_ANY_SPEED)
 settings.load_profile(os.environ.get("TEST_EXAMPLES", "same"))
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, for the servers they share; those of the whole stack in one, for one stack."""
-    for item in items:
-        is_e2e = item.path.is_relative_to(Path(__file__).parent / "e2e")
-        item.add_marker(pytest.mark.xdist_group("e2e" if is_e2e else str(item.path)))
+class _ByServers(LoadFileScheduling):
+    """A file's tests run in one process, for the servers they share; all of `tests/e2e` in one, for one stack."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        path: str = super()._split_scope(nodeid)
+        return "tests/e2e" if path.startswith("tests/e2e/") else path
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """How pytest-xdist hands out the tests, whatever `--dist` says."""
+    return _ByServers(config, log)
 
 
 @pytest.fixture(autouse=True)
