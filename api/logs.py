@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import structlog
 
-from embedd_dagster.logs import LossyLogger
+from embedd_dagster.logs import LossyLogger, is_set_up
 
 _MAX_MESSAGE: Final = 1000
 _TRACE: Final = "Traceback (most recent call last)"
@@ -21,7 +21,7 @@ _TRACE: Final = "Traceback (most recent call last)"
 
 def configure() -> None:
     """Sets structlog and the standard library's logging up, unless the process has done so already."""
-    if structlog.is_configured():
+    if is_set_up():
         return
     structlog.configure(
         processors=[

@@ -30,5 +30,14 @@ def lose_unwritable_lines() -> None:
     Does nothing in a process that has set structlog up for itself.
     """
     if not structlog.is_configured():
-        # the stream of each moment: a program may replace it, as pytest does
-        structlog.configure(logger_factory=lambda *_: LossyLogger(sys.stdout), cache_logger_on_first_use=False)
+        structlog.configure(logger_factory=_to_stdout, cache_logger_on_first_use=False)
+
+
+def is_set_up() -> bool:
+    """Whether somebody has said how log lines look, rather than only `lose_unwritable_lines`."""
+    return structlog.is_configured() and structlog.get_config()["logger_factory"] is not _to_stdout
+
+
+def _to_stdout(*_: object) -> LossyLogger:
+    # the stream of each moment: a program may replace it, as pytest does
+    return LossyLogger(sys.stdout)
