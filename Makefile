@@ -28,7 +28,7 @@ down: setup  ## stop what `make up` started
 
 # a file's tests stay together, for the servers they share; each process has a PostgreSQL and a Qdrant of its own
 test: setup  ## every test
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 check: lint test  ## what CI runs
 

@@ -36,6 +36,12 @@ class _ByServers(LoadFileScheduling):
         return "tests/e2e" if path.startswith("tests/e2e/") else path
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In parallel, those of `tests/e2e` begin first: they take one process the longest, and mostly wait."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.nodeid.startswith("tests/e2e/"))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
     """How pytest-xdist hands out the tests, whatever `--dist` says."""
     return _ByServers(config, log)
