@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# one more than there are cores: the one with the whole stack mostly waits
+TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo up down test check fuzz lint format lock audit bench bench-sync bench-follow bench-api clean
 
@@ -28,7 +31,7 @@ down: setup  ## stop what `make up` started
 
 # a file's tests stay together, for the servers they share; each process has a PostgreSQL and a Qdrant of its own
 test: setup  ## every test
-	@$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint test  ## what CI runs
 
