@@ -19,6 +19,7 @@ from sqlalchemy import update
 
 from embedd_dagster.catalog import run_heartbeats, tasks
 from embedd_dagster.catalog.tables import RunHeartbeat
+from embedd_dagster.defs import observe
 from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.observe import Memory
 from embedd_dagster.defs.sensors import reconcile
@@ -28,7 +29,12 @@ from embedd_dagster.engine.runtime import Runtime
 
 
 @pytest.fixture
-def tick(instance: dg.DagsterInstance, runtime: Runtime) -> Callable[[], list[dg.RunRequest]]:
+def tick(
+    instance: dg.DagsterInstance, runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[], list[dg.RunRequest]]:
+    # the process of the tests may run for an hour
+    monkeypatch.setattr(observe, "CODE_SERVER_STARTED_AT", datetime.now(UTC))
+
     def run() -> list[dg.RunRequest]:
         result = reconcile(instance, lambda: runtime, Memory(), print)
         return list(result.run_requests or ()) if isinstance(result, dg.SensorResult) else []

@@ -259,7 +259,7 @@ def test_a_locked_table_does_not_hold_up_the_others(
     other.run()
     eventually(lambda: is_followed(other) and settled(other))
     follower.stop()
-    monkeypatch.setitem(postgresql_connections._SESSION, "lock_timeout", "200ms")
+    monkeypatch.setitem(postgresql_connections._SETTINGS, "lock_timeout", "200ms")
     product.sql(INSERT, 9700)
     with psycopg.connect(product.database_url) as locker:
         locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
