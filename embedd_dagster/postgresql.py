@@ -9,6 +9,7 @@ nothing wrong as long as its machine lives. So what is done within `patience` is
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ Result = TypeVar("Result")
 _NO_FILE: Final = "/nonexistent/embedd"
 SILENCE_SECONDS: Final = 60.0
 """After so long without a byte, a source or a platform store is asked whether it still works."""
+_ANSWER_ON_ITS_WAY_SECONDS: Final = 2.0
 _LONGEST_TRICKLE_SECONDS: Final = 0.5
 
 CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
@@ -151,9 +153,15 @@ class BoundedConnection(psycopg.Connection[Any]):
     def _is_silent(self, seconds: float) -> bool:
         if self.longest_silence is None or seconds < self.longest_silence:
             return False
-        works = self.is_still_working()
+        # it may have ended the statement just when it was asked: then the answer is on its way
+        works = self.is_still_working() or self._answers_within(min(self.longest_silence, _ANSWER_ON_ITS_WAY_SECONDS))
         self._asked_at = time.monotonic()
         return not works
+
+    def _answers_within(self, seconds: float) -> bool:
+        poller = select.poll()
+        poller.register(self.pgconn.socket, select.POLLIN)
+        return bool(poller.poll(seconds * 1000))
 
 
 class ConnectionPool(Generic[AnyConnection]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from sqlalchemy import make_url
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import SourceUnavailable, VectorStoreUnavailable
+from embedd_dagster.postgresql import BoundedConnection
 from embedd_dagster.sources import open_source
 from embedd_dagster.sources.base import Selection
 from embedd_dagster.stores import open_platform_store
@@ -57,6 +59,18 @@ def test_a_read_of_a_source_that_freezes_ends(
 def test_a_long_statement_of_a_server_that_works_is_waited_for(credentials: dict[str, Any]) -> None:
     with open_source("postgresql", credentials, silence_seconds=SILENCE) as source:
         assert source.reader(Selection("slow", "id", ("v",))).digest(4).row_count == 1
+
+
+def test_a_statement_that_ends_while_the_server_is_asked_about_it_is_not_given_up(database_url: str) -> None:
+    class Connection(BoundedConnection):
+        longest_silence = 0.2
+
+        def is_still_working(self) -> bool:
+            time.sleep(1.5)  # by then the statement has ended, and so the server does not work on it any more
+            return False
+
+    with Connection.connect(database_url) as connection:
+        assert connection.execute("SELECT 1, pg_sleep(1)").fetchone() == (1, "")
 
 
 def test_a_feed_that_freezes_ends(proxy: FreezingProxy, credentials: dict[str, Any]) -> None:
