@@ -38,7 +38,7 @@ _SUBMODULES: Final = (
 )  # fmt: skip
 
 
-SMALL_SELECTION: Final = ("asyncio", "bz2", "gzip", "lzma", "os", "pathlib", "shutil", "tempfile", "zlib")
+SMALL_SELECTION: Final = ("asyncio.queues", "bz2", "contextlib", "gzip", "lzma", "pathlib", "shutil", "tempfile", "zlib")
 
 
 class Documented(NamedTuple):
