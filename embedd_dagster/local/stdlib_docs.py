@@ -38,7 +38,17 @@ _SUBMODULES: Final = (
 )  # fmt: skip
 
 
-SMALL_SELECTION: Final = ("asyncio.queues", "bz2", "contextlib", "gzip", "lzma", "pathlib", "shutil", "tempfile", "zlib")
+SMALL_SELECTION: Final = (
+    "asyncio.queues",
+    "bz2",
+    "contextlib",
+    "gzip",
+    "lzma",
+    "pathlib",
+    "shutil",
+    "tempfile",
+    "zlib",
+)
 
 
 class Documented(NamedTuple):
