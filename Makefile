@@ -36,8 +36,8 @@ test: setup  ## every test
 check: lint test  ## what CI runs
 
 fuzz: setup  ## property tests with other examples than make test has, then ten thousand requests by the OpenAPI, recorded
-	@TEST_EXAMPLES=other $(BIN)/pytest -q tests/core tests/sources/test_pgoutput.py tests/contracts/test_store_filters.py \
-		tests/engine/test_model.py tests/engine/test_follow_model.py tests/local/test_qdrant_server.py tests/api/test_fuzz.py
+	@TEST_EXAMPLES=other $(BIN)/pytest -q tests/core tests/connectors/postgresql/cdc/test_pgoutput.py tests/contracts/test_store_filters.py \
+		tests/engine/test_model.py tests/engine/cdc/test_model.py tests/stack/qdrant/test_server.py tests/api/test_fuzz.py
 	@TEST_EXAMPLES=other FUZZ_EXAMPLES=200 FUZZ_RESULT=benchmarks/results/schemathesis.md $(BIN)/pytest -q --timeout 3600 tests/api/test_schemathesis.py
 
 lint: setup  ## style, types, import contracts

@@ -16,7 +16,7 @@ from api.errors import error_response, internal_error_response
 from api.rate_limit import RateLimit
 from embedd_dagster.catalog.clock import new_id
 from embedd_dagster.engine.search import StageSeconds
-from embedd_dagster.postgresql import patience
+from embedd_dagster.postgresql import deadline
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GRACE_SECONDS: Final = 1.0
@@ -65,7 +65,7 @@ class RequestContext:
         with (
             structlog.contextvars.bound_contextvars(request_id=request_id),
             # a little more, so that a server that can still say itself what is wrong says it
-            patience(timeout + _GRACE_SECONDS),
+            deadline(timeout + _GRACE_SECONDS),
         ):
             try:
                 await self._app(scope, receive, send_with_headers)

@@ -14,7 +14,7 @@ from api.launch import Launcher
 from api.metrics import Metrics
 from api.rate_limit import RateLimiter
 from embedd_dagster.catalog.tables import Connection
-from embedd_dagster.engine import admission
+from embedd_dagster.engine import validation
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Searcher
 from embedd_dagster.errors import EmbeddError
@@ -35,7 +35,7 @@ class QueriesUnderWay:
 
 @dataclass(slots=True)
 class OutsideRequests:
-    """Requests at this moment that wait for somebody else's system; see `api/outside.py`."""
+    """Requests at this moment that wait for somebody else's system; see `api/external_calls.py`."""
 
     number: int = 0
     """Changed in the event loop alone."""
@@ -74,7 +74,7 @@ class ApiState:
         """The source's estimate of a table's rows, 0 where it does not give one at once: the run will know soon."""
         # in the request's context, so that a source that hangs gets its thread back as well
         waiting: Future[int | None] = self._estimators.submit(
-            copy_context().run, admission.estimate_rows, self.runtime, connection, source_table
+            copy_context().run, validation.estimate_rows, self.runtime, connection, source_table
         )
         try:
             return max(0, waiting.result(_ESTIMATE_SECONDS) or 0)

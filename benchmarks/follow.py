@@ -27,10 +27,10 @@ from embedd_dagster.catalog import change_feeds, resyncs, vector_sets, vector_ta
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
-from embedd_dagster.engine.follow import follow
+from embedd_dagster.engine.cdc.consumer import follow
 from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.protocols.store import Store
 from embedd_dagster.settings import read_settings
-from embedd_dagster.stores.base import Store
 
 ROWS = 100_000
 SAMPLED = 0.1

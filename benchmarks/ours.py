@@ -18,15 +18,15 @@ from embedd_dagster.catalog import connections, embedding_providers, environment
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
+from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings
-from embedd_dagster.stores import pgvector_index
-from embedd_dagster.stores.pgvector import PgvectorStore
-from embedd_dagster.stores.qdrant import QdrantStore
 
 COLUMNS = (
     Column("title", ColumnRole.EMBEDDING, ordinal=1, name_prefix="title: "),

@@ -6,8 +6,8 @@ from benchmarks import data
 from benchmarks.ours import Bench, without_index
 from benchmarks.results import record, table
 from benchmarks.servers import Servers
+from embedd_dagster.connectors.openai import embedder as openai
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.embedders import openai
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 BATCHES = (64, 128, 256, 512, 1024)

@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import psycopg
 
-from embedd_dagster.local.postgres import open_temporary_postgres
+from embedd_dagster.stack.postgres import open_temporary_postgres
 from tests.support.openai_server import RunningServer, running_openai_server
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def _running_qdrant() -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="embedd-bench-qdrant-") as directory:
-        command = [sys.executable, "-m", "embedd_dagster.local.qdrant_server", "--data", directory, "--port", str(port)]
+        command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server", "--data", directory, "--port", str(port)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -14,9 +14,9 @@ from benchmarks.memory import run_in_child
 from benchmarks.ours import Bench
 from benchmarks.results import record, table
 from benchmarks.servers import Servers, open_servers
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.stores.pgvector import PgvectorStore
 
 STORE_CALLS = ("create", "upsert", "delete", "fingerprints", "vectors", "count", "finish_load", "publish")
 PER_MILLE = (0, 1, 10, 100)

@@ -72,8 +72,8 @@ def up(
     ] = "embedd_dagster.definitions",
 ) -> None:
     """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant where you name none of your own."""
-    from embedd_dagster.local.outside import Endpoints
-    from embedd_dagster.local.stack import Stack, StackSettings
+    from embedd_dagster.stack.control import Endpoints
+    from embedd_dagster.stack.stack import Stack, StackSettings
 
     def ready(endpoints: Endpoints) -> None:
         _console.print("embedd is up.", style="bold green")
@@ -100,11 +100,11 @@ def down(
     remove_state: Annotated[bool, typer.Option("--remove-state", help="Also delete everything it has stored.")] = False,
 ) -> None:
     """Stop the stack that `embedd up` started, children included."""
-    from embedd_dagster.local import outside
+    from embedd_dagster.stack import control
 
-    stopped = outside.down(state_dir)
+    stopped = control.down(state_dir)
     if remove_state:
-        outside.discard(state_dir)
+        control.discard(state_dir)
     _console.print("Stopped." if stopped else "Nothing was running.")
 
 
@@ -112,10 +112,10 @@ def down(
 @_explained
 def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     """Show what of the stack runs, and where."""
-    from embedd_dagster.local import outside
+    from embedd_dagster.stack import control
 
-    found = outside.status(state_dir)
-    problems = outside.find_problems(state_dir, found)
+    found = control.status(state_dir)
+    problems = control.find_problems(state_dir, found)
     state = "degraded" if problems and found.state == "ready" else found.state
     _console.print(Text.assemble((state, "bold"), f" (process {found.pid})" if found.pid else ""))
     for name, child in found.children.items():
@@ -132,8 +132,8 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="Embed a few modules instead of the whole library.")] = False,
 ) -> None:
     """Set up everything, embed Python's own documentation, ask it three questions, and shut down again."""
-    from embedd_dagster.local.demo import run_demo
-    from embedd_dagster.local.stdlib_docs import SMALL_SELECTION
+    from embedd_dagster.stack.demo import run_demo
+    from embedd_dagster.stack.stdlib_docs import SMALL_SELECTION
 
     run_demo(_console, SMALL_SELECTION if quick else None)
 
@@ -202,7 +202,7 @@ def rotate_encryption(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     from embedd_dagster.catalog.database import Catalog
     from embedd_dagster.catalog.rotation import rotate_encryption as rotate
     from embedd_dagster.catalog.secrets import SecretBox
-    from embedd_dagster.local.installation import External, find_encryption_keys
+    from embedd_dagster.stack.installation import External, find_encryption_keys
 
     keys = find_encryption_keys(state_dir.resolve(), External.of_environment()).split(",")
     box = SecretBox([key.strip() for key in keys if key.strip()])
@@ -216,10 +216,10 @@ def rotate_encryption(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
 
 def _catalog_url(state_dir: Path) -> str:
     """The catalog's URL: of the running stack, else of the environment."""
-    from embedd_dagster.local import outside
     from embedd_dagster.settings import read_settings
+    from embedd_dagster.stack import control
 
-    endpoints = outside.status(state_dir).endpoints
+    endpoints = control.status(state_dir).endpoints
     return endpoints.database_url if endpoints else read_settings().database_url.get_secret_value()
 
 

@@ -6,8 +6,8 @@ import dagster as dg
 
 from embedd_dagster import logs
 from embedd_dagster.defs.assets import source_table, vector_table
+from embedd_dagster.defs.cdc import follow_job, follower_sensor
 from embedd_dagster.defs.checks import vector_table_checks
-from embedd_dagster.defs.following import follow_job, follower_sensor
 from embedd_dagster.defs.jobs import vector_table_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_schedule

@@ -5,7 +5,7 @@
     EmbeddError
     ├── TransientError                 try again, not before `retry_after_seconds`
     │   ├── SourceUnavailable          the source database does not answer
-    │   ├── ChangeFeedLost             the source keeps its log for us no more: begin anew, and compare
+    │   ├── CdcPositionLost             the source keeps its log for us no more: begin anew, and compare
     │   ├── VectorStoreUnavailable     Qdrant or the platform database does not answer
     │   ├── EmbeddingUnavailable       the provider answers 5xx, or not at all
     │   │   └── EmbeddingRateLimited   the provider answers 429
@@ -94,7 +94,7 @@ class SourceUnavailable(TransientError):
     default_resolution = "Check that the database is up and reachable from here, then try again."
 
 
-class ChangeFeedLost(TransientError):
+class CdcPositionLost(TransientError):
     """The source does not keep its log from our position any more: what is followed has to be compared instead."""
 
     default_code = "source_unavailable"

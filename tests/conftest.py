@@ -18,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.scheduler import LoadFileScheduling
 
-from embedd_dagster.local.postgres import EmbeddedPostgres, open_temporary_postgres
+from embedd_dagster.stack.postgres import EmbeddedPostgres, open_temporary_postgres
 
 # The same examples in every run: what fails for one fails for all, and whoever runs the tests first does not find what others
 # did not. `make fuzz` draws others. The machine may be as slow as it is.
@@ -86,7 +86,7 @@ def qdrant_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     folder: Path = tmp_path_factory.mktemp("qdrant")
     port = _free_port()
-    command = [sys.executable, "-m", "embedd_dagster.local.qdrant_server", "--data", str(folder), "--port", str(port)]
+    command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server", "--data", str(folder), "--port", str(port)]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

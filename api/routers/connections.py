@@ -11,8 +11,8 @@ from fastapi import APIRouter, Path, Query
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.external_calls import OUTSIDE
 from api.idempotency import Attempt, Once, answers_once
-from api.outside import OUTSIDE
 from api.pagination import (
     DEFAULT_LIMIT,
     Cursor,
@@ -38,11 +38,11 @@ from api.schemas.connections import (
     TestAnswer,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster import sources
 from embedd_dagster.catalog import connections
 from embedd_dagster.catalog.pages import Page
 from embedd_dagster.catalog.tables import Connection
-from embedd_dagster.engine import admission
+from embedd_dagster.connectors import sources
+from embedd_dagster.engine import validation
 from embedd_dagster.errors import (
     EmbeddError,
     NotReady,
@@ -51,7 +51,7 @@ from embedd_dagster.errors import (
     SourceTableNotFound,
     ValidationFailed,
 )
-from embedd_dagster.sources.base import Source, SourceColumn, SourceTable
+from embedd_dagster.protocols.source import Source, SourceColumn, SourceTable
 
 router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 
@@ -167,7 +167,7 @@ def _test(
     begun = time.perf_counter()
     fault: str | None = None
     try:
-        admission.check_connection(caller.state.runtime, connection)
+        validation.check_connection(caller.state.runtime, connection)
     except EmbeddError as error:
         fault = f"{error.message} {error.resolution}"
     latency_ms = round((time.perf_counter() - begun) * 1000, 1)
@@ -214,7 +214,7 @@ def list_source_tables(
 def _open_source(caller: Caller, connection_id: str) -> Iterator[Source]:
     connection = _get(caller, connection_id)
     try:
-        opened = admission.open_source_briefly(caller.state.runtime, connection)
+        opened = validation.open_source_briefly(caller.state.runtime, connection)
     except SecretUnreadable as error:
         raise NotReady(error.message, code="connection_not_ready", resolution=error.resolution) from None
     with opened as source:

@@ -10,8 +10,8 @@ from fastapi import APIRouter
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.external_calls import OUTSIDE
 from api.idempotency import Attempt, Once, answers_once
-from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
 from api.schemas.base import EmbeddingProviderId
 from api.schemas.connections import TestAnswer
@@ -27,9 +27,10 @@ from api.schemas.embedding_providers import (
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
+from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.postgresql.hosts import allowed_addresses
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
-from embedd_dagster.embedders import open_embedder
-from embedd_dagster.embedders.question import embed_question
+from embedd_dagster.engine.question import embed_question
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRejected,
@@ -38,7 +39,6 @@ from embedd_dagster.errors import (
     SourceUnavailable,
     ValidationFailed,
 )
-from embedd_dagster.sources.network import allowed_addresses
 
 router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], route_class=StrictRoute)
 

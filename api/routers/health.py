@@ -15,9 +15,9 @@ from api.errors import ErrorEnvelope, error_response
 from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from api.state import ApiState
 from embedd_dagster import __version__
+from embedd_dagster.connectors.stores import open_qdrant
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
-from embedd_dagster.stores import open_qdrant
 
 router = APIRouter(tags=["Health"])
 

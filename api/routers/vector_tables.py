@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from api.auth import Caller, Reader, Writer
 from api.errors import answers
+from api.external_calls import OUTSIDE
 from api.idempotency import Once, answers_once
-from api.outside import OUTSIDE
 from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
 from api.schemas.base import VectorTableId
 from api.schemas.vector_tables import (
@@ -33,7 +33,7 @@ from embedd_dagster.catalog.tables import Connection, VectorTable
 from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
-from embedd_dagster.engine import admission
+from embedd_dagster.engine import validation
 from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import NotFound, ValidationFailed
 
@@ -74,7 +74,7 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
         sync_interval_seconds=body.sync_interval_seconds,
     )
     with attempt:
-        admitted = admission.admit(caller.state.runtime, caller.environment.id, wanted)
+        admitted = validation.validate_vector_table(caller.state.runtime, caller.environment.id, wanted)
         with caller.state.runtime.catalog.transaction() as session:
             row = vector_tables.create(session, caller.environment, admitted)
             return attempt.answer(session, VectorTableAnswer.of(row, TableDetails()))
@@ -141,8 +141,8 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
             "source_table: it can be changed of batch tables only.",
             resolution="Rename the table back, or create a new vector table.",
         )
-    checked = admission.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
-    key_type = admission.source_key_type(runtime, seen.connection, checked) if is_moved else None
+    checked = validation.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
+    key_type = validation.source_key_type(runtime, seen.connection, checked) if is_moved else None
     with runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         if key_type is not None:
@@ -181,13 +181,13 @@ def _change(
     given = body.model_fields_set
     schedule = body.sync_schedule if "sync_schedule" in given else row.sync_schedule
     interval = body.sync_interval_seconds if "sync_interval_seconds" in given else row.sync_interval_seconds
-    admission.check_schedule(SyncMode(row.sync_mode), schedule, interval)
+    validation.check_schedule(SyncMode(row.sync_mode), schedule, interval)
     now_there = row.configuration
     columns = checked.columns if "columns" in given else now_there.columns
     model = body.embedding_model if "embedding_model" in given else now_there.embedding_model
     dimensions = body.embedding_dimensions if "embedding_dimensions" in given else now_there.embedding_dimensions
     if (model, dimensions) != (now_there.embedding_model, now_there.embedding_dimensions):
-        admission.check_embedding(seen.embedding_provider, model, dimensions)
+        validation.check_embedding(seen.embedding_provider, model, dimensions)
     if "name" in given:
         vector_tables.rename(session, row, body.name)
     vector_tables.reconfigure(row, columns=columns, embedding_model=model, embedding_dimensions=dimensions)
@@ -262,7 +262,7 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
         connection: Connection = connections.get(session, caller.environment.id, row.connection_id)
-    with admission.open_source_briefly(caller.state.runtime, connection) as source:
+    with validation.open_source_briefly(caller.state.runtime, connection) as source:
         table = source.describe(row.source_table)
     return SourceSchemaAnswer(
         columns=[SourceColumnAnswer(name=c.name, type=c.type, nullable=c.nullable) for c in table.columns]

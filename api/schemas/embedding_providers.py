@@ -9,7 +9,7 @@ from pydantic_core import PydanticCustomError
 
 from api.pagination import ListAnswer
 from api.schemas.base import Answer, Body, Name, Timestamp, unset
-from embedd_dagster.embedders.base_url import UnusableUrl, parse_base_url
+from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url
 
 _MAX_LIMIT = 1_000_000_000
 

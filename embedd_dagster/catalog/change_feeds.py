@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import resyncs, vector_tables
 from embedd_dagster.catalog.clock import database_now, now
 from embedd_dagster.catalog.tables import ChangeFeed, Connection, EmbeddingProvider, Task, VectorSetRow, VectorTable
-from embedd_dagster.core.following import TableState
+from embedd_dagster.core.cdc import TableState
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
 from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.errors import RunSuperseded

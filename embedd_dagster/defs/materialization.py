@@ -9,7 +9,7 @@ from typing import Final
 import dagster as dg
 
 from embedd_dagster.core.status import TaskType
-from embedd_dagster.engine.follow_reports import FollowReport
+from embedd_dagster.engine.cdc.report import FollowReport
 from embedd_dagster.engine.run import RunReport
 from embedd_dagster.settings import Settings
 

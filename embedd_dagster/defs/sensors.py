@@ -9,11 +9,11 @@ import dagster as dg
 
 from embedd_dagster.catalog import run_heartbeats
 from embedd_dagster.catalog.clock import database_now
-from embedd_dagster.defs.enact import Enactor
 from embedd_dagster.defs.jobs import vector_table_job
-from embedd_dagster.defs.observe import Memory, observe
 from embedd_dagster.defs.partitions import vector_tables as partitions
-from embedd_dagster.defs.reconcile import Limits, Plan, Verdict, plan
+from embedd_dagster.defs.reconcile.apply import Enactor
+from embedd_dagster.defs.reconcile.observe import Memory, observe
+from embedd_dagster.defs.reconcile.plan import Limits, Plan, Verdict, plan
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.runtime import Runtime

@@ -25,12 +25,12 @@ from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_b
 from embedd_dagster.core.shards import KeyRange, in_chunks
 from embedd_dagster.core.vector_table import VectorConfiguration
 from embedd_dagster.engine.memory import bulk_load
-from embedd_dagster.engine.patience import with_patience
 from embedd_dagster.engine.pipeline import RowCounts, RowPipeline, process_in_order
+from embedd_dagster.engine.retry import retry_transient
 from embedd_dagster.engine.sync import apply_changes, refuse_mass_delete, write_keys
 from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import EmbeddError, RunCancelled, SourceUnavailable, TooManyFailedRows, VectorStoreRejected
-from embedd_dagster.sources.base import PAGE_BYTES, TableReader
+from embedd_dagster.protocols.source import PAGE_BYTES, TableReader
 
 _PAGE_ROWS = 2_000
 _MAX_BYTES_IN_FLIGHT = 64 * 2**20
@@ -238,7 +238,7 @@ def _pages(work: Work, reader: TableReader, remaining: KeyRange) -> Iterator[lis
                 remaining = KeyRange(page[-1].key, remaining.upper)
         except SourceUnavailable as error:
             work.log(f"Reading is interrupted: {error}")
-            with_patience(work.source.check, patience_seconds=work.settings.outage_patience_seconds, check=work.check)
+            retry_transient(work.source.check, patience_seconds=work.settings.outage_patience_seconds, check=work.check)
         else:
             return
 

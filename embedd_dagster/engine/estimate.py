@@ -10,10 +10,10 @@ from embedd_dagster.core.embedded_text import compose_text, text_hash
 from embedd_dagster.core.models import ProviderKind, find_model_by_name
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
-from embedd_dagster.engine.admission import open_source_briefly
 from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.engine.validation import open_source_briefly
 from embedd_dagster.errors import NotFound
-from embedd_dagster.sources.base import PAGE_BYTES, Selection, TableReader
+from embedd_dagster.protocols.source import PAGE_BYTES, Selection, TableReader
 
 _SAMPLED_RANGES = 8
 _SAMPLED_ROWS = 64

@@ -10,7 +10,7 @@ from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady
-from embedd_dagster.sources.base import PAGE_BYTES, Selection
+from embedd_dagster.protocols.source import PAGE_BYTES, Selection
 
 
 @dataclass(frozen=True, slots=True)

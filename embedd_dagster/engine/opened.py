@@ -14,14 +14,14 @@ from embedd_dagster.catalog.provider_budgets import CatalogBudget
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
-from embedd_dagster.embedders.pacing import PacedEmbedder
-from embedd_dagster.engine.patience import with_patience
+from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.engine.pipeline import RowPipeline
+from embedd_dagster.engine.retry import retry_transient
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import RunCancelled
-from embedd_dagster.sources.base import Selection, Source, TableReader
-from embedd_dagster.stores.base import Store
+from embedd_dagster.protocols.source import Selection, Source, TableReader
+from embedd_dagster.protocols.store import Store
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Opened:
 
     def patiently(self, action: Callable[[], T]) -> T:
         """The result of an idempotent action on an outside system, waited for while that is down."""
-        return with_patience(action, patience_seconds=self._patience_seconds, check=self._check, log=self._log)
+        return retry_transient(action, patience_seconds=self._patience_seconds, check=self._check, log=self._log)
 
     def as_owner(self, write: Callable[[], T]) -> T:
         """The result of an idempotent write to the store, waited for while that is down; none of a run that was replaced.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from embedd_dagster.catalog.tables import VectorSetRow
 from embedd_dagster.errors import SourceRejected
-from embedd_dagster.sources.base import TableReader
+from embedd_dagster.protocols.source import TableReader
 
 
 def require_same_table(reader: TableReader, live: VectorSetRow, source_table: str) -> None:

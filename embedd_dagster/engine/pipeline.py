@@ -24,10 +24,10 @@ from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet
 from embedd_dagster.core.shards import BatchLimits, pack_batches
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.core.vector_table import VectorConfiguration
-from embedd_dagster.embedders.pacing import PacedEmbedder
+from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.errors import PointsRejected, RowError, TextRejected
-from embedd_dagster.stores.base import Store
+from embedd_dagster.protocols.store import Store
 
 
 @dataclass(slots=True)

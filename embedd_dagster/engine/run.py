@@ -12,8 +12,8 @@ from embedd_dagster.core.keys import render_key
 from embedd_dagster.core.models import find_model_by_name
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.backfill import backfill
-from embedd_dagster.engine.patience import with_patience
 from embedd_dagster.engine.pipeline import RowCounts
+from embedd_dagster.engine.retry import retry_transient
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.sync import sync
 from embedd_dagster.engine.work import Work
@@ -132,7 +132,7 @@ def _end(runtime: Runtime, task_id: str, run_id: str, error: BaseException) -> N
                     told = f"{error.message} Tried {task.attempts} times: start it again once that is mended."
                 tasks.fail(session, task, told, retry=not permanent)
 
-    with_patience(end, patience_seconds=_CATALOG_PATIENCE_SECONDS, check=lambda: None)
+    retry_transient(end, patience_seconds=_CATALOG_PATIENCE_SECONDS, check=lambda: None)
 
 
 def _is_interrupt(error: BaseException) -> bool:

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from embedd_dagster import embedders, sources, stores
 from embedd_dagster.catalog import connections, embedding_providers
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
+from embedd_dagster.connectors import embedders, sources, stores
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.embedders.base import Embedder
 from embedd_dagster.errors import ConfigurationError
+from embedd_dagster.protocols.embedder import Embedder
+from embedd_dagster.protocols.source import Source
+from embedd_dagster.protocols.store import PlatformStore, Store
 from embedd_dagster.settings import Settings
-from embedd_dagster.sources.base import Source
-from embedd_dagster.stores.base import PlatformStore, Store
 
 
 @dataclass(frozen=True, slots=True)

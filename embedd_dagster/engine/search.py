@@ -16,11 +16,11 @@ from embedd_dagster.catalog.vector_tables import Endpoints
 from embedd_dagster.core.filters import Filter, parse_filter
 from embedd_dagster.core.rows import Hit, Vectors
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
-from embedd_dagster.embedders.base import Embedder
-from embedd_dagster.embedders.question import embed_question
+from embedd_dagster.engine.question import embed_question
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, NotFound, NotReady, TransientError, VectorStoreRejected
-from embedd_dagster.stores.base import Store
+from embedd_dagster.protocols.embedder import Embedder
+from embedd_dagster.protocols.store import Store
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,12 @@ from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.origins import require_same_table
 from embedd_dagster.engine.pipeline import BatchOutcome, RowCounts, RowPipeline, process_in_order
 from embedd_dagster.errors import MassDeleteRefused, RunSuperseded, SourceRejected, VectorStoreRejected
-from embedd_dagster.sources.base import PAGE_BYTES, TableReader
+from embedd_dagster.protocols.source import PAGE_BYTES, TableReader
 
 if TYPE_CHECKING:
     from embedd_dagster.catalog.tables import VectorSetRow
     from embedd_dagster.engine.work import Work
-    from embedd_dagster.stores.base import Store
+    from embedd_dagster.protocols.store import Store
 
 T = TypeVar("T")
 

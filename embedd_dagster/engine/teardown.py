@@ -11,7 +11,7 @@ from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
-from embedd_dagster.postgresql import patience
+from embedd_dagster.postgresql import deadline
 
 _DROP_SECONDS = 10.0
 
@@ -75,9 +75,9 @@ def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
             if not change_feeds.unused(session, connection.id):  # a table is followed again by now
                 return False
             with (
-                patience(_DROP_SECONDS),
+                deadline(_DROP_SECONDS),
                 runtime.open_source(connection) as source,
-                source.change_feed(name) as opened,
+                source.cdc_stream(name) as opened,
             ):
                 opened.drop()
             change_feeds.remove(session, connection.id)

@@ -15,8 +15,8 @@ from api.app import create_app
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
-from embedd_dagster.local.postgres import EmbeddedPostgres
 from embedd_dagster.settings import Settings
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.api.tenants import Tenant
 
 _SOURCE = r'''

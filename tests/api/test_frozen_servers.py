@@ -1,6 +1,6 @@
 """PostgreSQL servers that freeze in the middle of a connection: what is connected stays so, and no answer ever comes.
 
-Their own timeouts are of no use then, and TCP finds nothing wrong; see `embedd_dagster/postgresql.py`.
+Their own timeouts are of no use then, and TCP finds nothing wrong; see `embedd_dagster/connectors/postgresql/pool.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 
-from embedd_dagster.postgresql import BoundedConnection, patience
-from embedd_dagster.stores import pgvector_database
+from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
+from embedd_dagster.postgresql import BoundedConnection, deadline
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.freezing_proxy import FreezingProxy, freezing_proxy
@@ -195,7 +195,7 @@ class TestPatience:
         connection.close()
 
     def test_one_operation_and_the_connection_is_closed(self, opened: BoundedConnection, proxy: FreezingProxy) -> None:
-        with patience(0.5):
+        with deadline(0.5):
             assert opened.execute("SELECT 1").fetchone() == (1,)
             proxy.freeze()
             with _within(1.5), pytest.raises(psycopg.OperationalError, match="has not answered in time"):
@@ -207,11 +207,11 @@ class TestPatience:
             for _ in range(10):
                 opened.execute("SELECT pg_sleep(0.3)")
 
-        with patience(1.0), _within(2.0), pytest.raises(psycopg.OperationalError):
+        with deadline(1.0), _within(2.0), pytest.raises(psycopg.OperationalError):
             sleep_and_sleep()
 
     def test_what_takes_no_waiting_is_done_even_when_nothing_is_left(self, opened: BoundedConnection) -> None:
-        with patience(0.0):
+        with deadline(0.0):
             for _ in range(50):
                 assert opened.execute("SELECT generate_series(1, 1000)").fetchall()[-1] == (1000,)
 
@@ -222,7 +222,7 @@ class TestPatience:
                 proxy.freeze()
                 opened.execute("SELECT 1")
 
-        with patience(0.5), _within(2), pytest.raises(psycopg.OperationalError):
+        with deadline(0.5), _within(2), pytest.raises(psycopg.OperationalError):
             transact()
         assert opened.closed
 
@@ -233,12 +233,12 @@ class TestPatience:
                     if number == 1000:
                         proxy.freeze()
 
-        with patience(0.5), _within(3), pytest.raises(psycopg.OperationalError):
+        with deadline(0.5), _within(3), pytest.raises(psycopg.OperationalError):
             copy_out()
         assert opened.closed
 
     def test_without_it_nothing_is_bounded(self, opened: BoundedConnection) -> None:
         opened.execute("SELECT pg_sleep(1.2)")
-        with patience(0.1):
+        with deadline(0.1):
             pass
         opened.execute("SELECT pg_sleep(0.5)")

@@ -11,8 +11,8 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from embedd_dagster.local.qdrant_collections import QdrantCatalog
-from embedd_dagster.local.qdrant_server import create_app
+from embedd_dagster.stack.qdrant.collections import QdrantCatalog
+from embedd_dagster.stack.qdrant.server import create_app
 from tests.api.tenants import code_of
 from tests.support.serving import serving
 

@@ -29,7 +29,7 @@ from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.rotation import rotate_encryption
 from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
 from embedd_dagster.catalog.tables import Environment
-from embedd_dagster.engine import admission
+from embedd_dagster.engine import validation
 from embedd_dagster.errors import NotReady, SourceUnavailable
 from embedd_dagster.settings import Settings
 from tests.api.tenants import Tenant, code_of, unique
@@ -243,7 +243,7 @@ class TestWhatIsRemembered:
 
         key, body = _key(), tenant.table_body()
         with monkeypatch.context() as patched:
-            patched.setattr(admission, "admit", refuse)
+            patched.setattr(validation, "validate_vector_table", refuse)
             assert code_of(tenant.post("/v1/vector-tables", body, **key)) == "connection_not_ready"
         again = tenant.post("/v1/vector-tables", body, **key)
         assert (again.status_code, code_of(again), _replayed(again)) == (422, "connection_not_ready", True)
@@ -298,7 +298,7 @@ class TestWhatIsRemembered:
         key, body = _key(), tenant.table_body()
         for fault, status in ((fail, 503), (break_down, 500)):
             with monkeypatch.context() as patched:
-                patched.setattr(admission, "admit", fault)
+                patched.setattr(validation, "validate_vector_table", fault)
                 assert tenant.post("/v1/vector-tables", body, **key).status_code == status
             assert rows() == []
         response = tenant.post("/v1/vector-tables", body, **key)
@@ -436,7 +436,7 @@ class TestDeath:
         key = _key()
         body = {"name": unique("conn"), "mode": "managed", "credentials": tenant.credentials}
         with monkeypatch.context() as patched:
-            patched.setattr(admission, "check_connection", die)
+            patched.setattr(validation, "check_connection", die)
             assert tenant.post("/v1/providers/postgresql/connections", body, **key).status_code == 500
         again = tenant.post("/v1/providers/postgresql/connections", body, **key)
         assert (again.status_code, _replayed(again), again.json()["status"]) == (201, True, "pending")

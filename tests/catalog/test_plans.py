@@ -27,7 +27,7 @@ from embedd_dagster.catalog.pages import Position
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode, SyncMode, VectorConfiguration
-from embedd_dagster.local.postgres import EmbeddedPostgres
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.support.many_tables import fill_catalog, vector_table_id
 
 LARGE = {"vector_tables", "vector_sets", "tasks"}

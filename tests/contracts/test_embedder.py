@@ -1,4 +1,4 @@
-"""What every embedder must do, whichever it is (`embedders/base.py`)."""
+"""What every embedder must do, whichever it is (`protocols/embedder.py`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from embedd_dagster.embedders import open_embedder
-from embedd_dagster.embedders.base import Embedder
+from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.errors import TextRejected
+from embedd_dagster.protocols.embedder import Embedder
 from tests.support.gemini_server import running_gemini_server
 from tests.support.memory_embedder import POISON, MemoryEmbedder
 from tests.support.openai_server import RunningServer, running_openai_server

@@ -12,13 +12,13 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from embedd_dagster.connectors.sources import PROVIDERS, open_source
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceRejected, SourceTableNotFound, SourceUnavailable
-from embedd_dagster.sources import PROVIDERS, open_source
-from embedd_dagster.sources.base import Selection, Source, TableReader
+from embedd_dagster.protocols.source import Selection, Source, TableReader
 
 ITEMS = Selection("items", "id", ("name", "price"))
 EVERYTHING = KeyRange()

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
+from embedd_dagster.connectors.stores import open_platform_store, open_qdrant
 from embedd_dagster.core.embedded_text import text_hash, text_hashes
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.stores import open_platform_store, open_qdrant
-from embedd_dagster.stores.base import Store
+from embedd_dagster.protocols.store import Store
 
 DIMENSIONS = 8
 FILTER_TYPES = {"color": FilterType.KEYWORD, "price": FilterType.FLOAT}

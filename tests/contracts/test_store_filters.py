@@ -13,14 +13,14 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
+from embedd_dagster.connectors.stores import open_platform_store, open_qdrant
 from embedd_dagster.core.embedded_text import metadata_value
 from embedd_dagster.core.filters import OPERATORS, And, Condition, Filter, Operator, Or, matches
 from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.local.postgres import EmbeddedPostgres
-from embedd_dagster.stores import open_platform_store, open_qdrant
-from embedd_dagster.stores.base import Store
+from embedd_dagster.protocols.store import Store
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 
 ROW_COUNT = 400
 COLUMNS: dict[str, FilterType] = {

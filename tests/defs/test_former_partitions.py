@@ -7,10 +7,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from embedd_dagster.defs import enact, sensors
+from embedd_dagster.defs import sensors
 from embedd_dagster.defs.backfills import ASSET_KEY
 from embedd_dagster.defs.former_partitions import move_history
-from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.reconcile import apply
+from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.verdicts import CHECK_NAME
 from embedd_dagster.engine.runtime import Runtime
 
@@ -73,7 +74,7 @@ def test_histories_that_are_not_moved_before_the_ticks_deadline_are_moved_at_the
         instant += 6
         move_history(*asked)
 
-    monkeypatch.setattr(enact, "move_history", slow_move)
+    monkeypatch.setattr(apply, "move_history", slow_move)
     log: list[str] = []
     moved = []
     for _ in range(2):

@@ -14,7 +14,7 @@ from dagster import DagsterRunStatus as Status
 from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import TaskStatus, TaskType
 from embedd_dagster.defs.liveness import LifeSigns
-from embedd_dagster.defs.reconcile import (
+from embedd_dagster.defs.reconcile.plan import (
     Limits,
     Observation,
     Plan,

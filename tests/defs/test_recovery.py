@@ -19,9 +19,9 @@ from sqlalchemy import update
 
 from embedd_dagster.catalog import run_heartbeats, tasks
 from embedd_dagster.catalog.tables import RunHeartbeat
-from embedd_dagster.defs import observe
 from embedd_dagster.defs.heartbeat import heartbeat
-from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.reconcile import observe
+from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.sensors import reconcile
 from embedd_dagster.defs.stopping import WorkerStopped
 from embedd_dagster.engine.run import _end

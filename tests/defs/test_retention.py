@@ -21,12 +21,12 @@ from embedd_dagster.core import ids
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, retention
 from embedd_dagster.defs.backfills import ASSET_KEY
-from embedd_dagster.defs.following import follow_job
+from embedd_dagster.defs.cdc import follow_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_runs, purge_schedule, purge_tasks
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.local.postgres import EmbeddedPostgres
 from embedd_dagster.settings import get_settings
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.defs.test_asset import Engine, engine
 
 __all__ = ["engine"]

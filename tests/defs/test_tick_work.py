@@ -25,8 +25,8 @@ from dagster._core.test_utils import instance_for_test
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.definitions import defs
-from embedd_dagster.defs.following import follower_sensor
-from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.cdc import follower_sensor
+from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_backfills
 from embedd_dagster.defs.schedules import sync_sensor

@@ -25,7 +25,7 @@ from dagster_graphql.schema import create_schema
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.core.status import TaskType
-from embedd_dagster.defs.observe import Memory
+from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.sensors import reconcile
 from embedd_dagster.defs.stopping import cancel_was_asked_for
 from embedd_dagster.engine.runtime import Runtime

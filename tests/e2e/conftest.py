@@ -19,8 +19,8 @@ from sqlalchemy import make_url
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.local.outside import discard
-from embedd_dagster.local.stack import Stack, StackSettings
+from embedd_dagster.stack.control import discard
+from embedd_dagster.stack.stack import Stack, StackSettings
 from tests.support.e2e import API_KEY, Embedd
 from tests.support.openai_server import RunningServer, running_openai_server
 

@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 from sqlalchemy import make_url
 
-from embedd_dagster.local.stack import Stack
+from embedd_dagster.stack.stack import Stack
 from tests.support.canaries import Canaries, search_database, search_files
 from tests.support.e2e import Embedd
 from tests.support.echoing_provider import REFUSED, EchoingProvider, running_echoing_provider

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from embedd_dagster.local.stack import Stack
+from embedd_dagster.stack.stack import Stack
 
 pytestmark = pytest.mark.e2e
 

@@ -21,6 +21,7 @@ from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.tables import Connection, Task, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.pgvector.store import view_name
 from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
@@ -29,10 +30,9 @@ from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Question, Searcher
 from embedd_dagster.engine.teardown import teardown
+from embedd_dagster.protocols.source import Selection
+from embedd_dagster.protocols.store import Store
 from embedd_dagster.settings import Settings
-from embedd_dagster.sources.base import Selection
-from embedd_dagster.stores.base import Store
-from embedd_dagster.stores.pgvector import view_name
 from tests.support.following import RunningFollower, eventually, follower_of, is_followed, make_cdc, settled, slots_of
 from tests.support.openai_server import RunningServer, running_openai_server
 

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
@@ -31,7 +32,6 @@ from embedd_dagster.errors import (
     TooManyFailedRows,
     ValidationFailed,
 )
-from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 from tests.engine.conftest import COLUMNS, Product
 from tests.support.openai_server import POISON
 

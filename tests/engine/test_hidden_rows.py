@@ -11,7 +11,7 @@ import pytest
 from embedd_dagster.catalog import connections
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.engine import admission
+from embedd_dagster.engine import validation
 from embedd_dagster.errors import SourceAccessDenied
 from tests.engine.conftest import COLUMNS, Product
 
@@ -35,7 +35,7 @@ def test_a_table_that_policies_hide_is_refused_at_admission_and_at_the_run(produ
     product.sql("ALTER TABLE products ENABLE ROW LEVEL SECURITY")
     configuration = product.table().configuration
     with pytest.raises(SourceAccessDenied, match="Row-level security hides all"):
-        admission.admit_change(
+        validation.admit_change(
             product.runtime, product.connection(), None, replace(configuration, columns=COLUMNS[:1]), configuration
         )
     with pytest.raises(SourceAccessDenied):

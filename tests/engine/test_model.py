@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedd_dagster.catalog import tasks
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
+from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine import run
 from embedd_dagster.errors import Conflict, VectorStoreUnavailable
-from embedd_dagster.stores.pgvector import PgvectorStore
-from embedd_dagster.stores.qdrant import QdrantStore
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
 
 if TYPE_CHECKING:

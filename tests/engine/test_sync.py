@@ -11,11 +11,11 @@ import pytest
 
 from embedd_dagster.catalog import vector_sets
 from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.core.rows import PointBatch, TableDigest
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.errors import MassDeleteRefused, VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.sources.postgresql_reader import PostgresTableReader
 from tests.engine.conftest import Product
 from tests.support.openai_server import POISON
 

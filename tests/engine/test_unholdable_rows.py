@@ -12,9 +12,9 @@ import pytest
 from embedd_dagster.catalog import connections, vector_sets, vector_tables
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode
-from embedd_dagster.engine import admission
+from embedd_dagster.engine import validation
 from embedd_dagster.errors import SourceTableNotFound, ValidationFailed
-from embedd_dagster.local.postgres import EmbeddedPostgres
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.engine.conftest import COLUMNS, Product
 
 pytestmark = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
@@ -97,6 +97,6 @@ def test_a_name_prefix_that_the_database_cannot_hold_is_refused(latin1: Product)
         new = replace(old, columns=(COLUMNS[0], Column("body", ColumnRole.EMBEDDING, name_prefix=prefix, ordinal=2)))
         if says:
             with pytest.raises(ValidationFailed, match=says):
-                admission.admit_change(latin1.runtime, latin1.connection(), None, old, new)
+                validation.admit_change(latin1.runtime, latin1.connection(), None, old, new)
         else:
-            admission.admit_change(latin1.runtime, latin1.connection(), None, old, new)
+            validation.admit_change(latin1.runtime, latin1.connection(), None, old, new)

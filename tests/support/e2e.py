@@ -11,7 +11,7 @@ import psutil
 import psycopg
 from sqlalchemy import URL
 
-from embedd_dagster.local.stack import Stack
+from embedd_dagster.stack.stack import Stack
 from tests.support.openai_server import RunningServer
 
 DIMENSIONS = 64

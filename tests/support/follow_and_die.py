@@ -9,24 +9,24 @@ import sys
 from typing import Any
 
 from embedd_dagster.catalog import change_feeds, resyncs
-from embedd_dagster.engine.follow import follow
-from embedd_dagster.engine.followed_table import TableFollower
+from embedd_dagster.connectors.postgresql.cdc.stream import PostgresCdcStream
+from embedd_dagster.engine.cdc.consumer import follow
+from embedd_dagster.engine.cdc.table import TableFollower
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.settings import read_settings
-from embedd_dagster.sources.postgresql_changes import PostgresChangeFeed
 from tests.support.run_and_die import POINTS as OF_A_RUN
 from tests.support.run_and_die import die_at
 
 POINTS: dict[str, list[tuple[Any, str]]] = {
-    "attach": [(PostgresChangeFeed, "attach")],
+    "subscribe": [(PostgresCdcStream, "subscribe")],
     "record": [(change_feeds, "set_followed")],
-    "read": [(PostgresChangeFeed, "read")],
+    "read": [(PostgresCdcStream, "read")],
     "write": [(TableFollower, "write")],
     "embed": OF_A_RUN["embed"],
     "upsert": OF_A_RUN["upsert"],
     "owe": [(resyncs, "request")],
     "advance": [(change_feeds, "advance")],
-    "confirm": [(PostgresChangeFeed, "confirm")],
+    "confirm": [(PostgresCdcStream, "confirm")],
 }
 
 

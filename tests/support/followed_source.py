@@ -13,11 +13,11 @@ from psycopg.conninfo import conninfo_to_dict
 from embedd_dagster.errors import (
     EmbeddError,
 )
-from embedd_dagster.sources.base import Source
-from embedd_dagster.sources.changes import Attachment, ChangeBatch, ChangeFeed, FollowedTable, Shape
+from embedd_dagster.protocols.cdc import CdcStream, CdcTable, ChangeBatch, Subscription, TableFingerprint
+from embedd_dagster.protocols.source import Source
 
 Admin = psycopg.Connection[Any]
-T = FollowedTable("t", "id")
+T = CdcTable("t", "id")
 
 
 def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
@@ -35,14 +35,14 @@ def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
 class Follower:
     """A feed with the position and the shapes that a consumer keeps."""
 
-    def __init__(self, feed: ChangeFeed, *tables: FollowedTable) -> None:
+    def __init__(self, feed: CdcStream, *tables: CdcTable) -> None:
         self.feed = feed
         self.tables = tables
         self.position: int | None = None
-        self.shapes: Mapping[FollowedTable, Shape] = {}
+        self.shapes: Mapping[CdcTable, TableFingerprint] = {}
 
-    def attach(self) -> Attachment:
-        attachment = self.feed.attach(self.tables, self.position, self.shapes)
+    def subscribe(self) -> Subscription:
+        attachment = self.feed.subscribe(self.tables, self.position, self.shapes)
         self.shapes = attachment.shapes
         if self.position is None or attachment.lost:
             self.position = attachment.position
@@ -56,7 +56,7 @@ class Follower:
             self.feed.confirm(self.position)
         return batches
 
-    def keys(self, table: FollowedTable = T) -> list[Any]:
+    def keys(self, table: CdcTable = T) -> list[Any]:
         batches = self.read()
         assert not any(batch.broken or batch.truncated for batch in batches)
         assert all(other in (*self.tables, table) for batch in batches for other in batch.keys)
@@ -84,7 +84,7 @@ def statements_of(error: EmbeddError) -> str:
     return error.resolution.partition("administrator: ")[2]
 
 
-def refusal(source: Source, table: FollowedTable) -> EmbeddError:
+def refusal(source: Source, table: CdcTable) -> EmbeddError:
     with pytest.raises(EmbeddError) as caught:
-        source.check_followable(table)
+        source.check_cdc_eligible(table)
     return caught.value

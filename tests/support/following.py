@@ -18,8 +18,8 @@ from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
-from embedd_dagster.engine.follow import follow
-from embedd_dagster.engine.follow_reports import FollowReport
+from embedd_dagster.engine.cdc.consumer import follow
+from embedd_dagster.engine.cdc.report import FollowReport
 from embedd_dagster.engine.runtime import Runtime
 
 if TYPE_CHECKING:

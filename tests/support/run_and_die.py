@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 from embedd_dagster.catalog import tasks, vector_sets
-from embedd_dagster.embedders.pacing import PacedEmbedder
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
+from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
+from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.engine import backfill
+from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.engine.run import run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.settings import read_settings
-from embedd_dagster.sources.postgresql_reader import PostgresTableReader
-from embedd_dagster.stores.pgvector import PgvectorStore
-from embedd_dagster.stores.qdrant import QdrantStore
 
 POINTS: dict[str, list[tuple[Any, str]]] = {
     "read": [(PostgresTableReader, "read")],

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from embedd_dagster.local.stack import Stack, StackSettings
+from embedd_dagster.stack.stack import Stack, StackSettings
 
 _SERVICE = [sys.executable, str(Path(__file__).with_name("stub_service.py")), "{port}"]
 

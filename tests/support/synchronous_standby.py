@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 import psycopg
 
-from embedd_dagster.local.postgres import EmbeddedPostgres
+from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.support.followed_source import wait_until
 
 _NAME = "embedd_test_standby"

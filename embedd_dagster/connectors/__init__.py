@@ -1,0 +1,1 @@
+"""The external systems that embedd speaks to: one package for each."""

@@ -1,0 +1,1 @@
+"""What the embedding providers behind an HTTP API share."""

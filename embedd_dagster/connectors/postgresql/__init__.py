@@ -1,0 +1,1 @@
+"""PostgreSQL: a source, its CDC stream, and vectors in its own tables by pgvector."""

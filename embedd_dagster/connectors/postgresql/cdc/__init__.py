@@ -1,0 +1,1 @@
+"""CDC from PostgreSQL by logical replication over plain SQL."""

@@ -1,0 +1,1 @@
+"""Vectors in the user's own PostgreSQL."""

@@ -1,0 +1,1 @@
+"""Makes Dagster agree with the catalog: observe both, plan, apply."""

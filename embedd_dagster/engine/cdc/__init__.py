@@ -1,0 +1,1 @@
+"""CDC: applies the changes of source tables to their vectors."""

@@ -1,0 +1,1 @@
+"""Sends texts to an embedder as fast as its provider takes them."""

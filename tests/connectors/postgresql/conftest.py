@@ -1,0 +1,67 @@
+"""A database with a table to follow, and a feed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from uuid import uuid4
+
+import psycopg
+import pytest
+
+from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.protocols.cdc import CdcStream
+from embedd_dagster.protocols.source import Source
+from tests.support.followed_source import (
+    Admin,
+    Follower,
+    T,
+    credentials_of,
+)
+
+
+@pytest.fixture
+def admin(database_url: str) -> Iterator[Admin]:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def writer(database_url: str) -> Iterator[Admin]:
+    """Another session, for transactions that stay open."""
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        yield connection
+
+
+@pytest.fixture
+def source(database_url: str) -> Iterator[Source]:
+    with open_source("postgresql", credentials_of(database_url)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def name() -> str:
+    return f"embedd_{uuid4().hex[:8]}"
+
+
+@pytest.fixture
+def feed(source: Source, name: str) -> Iterator[CdcStream]:
+    with source.cdc_stream(name) as opened:
+        yield opened
+
+
+@pytest.fixture
+def table(admin: Admin) -> None:
+    """`t`, with rows 1 to 3."""
+    admin.execute("CREATE TABLE t (id int PRIMARY KEY, v text)")
+    admin.execute("INSERT INTO t SELECT g, 'x' FROM generate_series(1, 3) g")
+
+
+@pytest.fixture
+def follower(feed: CdcStream, table: None) -> Follower:
+    """Of `t`, attached, with nothing to read."""
+    made = Follower(feed, T)
+    attachment = made.subscribe()
+    assert attachment.joined == {T}
+    assert not attachment.refused
+    assert attachment.lost is None
+    return made
