@@ -200,7 +200,7 @@ class TestLost:
         thread.start()
         try:
             wait_until(lambda: one(admin, "SELECT active FROM pg_replication_slots WHERE slot_name = %s", name))
-            for use in (follower.attach, follower.read, follower.feed.drop):
+            for use in (follower.subscribe, follower.read, follower.feed.drop):
                 with pytest.raises(SourceUnavailable, match="in use"):
                     use()
         finally:
@@ -535,7 +535,7 @@ class TestServers:
             with psycopg.connect(url, autocommit=True) as admin:
                 admin.execute("INSERT INTO t VALUES (1)")
             own_server.stop()
-            for use in (follower.read, follower.attach, feed.lag_bytes, feed.drop):
+            for use in (follower.read, follower.subscribe, feed.lag_bytes, feed.drop):
                 with pytest.raises(SourceUnavailable):
                     use()
             own_server.start()
