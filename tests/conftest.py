@@ -58,7 +58,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
     """A running PostgreSQL 18 with pgvector, of this test session alone."""
-    with open_temporary_postgres() as server:
+    with open_temporary_postgres(fsync="off") as server:
         yield server
 
 
