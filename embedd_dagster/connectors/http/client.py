@@ -18,7 +18,7 @@ import orjson
 
 from embedd_dagster.connectors import network
 from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url, with_path
-from embedd_dagster.connectors.http.connection import LARGEST_ANSWER
+from embedd_dagster.connectors.http.transport import LARGEST_ANSWER
 from embedd_dagster.connectors.http.rejections import FieldRefused, refusal
 from embedd_dagster.connectors.http.transport import VettedTransport, forbidden_host
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable, TextRejected

@@ -13,8 +13,7 @@ from contextlib import contextmanager, suppress
 import httpx
 import pytest
 
-from embedd_dagster.connectors.http.connection import LARGEST_ANSWER
-from embedd_dagster.connectors.http.transport import VettedTransport
+from embedd_dagster.connectors.http.transport import LARGEST_ANSWER, VettedTransport
 
 OK = b"HTTP/1.1 200 OK\r\n"
 Serve = Callable[[socket.socket], object]
