@@ -13,9 +13,9 @@ import numpy as np
 
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.text_cutting import CutText, cut_at_bytes
 from embedd_dagster.errors import TextRejected
-from embedd_dagster.protocols.cutting import cut_at_bytes
-from embedd_dagster.protocols.embedder import CutText, Embedded, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedded, EmbedderLimits
 
 POISON = "☠POISON☠"
 

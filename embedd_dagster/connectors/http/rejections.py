@@ -25,7 +25,7 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.suspicion import Failure
+from embedd_dagster.protocols.embedder import Failure
 
 _ACCOUNT_CODES = frozenset(
     {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}

@@ -111,9 +111,7 @@ class _Stream(httpcore.NetworkStream):
         """The connection with TLS, for this name. Raises httpcore's ConnectError and ConnectTimeout."""
         try:
             self._sock.settimeout(timeout)
-            return _Stream(
-                ssl_context.wrap_socket(self._sock, server_hostname=server_hostname), self._largest_answer
-            )
+            return _Stream(ssl_context.wrap_socket(self._sock, server_hostname=server_hostname), self._largest_answer)
         except TimeoutError:
             self.close()
             raise httpcore.ConnectTimeout("No connection in time.") from None
@@ -203,7 +201,12 @@ class VettedTransport(httpx.BaseTransport):
             "network_backend": _Backend(resolver if proxy else vetted, largest_answer),
         }
         self._pool = (
-            httpcore.HTTPProxy(proxy_url=_core_url(proxy.url), proxy_auth=proxy.raw_auth, **options)
+            httpcore.HTTPProxy(
+                proxy_url=_core_url(proxy.url),
+                proxy_auth=proxy.raw_auth,
+                proxy_ssl_context=proxy.ssl_context,
+                **options,
+            )
             if proxy
             else httpcore.ConnectionPool(**options)
         )

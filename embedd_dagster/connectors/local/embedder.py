@@ -21,9 +21,9 @@ from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.text_cutting import CutText, byte_count
 from embedd_dagster.errors import ConfigurationError, EmbeddingRejected
-from embedd_dagster.protocols.cutting import byte_count
-from embedd_dagster.protocols.embedder import CutText, Embedded, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedded, EmbedderLimits
 
 MODEL_NAME = "all-MiniLM-L6-v2"
 _DIMENSIONS = 384

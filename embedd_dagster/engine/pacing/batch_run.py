@@ -2,7 +2,7 @@
 
 - A rejected batch (400) is halved until the guilty texts stand alone.
 - No usable answer (5xx, timeout, nonsense, a 403): a harmless text is sent. If that is answered, the batch is halved like a
-  rejected one; if not, the provider is down and is waited for (`suspicion.py`).
+  rejected one; if not, the provider is down and is waited for (`isolation.py`).
 - Single vectors without a direction: only their texts are asked for again, once.
 - A text that is too long for the model is cut, and the batch sent again.
 """
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import byte_count, cut_at_bytes, limit_that_keeps
+from embedd_dagster.engine.pacing.fault_isolation import FaultIsolation, failure_of
 from embedd_dagster.engine.pacing.sending import Sender, Usable
 from embedd_dagster.errors import (
     EmbeddError,
@@ -24,8 +26,7 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.cutting import byte_count, cut_at_bytes, limit_that_keeps
-from embedd_dagster.protocols.suspicion import PROBE_TEXT, Failure, Suspicion, failure_of
+from embedd_dagster.protocols.embedder import PROBE_TEXT, Failure
 
 _SUSPICIOUS_REJECTIONS = 32
 _NONSENSE_PROBES = 2
@@ -38,10 +39,10 @@ Indexes = Sequence[int]
 class _TextsFail(Exception):
     """The provider works, and fails on these texts."""
 
-    def __init__(self, error: EmbeddError, strikes: int) -> None:
+    def __init__(self, error: EmbeddError, failures: int) -> None:
         super().__init__(error.message)
         self.error = error
-        self.strikes = strikes
+        self.failures = failures
 
 
 class BatchRun:
@@ -80,10 +81,10 @@ class BatchRun:
             vectors[_selection(indexes)] = part
         return vectors
 
-    def _embed_some(self, indexes: Indexes, strikes: int = 0, *, is_second: bool = False) -> bool:
+    def _embed_some(self, indexes: Indexes, failures: int = 0, *, is_second: bool = False) -> bool:
         """Whether every one of these texts got its vector. `is_second`: they got an unusable one, and others did not."""
         try:
-            usable = self._request(indexes, Suspicion(len(indexes), strikes), is_second=is_second)
+            usable = self._request(indexes, FaultIsolation(len(indexes), failures), is_second=is_second)
         except TextRejected as error:
             return self._solve_rejection(indexes, error)
         except _TextsFail as failure:
@@ -99,7 +100,7 @@ class BatchRun:
         )
         bad = [index for index, good in zip(indexes, usable.mask, strict=True) if not good]
         if not is_second:
-            return self._embed_some(bad, strikes + 1, is_second=True)
+            return self._embed_some(bad, failures + 1, is_second=True)
         self.failed.update(dict.fromkeys(bad, _without_direction()))
         return False
 
@@ -136,7 +137,7 @@ class BatchRun:
             self.failed.update(dict.fromkeys(indexes, rejected))
             return False
         left, right = _halves(indexes)
-        return self._embed_some(left, failure.strikes) & self._embed_some(right, failure.strikes)
+        return self._embed_some(left, failure.failures) & self._embed_some(right, failure.failures)
 
     def _shorten(self, indexes: Indexes, error: TextRejected) -> bool:
         """Cuts texts that are too long for the model. False: nothing was cut, or the guilty one must be found first."""
@@ -163,38 +164,38 @@ class BatchRun:
         """Raises EmbeddingRejected if so many texts, and nothing but them, failed that a harmless one would too."""
         if self._parts or self._is_provider_cleared or len(self.failed) < _SUSPICIOUS_REJECTIONS:
             return
-        suspicion = Suspicion(1, is_probing=True)
+        isolation = FaultIsolation(1, is_probing=True)
         with suppress(_TextsFail):
-            self._request([next(iter(self.failed))], suspicion)
+            self._request([next(iter(self.failed))], isolation)
         self._is_provider_cleared = True
 
-    def _request(self, indexes: Indexes, suspicion: Suspicion, *, is_second: bool = False) -> Usable:
+    def _request(self, indexes: Indexes, isolation: FaultIsolation, *, is_second: bool = False) -> Usable:
         """One answer, however often it must be asked for. Raises as `embed` does, and TextRejected and _TextsFail."""
         texts = self._select(indexes)
         failures = 0
         last: EmbeddError = TextRejected("The provider refuses this text.")
         while True:
             try:
-                if suspicion.is_probing:
+                if isolation.is_probing:
                     self._probe()
-                    if suspicion.probe_answered():
-                        raise _TextsFail(last, suspicion.strikes)
+                    if isolation.probe_answered():
+                        raise _TextsFail(last, isolation.failures)
                 usable = self._send(texts)
                 if is_second or usable.mask is None or usable.mask.any():
                     return usable
                 raise _unusable(len(texts))
             except EmbeddingRejected as error:
-                if suspicion.is_probing or failure_of(error) is not Failure.REFUSED:
+                if isolation.is_probing or failure_of(error) is not Failure.REFUSED:
                     raise
                 last = error
                 if is_second:
                     # such as vectors of another length: others of the same answer were usable
-                    raise _TextsFail(_unusable(len(texts)), suspicion.strikes) from None
-                if suspicion.texts_failed(Failure.REFUSED):
-                    raise _TextsFail(error, suspicion.strikes) from None
+                    raise _TextsFail(_unusable(len(texts)), isolation.failures) from None
+                if isolation.texts_failed(Failure.REFUSED):
+                    raise _TextsFail(error, isolation.failures) from None
             except EmbeddingUnavailable as error:
                 failures += 1
-                last = self._note_failure(error, suspicion, last, len(texts))
+                last = self._note_failure(error, isolation, last, len(texts))
                 self._failing_since = self._failing_since or self._sender.now()
                 self._sender.wait_for_next_try(error, failures, self._failing_since)
 
@@ -208,21 +209,21 @@ class BatchRun:
         return [self._texts[index] for index in indexes]
 
     def _note_failure(
-        self, error: EmbeddingUnavailable, suspicion: Suspicion, last: EmbeddError, text_count: int
+        self, error: EmbeddingUnavailable, isolation: FaultIsolation, last: EmbeddError, text_count: int
     ) -> EmbeddError:
         """What is known after a failure: the error of the texts. Raises where that ends the attempts."""
         if isinstance(error, EmbeddingRateLimited):
             return last
         kind = failure_of(error)
-        if suspicion.is_probing:
-            suspicion.probe_failed()
+        if isolation.is_probing:
+            isolation.probe_failed()
             if kind in {Failure.NONSENSE, Failure.UNUSABLE}:
                 self._note_nonsense(error)
             return last
         if kind is Failure.TIMEOUT and text_count > 1:
             self._sender.size.note_timeout(text_count)
-        if suspicion.texts_failed(kind):
-            raise _TextsFail(error, suspicion.strikes)
+        if isolation.texts_failed(kind):
+            raise _TextsFail(error, isolation.failures)
         return error
 
     def _note_nonsense(self, error: EmbeddingUnavailable) -> None:

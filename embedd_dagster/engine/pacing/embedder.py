@@ -14,12 +14,12 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import CutText, cut_at_unknown_tokens
 from embedd_dagster.engine.pacing.batch_run import BatchRun
 from embedd_dagster.engine.pacing.budget import Budget, InProcessBudget
 from embedd_dagster.engine.pacing.sending import PacingCounters, Sender, Waiting
 from embedd_dagster.errors import TextRejected
-from embedd_dagster.protocols.cutting import cut_at_unknown_tokens
-from embedd_dagster.protocols.embedder import CutText, Embedder, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedder, EmbedderLimits
 
 
 class PacedResult(NamedTuple):

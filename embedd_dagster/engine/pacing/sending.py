@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import byte_count
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.engine.pacing.batch_size import BatchSize
 from embedd_dagster.engine.pacing.budget import Budget
 from embedd_dagster.engine.pacing.concurrency import AdaptiveGate
 from embedd_dagster.errors import EmbeddingRateLimited, EmbeddingUnavailable, TextRejected
-from embedd_dagster.protocols.cutting import byte_count
 from embedd_dagster.protocols.embedder import DEFAULT_TIMEOUT_SECONDS, Embedder
 
 _SLICE_SECONDS = 0.1

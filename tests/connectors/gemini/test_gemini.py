@@ -120,5 +120,5 @@ def test_one_bad_text_is_found_among_many(open_gemini: Open) -> None:
 @pytest.mark.parametrize("answer", [{"garble": "html"}, {"garble": "truncated"}])
 def test_what_is_no_answer_is_tried_again(server: RunningServer, open_gemini: Open, answer: dict[str, Any]) -> None:
     server.behave(**answer)
-    with pytest.raises(EmbeddingUnavailable, match="not one of the embeddings protocol"):
+    with pytest.raises(EmbeddingUnavailable, match="does not follow the embeddings protocol"):
         open_gemini().embed_documents(["a"])

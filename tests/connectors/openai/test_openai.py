@@ -14,6 +14,8 @@ import pytest
 from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.retry_after import parse_duration, retry_after_seconds
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
+from embedd_dagster.connectors.openai.tokenizer import cut_at_tokens
+from embedd_dagster.core.text_cutting import cut_at_bytes
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddError,
@@ -22,7 +24,6 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.cutting import cut_at_bytes, cut_at_tokens
 from tests.support.openai_server import FATAL, POISON, RunningServer, running_openai_server, vector_of
 
 KEY = "sk-test-0123456789abcdef"
@@ -260,13 +261,13 @@ def test_the_query_of_a_base_url_stays_behind_the_path(server: RunningServer, op
     base_url = f"{server.url}/openai/deployments/mine/?api-version=2024-10-21"
     embedder = open_openai(base_url=base_url)
     assert embedder.embed_documents(["a"]).vectors.shape == (1, 1536)
-    assert str(embedder._url) == f"{server.url}/openai/deployments/mine/embeddings?api-version=2024-10-21"
+    assert str(embedder.url) == f"{server.url}/openai/deployments/mine/embeddings?api-version=2024-10-21"
 
 
 def test_azure_gets_the_key_in_its_own_header(open_openai: Open) -> None:
     embedder = open_openai(base_url="https://mine.openai.azure.com/openai/deployments/x?api-version=2024-10-21")
-    assert embedder._http.headers["api-key"] == KEY
-    assert "authorization" not in embedder._http.headers
+    assert embedder.http.headers["api-key"] == KEY
+    assert "authorization" not in embedder.http.headers
 
 
 @pytest.mark.parametrize(
