@@ -103,7 +103,7 @@ def test_huge_vectors_get_length_one(open_paced: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "words"), [("zeros", "direction"), ("nonsense", "not one of the embeddings protocol")]
+    ("server", "words"), [("zeros", "direction"), ("nonsense", "does not follow the embeddings protocol")]
 )
 def test_a_provider_that_gives_nothing_usable_for_any_text_is_rejected_at_once(
     provider: FlaskProvider, open_paced: Open, server: str, words: str
