@@ -16,8 +16,8 @@ from benchmarks.results import ROOT, record, table
 from tests.support.openai_server import running_openai_server
 
 _SHAPES = ((256, 384), (256, 1536))
-_ROUNDS = 5
-_REQUESTS = 60
+_ROUNDS = 3
+_REQUESTS = 40
 _WORDS = "the quick brown fox jumps over the lazy dog and runs through the field into the dark wood "
 
 
