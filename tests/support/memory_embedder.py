@@ -1,4 +1,4 @@
-"""An embedder that is nothing but memory: deterministic vectors, counted texts, and faults by script."""
+"""An embedder in memory: deterministic vectors, counted texts, and scripted faults."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POISON = "☠POISON☠"
 class MemoryEmbedder:
     """Vectors of length 1 by the hash of the text; a text with `POISON` in it is rejected.
 
-    `before_request` is called with the texts of each request, and may raise what a provider would.
+    `before_request` is called with the texts of each request, and may raise a provider's errors.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class MemoryEmbedder:
         self.dimensions = dimensions
         self.before_request = before_request
         self.requests: list[int] = []
-        """The number of texts of each request, refused ones included."""
+        """The number of texts of each request, including refused ones."""
         self.text_counts: Counter[str] = Counter()
-        """How often each text got a vector: what has been paid for."""
+        """How often each text got a vector, and was paid for."""
         self.is_closed = False
         self._lock = threading.Lock()
 

@@ -39,7 +39,7 @@ class OpenAIEmbedder(HttpEmbedder):
         from openai import OpenAI  # a second of CPU: not before an embedder is opened
 
         self._openai = OpenAI(
-            # the address and the headers are those of our client, whatever OPENAI_… says in the environment
+            # our client sets the headers, and the address is given, so OPENAI_… of the environment does not count
             api_key=self._api_key or "none",
             base_url=str(self.url),
             http_client=self.http,  # type: ignore[arg-type]  # httpx is accepted, but the types name httpx2 only

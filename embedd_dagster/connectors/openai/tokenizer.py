@@ -14,7 +14,7 @@ _PREFIX_SLACK_TOKENS: Final = 16
 def cut_at_tokens(text: str, max_tokens: int, encoding: str) -> CutText:
     """The text cut between two tokens of one of OpenAI's encodings, such as `cl100k_base`.
 
-    Its tokens are a bound: not below the true count, nor below OpenAI's own estimate for a request, bytes / 4.
+    Its tokens are an upper bound of the true count and of OpenAI's own estimate for a request, bytes / 4.
     Without the tokenizer's package it is cut by bytes.
     """
     size = byte_count(text)
@@ -51,7 +51,7 @@ def _encode_prefix(tokenizer: Any, text: str, max_tokens: int) -> tuple[list[int
 
 @lru_cache(maxsize=4)
 def _tokenizer(encoding: str) -> Any | None:
-    # 35 MB and half a second, so not before a text needs it
+    # loading takes 35 MB and half a second: only when a text needs it
     try:
         import bpe_openai
     except ImportError:

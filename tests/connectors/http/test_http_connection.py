@@ -81,7 +81,7 @@ def test_an_answer_that_is_incomplete_too_large_or_not_http_is_a_protocol_error(
         http.post(url, content=b"x")
 
 
-def test_a_chunk_of_negative_size_is_not_read_without_end() -> None:
+def test_a_chunk_of_negative_size_is_not_read_endlessly() -> None:
     def serve(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n")
@@ -99,7 +99,7 @@ def test_bytes_after_an_answer_never_become_the_next_answer() -> None:
         assert http.post(url, content=b"x").content == b"second"
 
 
-def test_bytes_that_come_unasked_later_never_become_the_next_answer() -> None:
+def test_unrequested_bytes_that_arrive_later_never_become_the_next_answer() -> None:
     sent = threading.Event()
 
     def serve(connection: socket.socket) -> None:
@@ -162,7 +162,7 @@ def test_a_request_is_not_sent_again_when_a_part_of_its_answer_came() -> None:
         assert http.post(url, content=b"x").content == b"third"
 
 
-def test_a_request_that_nobody_answers_in_time_is_not_sent_again() -> None:
+def test_a_request_that_times_out_is_not_sent_again() -> None:
     def serve(connection: socket.socket) -> None:
         answering(fixed(b"first"))(connection)
         read_request(connection)
@@ -187,7 +187,7 @@ def test_a_refusal_is_read_although_the_server_does_not_read_the_whole_request()
         assert (response.status_code, response.content) == (413, b"long")
 
 
-def test_a_server_that_does_not_read_the_request_is_given_up_in_time() -> None:
+def test_a_server_that_does_not_read_the_request_times_out() -> None:
     def hang(connection: socket.socket) -> None:
         while connection.recv(1):
             time.sleep(0.05)
@@ -196,7 +196,7 @@ def test_a_server_that_does_not_read_the_request_is_given_up_in_time() -> None:
         http.post(url, content=bytes(2**25), timeout=0.5)
 
 
-def test_chunks_that_trickle_in_are_given_up_in_time() -> None:
+def test_an_answer_in_slow_chunks_times_out() -> None:
     def trickle(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")
