@@ -53,7 +53,7 @@ format: setup  ## put the code into its form
 lock:  ## pin what pyproject.toml asks for, for development and for the image (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
-	@uv pip compile --quiet pyproject.toml --extra openai --extra redis --universal --python-version 3.11 \
+	@uv pip compile --quiet pyproject.toml --extra redis --extra tokenizer --universal --python-version 3.11 \
 		--constraint requirements.lock --no-emit-index-url --no-header --generate-hashes --output-file deploy/requirements.lock
 
 audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and PyPI itself: a plain mirror knows of none)

@@ -47,7 +47,7 @@ def open_embedder(
 
         return LocalEmbedder(model=model, dimensions=dimensions, concurrency=concurrency)
     if provider in KNOWN_PROVIDERS:
-        from embedd_dagster.connectors.http.connection import ANSWER_TO_ONE_TEXT, LARGEST_ANSWER
+        from embedd_dagster.connectors.http.transport import ANSWER_TO_ONE_TEXT, LARGEST_ANSWER
 
         return _http_embedder(ProviderKind(provider))(
             api_key=credentials.get("api_key"),

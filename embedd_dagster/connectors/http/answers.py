@@ -1,4 +1,4 @@
-"""The answer of OpenAI's embeddings protocol, which Voyage gives too."""
+"""Answers of OpenAI's embeddings protocol, which Voyage uses too, and vectors in JSON in general."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pybase64
 
 from embedd_dagster.core.rows import Vectors
 
-# what `parse_answer` raises for something else
+# what `parse_answer` raises for anything else
 NOT_AN_ANSWER = (ValueError, TypeError, KeyError, IndexError, AttributeError)
 
 
 class Answer(NamedTuple):
-    """The vectors in the order of the texts, and the tokens where they were counted.
+    """The vectors in the order of the texts, and the tokens if the provider counted them.
 
-    An item whose vector cannot be read, or is of another length than most, is a vector of NaN: the others are kept.
+    An item whose vector cannot be read, or has another length than most, becomes a vector of NaN; the others are kept.
     """
 
     vectors: Vectors
@@ -27,11 +27,11 @@ class Answer(NamedTuple):
 
 
 def parse_answer(content: bytes, text_count: int) -> Answer:
-    """The answer for so many texts, floats or base64. Raises one of `NOT_AN_ANSWER` for what is none."""
+    """The answer for this many texts, floats or base64. Raises one of `NOT_AN_ANSWER`."""
     document = load_json(content)
     items = document["data"]
     if len(items) != text_count:
-        raise ValueError("not one vector a text")
+        raise ValueError("not one vector per text")
     vectors = read_vectors(_in_order(items))
     usage = document.get("usage") or {}
     tokens = usage.get("prompt_tokens", usage.get("total_tokens"))
@@ -54,7 +54,7 @@ def _in_order(items: list[dict[str, Any]]) -> list[Any]:
 
 
 def load_json(content: bytes) -> Any:
-    """The document, also where it has `NaN` or `Infinity`, as Python's own servers write them. Raises ValueError."""
+    """The document, which may contain `NaN` or `Infinity` as Python's json writes them. Raises ValueError."""
     try:
         return orjson.loads(content)
     except ValueError:
@@ -80,7 +80,7 @@ def _read_all(embeddings: list[Any]) -> Vectors:
         if vectors.ndim == 2 and vectors.shape[1]:
             return vectors
     except NOT_AN_ANSWER:
-        pass  # one of them at least is odd
+        pass  # at least one of them cannot be read
     return _read_one_by_one(embeddings)
 
 
@@ -106,10 +106,10 @@ def _read_vector(embedding: Any) -> Vectors | None:
 
 
 def _decode_base64(embeddings: list[str]) -> Vectors:
-    # a tenth of the time of the standard library's, which was 2.3 µs a vector of 384
+    # a tenth of the standard library's time, which was 2.3 µs per vector of 384
     parts = [pybase64.b64decode(embedding, validate=True) for embedding in embeddings]
     size = len(parts[0])
     if size % 4 or any(len(part) != size for part in parts):
-        raise ValueError("vectors of unlike sizes")
-    # a bytearray, because an array over bytes could not be written to
+        raise ValueError("vectors of different sizes")
+    # a bytearray, because an array over bytes is read-only
     return np.frombuffer(bytearray().join(parts), dtype="<f4").reshape(len(parts), size // 4)

@@ -1,4 +1,4 @@
-"""Texts that a provider cannot embed, against a server as users write one: Flask behind gunicorn."""
+"""Texts that a provider cannot embed, with a server like those that users write: Flask behind gunicorn."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def texts_with(word: str, count: int, *positions: int) -> list[str]:
 
 @pytest.mark.parametrize("count", [1, 2, 40, 256])
 @pytest.mark.parametrize("word", ["ERROR500", "GARBAGE", "DROPPED", "FORBIDDEN"])
-def test_a_text_without_a_usable_answer_fails_alone(
+def test_only_the_text_without_a_usable_answer_fails(
     provider: FlaskProvider, open_paced: Open, word: str, count: int
 ) -> None:
-    guilty = count // 2
-    texts = texts_with(word, count, guilty)
+    failing = count // 2
+    texts = texts_with(word, count, failing)
     result = open_paced().embed(texts)
-    assert list(result.failed) == [guilty]
-    assert word not in result.failed[guilty].message
+    assert list(result.failed) == [failing]
+    assert word not in result.failed[failing].message
     if count > 1:
-        assert np.isfinite(np.delete(result.vectors, guilty, axis=0)).all()
+        assert np.isfinite(np.delete(result.vectors, failing, axis=0)).all()
     requests = provider.seen()
     assert len(requests) == result.requests
     extra_requests = len(requests) - 1
@@ -71,7 +71,7 @@ def test_a_text_without_a_usable_answer_fails_alone(
 
 
 @pytest.mark.parametrize("word", ["NAN", "INFINITY", "ZEROS", "TINY", "SHORT"])
-def test_only_the_text_of_an_unusable_vector_is_asked_for_again(
+def test_only_the_text_of_an_unusable_vector_is_sent_again(
     provider: FlaskProvider, open_paced: Open, word: str
 ) -> None:
     texts = texts_with(word, 40, 17, 30)
@@ -82,7 +82,7 @@ def test_only_the_text_of_an_unusable_vector_is_asked_for_again(
 
 
 @pytest.mark.parametrize("word", ["NAN", "ZEROS", "SHORT"])
-def test_a_single_text_with_an_unusable_vector_is_its_own_fault(open_paced: Open, word: str) -> None:
+def test_a_single_text_with_an_unusable_vector_fails(open_paced: Open, word: str) -> None:
     result = open_paced().embed([f"shelf {word}"])
     assert list(result.failed) == [0]
     assert result.requests <= 6
@@ -95,7 +95,7 @@ def test_a_whole_batch_of_unusable_vectors_is_not_halved(provider: FlaskProvider
     assert [len(request) for request in provider.seen()] == [40, 40, 1]
 
 
-def test_huge_vectors_get_length_one(open_paced: Open) -> None:
+def test_huge_vectors_are_scaled_to_length_one(open_paced: Open) -> None:
     texts = texts_with("HUGE", 40, *range(40))
     huge = open_paced().embed(texts)
     assert huge.failed == {}
@@ -103,9 +103,9 @@ def test_huge_vectors_get_length_one(open_paced: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    ("server", "words"), [("zeros", "direction"), ("nonsense", "not one of the embeddings protocol")]
+    ("server", "words"), [("zeros", "direction"), ("nonsense", "does not follow the embeddings protocol")]
 )
-def test_a_provider_that_gives_nothing_usable_for_any_text_is_rejected_at_once(
+def test_a_provider_without_any_usable_answer_is_rejected_immediately(
     provider: FlaskProvider, open_paced: Open, server: str, words: str
 ) -> None:
     with pytest.raises(EmbeddingRejected, match=words):
@@ -113,13 +113,13 @@ def test_a_provider_that_gives_nothing_usable_for_any_text_is_rejected_at_once(
     assert len(provider.seen()) <= 6
 
 
-def test_a_provider_that_forbids_every_text_refuses_the_key(provider: FlaskProvider, open_paced: Open) -> None:
+def test_a_provider_that_forbids_every_text_is_a_refused_key(provider: FlaskProvider, open_paced: Open) -> None:
     with pytest.raises(EmbeddingRejected, match="api_key"):
         open_paced("forbidden").embed(texts_with("", 40))
     assert [len(request) for request in provider.seen()] == [40, 1]
 
 
-def test_a_text_that_hangs_the_server_fails_alone(provider: FlaskProvider, open_paced: Open) -> None:
+def test_only_the_text_that_hangs_the_server_fails(provider: FlaskProvider, open_paced: Open) -> None:
     result = open_paced(request_timeout_seconds=1).embed(texts_with("HANG", 8, 5))
     assert list(result.failed) == [5]
     assert len(provider.seen()) - 1 <= 2 * 3 + 3
@@ -162,7 +162,7 @@ def test_a_configured_limit_cuts_rows_before_they_are_sent(provider: FlaskProvid
     assert len(provider.seen()) == 1
 
 
-def test_a_request_too_large_for_the_account_is_split_not_waited_for(provider: FlaskProvider, open_paced: Open) -> None:
+def test_a_request_too_large_for_the_account_is_split_without_a_wait(provider: FlaskProvider, open_paced: Open) -> None:
     paced = open_paced("small-account")
     texts = [f"{index} " + "word " * 80 for index in range(256)]  # some 26,000 tokens
     result = paced.embed(texts)
@@ -172,14 +172,14 @@ def test_a_request_too_large_for_the_account_is_split_not_waited_for(provider: F
     assert len(provider.seen()) <= 3 * answered
 
 
-def test_requests_are_packed_to_the_minute_of_the_account(provider: FlaskProvider, open_paced: Open) -> None:
+def test_requests_are_packed_within_the_tokens_per_minute(provider: FlaskProvider, open_paced: Open) -> None:
     paced = open_paced("small-account", max_batch_tokens=1900)
     texts = [f"{index} " + "word " * 80 for index in range(64)]
     assert paced.embed(texts).failed == {}
     assert sum(map(len, provider.seen())) == 64, "nothing was refused"
 
 
-def test_a_batch_holds_no_more_texts_than_configured(provider: FlaskProvider, open_paced: Open) -> None:
+def test_a_batch_contains_no_more_texts_than_configured(provider: FlaskProvider, open_paced: Open) -> None:
     paced = open_paced(max_batch_items=10)
     assert paced.limits.batch.max_items == 10
     paced.embed(texts_with("", 25))
