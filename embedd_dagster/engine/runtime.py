@@ -12,6 +12,7 @@ from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.connectors import embedders, sources, stores
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.embedder import Embedder
 from embedd_dagster.protocols.source import Source
@@ -42,6 +43,7 @@ class Runtime:
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
             silence_seconds=self.settings.database_silence_seconds,
+            current_deadline=current_deadline,
         )
 
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
@@ -64,6 +66,7 @@ class Runtime:
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
             silence_seconds=self.settings.database_silence_seconds,
+            current_deadline=current_deadline,
         )
 
     def open_embedder(

@@ -19,7 +19,8 @@ from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 
 from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
-from embedd_dagster.postgresql import BoundedConnection, deadline
+from embedd_dagster.deadlines import current_deadline, deadline
+from embedd_dagster.postgresql import BoundedConnection
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.freezing_proxy import FreezingProxy, freezing_proxy
@@ -191,6 +192,7 @@ class TestPatience:
     def opened(self, source: URL, proxy: FreezingProxy) -> Iterator[BoundedConnection]:
         url = source.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         connection = BoundedConnection.connect(url, autocommit=True)
+        connection.current_deadline = current_deadline
         yield connection
         connection.close()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Self
 
@@ -13,15 +12,16 @@ from psycopg.adapt import Buffer, Loader
 from psycopg.sql import Composable
 from psycopg.types.string import TextLoader
 
-from embedd_dagster.connectors.postgresql.errors import Server, connect_error, translated
+from embedd_dagster.connectors.postgresql.credentials import Credentials
+from embedd_dagster.connectors.postgresql.errors import connect_error, translated
 from embedd_dagster.connectors.postgresql.hosts import allowed_addresses
 from embedd_dagster.connectors.postgresql.login import accepted_methods, is_socket, socket_fault
 from embedd_dagster.connectors.postgresql.pool import CONNECT_OPTIONS, SILENCE_SECONDS, ConnectionPool, host_parameters
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection, ScopedCursor
 from embedd_dagster.core.json_text import load_json
-from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceRejected, SourceUnavailable
+from embedd_dagster.deadlines import Deadline, DeadlineSource, no_deadline
+from embedd_dagster.errors import EmbeddError, SourceRejected, SourceUnavailable
 
-_SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 _KEPT: Final = 4  # idle connections; as many as there are threads at work are open
 _OLDEST_VERSION: Final = 140000  # bit_xor, and the last release that its makers support
 
@@ -54,35 +54,6 @@ _AS_TEXT: Final = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
-    """How to reach a database; `repr` leaves the password out."""
-
-    server: Server
-    password: str = field(repr=False)
-    ssl_mode: str
-
-    @classmethod
-    def parse(cls, given: Mapping[str, Any]) -> Self:
-        """Of a connection's stored credentials. Raises ConfigurationError, naming the field."""
-        for name in ("host", "database", "user"):
-            value = given.get(name)
-            if not isinstance(value, str) or not value or "\x00" in value:
-                raise ConfigurationError(f"credentials.{name}: a non-empty text is required.")
-        password = given.get("password")
-        if password is not None and (not isinstance(password, str) or "\x00" in password):
-            raise ConfigurationError("credentials.password: a text is required.")
-        if "," in given["host"]:  # libpq takes that for a list of hosts
-            raise ConfigurationError("credentials.host: exactly one host is accepted.")
-        port = given.get("port", 5432)
-        if isinstance(port, bool) or not isinstance(port, int) or not 0 < port < 65536:
-            raise ConfigurationError("credentials.port: a number from 1 to 65535 is required.")
-        ssl_mode = given.get("ssl_mode") or "prefer"
-        if ssl_mode not in _SSL_MODES:
-            raise ConfigurationError(f"credentials.ssl_mode: one of {', '.join(_SSL_MODES)} is required.")
-        return cls(Server(given["host"], port, given["database"], given["user"]), password or "", ssl_mode)
-
-
 class Connections:
     """The open connections to one database. Safe to use from several threads."""
 
@@ -95,6 +66,7 @@ class Connections:
         deny_private_networks: bool,
         allow_unix_sockets: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
+        current_deadline: DeadlineSource = no_deadline,
         settings: Mapping[str, str] = MappingProxyType({}),
         read_only: bool = True,
     ) -> None:
@@ -108,6 +80,7 @@ class Connections:
         self._deny_private_networks = deny_private_networks
         self._allow_unix_sockets = allow_unix_sockets
         self._silence_seconds = silence_seconds
+        self._current_deadline = current_deadline
         self._pool = ConnectionPool(
             self.open,
             kept=_KEPT,
@@ -136,16 +109,22 @@ class Connections:
         """All idle ones are closed now, borrowed ones when they come back. Idempotent."""
         self._pool.close()
 
-    def open(self) -> ScopedConnection:
-        """A new connection, which the caller closes. Each of its statements is a transaction of its own by default."""
+    def open(self, deadline: Deadline | None = None) -> ScopedConnection:
+        """A new connection, which the caller closes. Each of its statements is a transaction of its own by default.
+
+        `deadline` bounds what is done to prepare it; by default the deadline of the present operation does.
+        """
         server = self.server
         try:
             connection = self._dial()
         except psycopg.Error as error:
             raise connect_error(error, server, self._credentials.password) from None
         try:
+            if deadline is not None:
+                connection.current_deadline = lambda: deadline
             with translated(server):
                 self._prepare(connection)
+            connection.current_deadline = self._current_deadline
         except BaseException:
             connection.close()
             raise
@@ -153,7 +132,7 @@ class Connections:
 
     def _dial(self) -> ScopedConnection:
         credentials, server = self._credentials, self.server
-        return ScopedConnection.connect(
+        connection = ScopedConnection.connect(
             **self._addresses(),
             dbname=server.database,
             user=server.user,
@@ -163,6 +142,8 @@ class Connections:
             connect_timeout=self._connect_timeout_seconds,
             **CONNECT_OPTIONS,
         )
+        connection.current_deadline = self._current_deadline
+        return connection
 
     def _addresses(self) -> dict[str, Any]:
         server = self.server

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Final
 
 import psycopg
 
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.login import method_fault
 from embedd_dagster.errors import (
     EmbeddError,
@@ -20,27 +21,6 @@ from embedd_dagster.errors import (
     SourceTableNotFound,
     SourceUnavailable,
 )
-
-
-@dataclass(slots=True)
-class Server:
-    """Where a connection leads and as whom: what a message may say of it."""
-
-    host: str
-    port: int
-    database: str
-    user: str
-    role: str = ""
-    """The role whose rights count, once connected: `ALTER ROLE … SET role` may make it another one than the user."""
-
-    @property
-    def grantee(self) -> str:
-        """The role that a missing right has to be granted to."""
-        return self.role or self.user
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
-
 
 # By SQLSTATE, or by its class (the first two characters): what is wrong, and whether it passes by itself.
 _STATES: Final[dict[str, tuple[type[SourceUnavailable | SourceRejected], str]]] = {
@@ -169,8 +149,3 @@ def connect_error(error: Exception, server: Server, password: str) -> EmbeddErro
             resolution="Correct the connection's `ssl_mode`, or the server's certificate.",
         )
     return SourceUnavailable(f"No connection to PostgreSQL at {server}: {reason}.")
-
-
-def quoted(identifier: str) -> str:
-    """The identifier as SQL text for people; statements that are run use psycopg.sql."""
-    return '"' + identifier.replace('"', '""') + '"'

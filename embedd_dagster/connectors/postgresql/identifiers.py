@@ -7,11 +7,14 @@ import re
 from itertools import product
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.errors import quoted
-
 _PART: Final = r'"(?:[^"\x00]|"")+"'
 _QUOTED_NAME: Final = re.compile(rf'({_PART}|[^".]+)(?:\.({_PART}|[^".]+))?')
 _PLAIN: Final = re.compile(r'[^".\x00]+')
+
+
+def quoted(identifier: str) -> str:
+    """The identifier as SQL text for people; statements that are run use psycopg.sql."""
+    return '"' + identifier.replace('"', '""') + '"'
 
 
 def readings(given: str) -> list[tuple[str | None, str]]:

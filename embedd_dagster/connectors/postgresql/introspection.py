@@ -12,8 +12,9 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.errors import Server, access_denied, quoted
-from embedd_dagster.connectors.postgresql.identifiers import folded, readings, spelling, suggestion
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.errors import access_denied
+from embedd_dagster.connectors.postgresql.identifiers import folded, quoted, readings, spelling, suggestion
 from embedd_dagster.connectors.postgresql.sessions import role_schemas
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected, SourceTableNotFound

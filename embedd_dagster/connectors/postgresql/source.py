@@ -16,8 +16,9 @@ import psycopg
 
 from embedd_dagster.connectors.postgresql.cdc.eligibility import check_cdc_eligible
 from embedd_dagster.connectors.postgresql.cdc.poolers import require_own_session
-from embedd_dagster.connectors.postgresql.cdc.stream import FEED_SETTINGS, PostgresCdcStream
-from embedd_dagster.connectors.postgresql.connection import Connections, Credentials
+from embedd_dagster.connectors.postgresql.cdc.stream import STREAM_SETTINGS, PostgresCdcStream
+from embedd_dagster.connectors.postgresql.connection import Connections
+from embedd_dagster.connectors.postgresql.credentials import Credentials
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.estimates import row_estimate
 from embedd_dagster.connectors.postgresql.introspection import (
@@ -31,6 +32,7 @@ from embedd_dagster.connectors.postgresql.pool import SILENCE_SECONDS
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.connectors.postgresql.row_security import require_visible_rows
 from embedd_dagster.core.vector_table import FilterType
+from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.cdc import CdcTable
 from embedd_dagster.protocols.source import Selection, SourceTable
@@ -48,6 +50,7 @@ class PostgresSource:
         deny_private_networks: bool,
         allow_unix_sockets: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
+        current_deadline: DeadlineSource = no_deadline,
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
@@ -58,6 +61,7 @@ class PostgresSource:
             deny_private_networks=deny_private_networks,
             allow_unix_sockets=allow_unix_sockets,
             silence_seconds=silence_seconds,
+            current_deadline=current_deadline,
         )
         self._connections = self._connect()
 
@@ -105,7 +109,7 @@ class PostgresSource:
 
     def cdc_stream(self, name: str) -> PostgresCdcStream:
         """The feed of this name, over connections of its own, which the source's `close` leaves open."""
-        return PostgresCdcStream(self._connect(settings=FEED_SETTINGS, read_only=False), name)
+        return PostgresCdcStream(self._connect(settings=STREAM_SETTINGS, read_only=False), name)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""

@@ -16,9 +16,9 @@ from typing import Any, Final
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.cdc.eligibility import TableState
+from embedd_dagster.connectors.postgresql.cdc.eligibility import TableDetails
 
-Meanings = dict[str, list[int]]
+TextDependencies = dict[str, list[int]]
 """By what is looked at, the hashes of all that it says. More at the end of a list means that something new can be said."""
 
 _FIRST_OID: Final = 16384
@@ -74,35 +74,37 @@ GROUP BY d.adrelid
 """
 
 
-def read_meanings(connection: psycopg.Connection[Any], states: Iterable[TableState]) -> dict[int, Meanings]:
+def read_text_dependencies(
+    connection: psycopg.Connection[Any], all_details: Iterable[TableDetails]
+) -> dict[int, TextDependencies]:
     """Of each table, by its OID. No round trip where all columns are plain ones of PostgreSQL's own types."""
-    states = list(states)
-    types = _read_types(connection, {oid for state in states for oid in _type_oids(state)})
+    all_details = list(all_details)
+    types = _read_types(connection, {oid for details in all_details for oid in _type_oids(details)})
     expressions = _read_expressions(
-        connection, {member.oid for state in states for member in state.members if member.virtual}
+        connection, {member.oid for details in all_details for member in details.members if member.virtual}
     )
-    found: dict[int, Meanings] = {}
-    for state in states:
-        meanings = found[state.table.oid] = {}
-        for oid in _type_oids(state):
+    found: dict[int, TextDependencies] = {}
+    for details in all_details:
+        meanings = found[details.table.oid] = {}
+        for oid in _type_oids(details):
             meanings.update(types.get(oid, {}))
-        for member in state.members:
+        for member in details.members:
             if member.oid in expressions:
                 meanings[f"expressions of {member.oid}"] = expressions[member.oid]
     return found
 
 
-def is_another_meaning(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> bool:
+def have_changed(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> bool:
     """Whether something that was said before is said otherwise now; what can be said in addition is no reason."""
     return any(now.get(name, [])[: len(said)] != said for name, said in before.items())
 
 
-def _type_oids(state: TableState) -> set[int]:
-    return {type_oid for _number, type_oid, _modifier in state.columns.values() if type_oid >= _FIRST_OID}
+def _type_oids(details: TableDetails) -> set[int]:
+    return {type_oid for _number, type_oid, _modifier in details.columns.values() if type_oid >= _FIRST_OID}
 
 
-def _read_types(connection: psycopg.Connection[Any], roots: set[int]) -> dict[int, Meanings]:
-    found: dict[int, Meanings] = {}
+def _read_types(connection: psycopg.Connection[Any], roots: set[int]) -> dict[int, TextDependencies]:
+    found: dict[int, TextDependencies] = {}
     if roots:
         for root, oid, said in connection.execute(_TYPES, {"roots": sorted(roots), "first": _FIRST_OID}).fetchall():
             if said is not None:

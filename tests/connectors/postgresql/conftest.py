@@ -61,7 +61,7 @@ def follower(feed: CdcStream, table: None) -> Follower:
     """Of `t`, attached, with nothing to read."""
     made = Follower(feed, T)
     attachment = made.subscribe()
-    assert attachment.joined == {T}
-    assert not attachment.refused
+    assert attachment.newly_subscribed == {T}
+    assert not attachment.rejected
     assert attachment.lost is None
     return made

@@ -17,7 +17,8 @@ import pytest
 from psycopg import errors as psycopg_errors
 from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.postgresql.errors import Server, translate
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.errors import translate
 from embedd_dagster.connectors.sources import open_source
 from embedd_dagster.core.embedded_text import render_value
 from embedd_dagster.core.json_text import JsonNumber

@@ -164,11 +164,11 @@ def test_a_table_joins_only_when_a_reader_sees_what_was_committed_before(
     committing.run("INSERT INTO other VALUES (1)")
     waits(admin)
     both = Follower(feed, T, CdcTable("other", "id"))
-    both.position, both.shapes = follower.position, follower.shapes
+    both.position, both.fingerprints = follower.position, follower.fingerprints
     attachment = both.subscribe()
-    assert set(attachment.refused) == {CdcTable("other", "id")}
+    assert set(attachment.rejected) == {CdcTable("other", "id")}
     standby.go_on()
-    wait_until(lambda: both.subscribe().joined == {CdcTable("other", "id")})
+    wait_until(lambda: both.subscribe().newly_subscribed == {CdcTable("other", "id")})
     assert one(admin, "SELECT count(*) FROM other") == 1
 
 
@@ -202,9 +202,9 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
         waits(admin)
         writer.execute("ROLLBACK")
         attachment = attaching.result(60)
-    assert set(attachment.refused) == {T}, "a comparison would miss the row"
+    assert set(attachment.rejected) == {T}, "a comparison would miss the row"
     standby.go_on()
-    wait_until(lambda: T in follower.subscribe().joined)
+    wait_until(lambda: T in follower.subscribe().newly_subscribed)
     assert one(admin, "SELECT count(*) FROM t") == 4
 
 

@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, Problem, rejected
-from embedd_dagster.connectors.postgresql.errors import Server, quoted
+from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, Problem, rejection
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.introspection import find_relation
 from embedd_dagster.errors import SourceTableNotFound
 from embedd_dagster.protocols.cdc import CdcTable
@@ -57,7 +58,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class TableState:
+class TableDetails:
     """A table with all that matters for publishing it."""
 
     members: tuple[Member, ...]
@@ -136,7 +137,7 @@ ORDER BY w.oid, m.oid <> w.oid, m.oid
 """
 
 
-def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> dict[int, TableState]:
+def read_table_details(connection: psycopg.Connection[Any], oids: Iterable[int]) -> dict[int, TableDetails]:
     """The tables of these OIDs that there are, in one round trip."""
     rows = connection.execute(_STATES, {"oids": sorted(set(oids))}).fetchall()
     members: dict[int, list[Member]] = {}
@@ -146,7 +147,7 @@ def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> di
         members.setdefault(row[0], []).append(Member(*row[1:8], *sets))
         heads.setdefault(row[0], row)
     return {
-        oid: TableState(
+        oid: TableDetails(
             tuple(members[oid]),
             is_owned=row[12],
             owner=row[13],
@@ -162,23 +163,23 @@ def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> di
 
 
 def table_problems(
-    connection: psycopg.Connection[Any], state: TableState, column: str, server: Server
+    connection: psycopg.Connection[Any], details: TableDetails, column: str, server: Server
 ) -> list[Problem]:
     """What keeps this table from being followed by this key column, its owner aside."""
     version = connection.info.server_version
-    table = state.table
+    table = details.table
     if table.kind in _KINDS:
         return [Problem(f"it is {_KINDS[table.kind]}", advice=_BATCH)]
     if table.persistence == "t":
         return [Problem("it is temporary", advice=_BATCH)]
-    if state.is_inherited:
+    if details.is_inherited:
         return [Problem("other tables inherit from it, and their rows would show in it", advice=_BATCH)]
     found = []
-    if state.hides_rows:
-        found.append(row_security_problem(state, server))
+    if details.hides_rows:
+        found.append(row_security_problem(details, server))
     if column in table.virtual or (column in table.stored and version < _GENERATED_ARE_LOGGED):
         found.append(Problem(f"its column {column!r} is generated, and so is not logged", advice=_BATCH))
-    for member in state.members:
+    for member in details.members:
         if member.persistence == "u":
             found.append(Problem(f"{member.label} is unlogged", f"ALTER TABLE {member.label} SET LOGGED;"))
         if member.kind == "f":
@@ -186,7 +187,7 @@ def table_problems(
     if table.kind == "p" and column not in table.primary_key:
         # The identity of one partition is not that of the next; only a primary key is given to each that is made.
         return [*found, _without_primary_key(connection, table, column)]
-    for member in state.members:
+    for member in details.members:
         if (member is table or member.kind == "r") and not member.holds(column, version):
             found.append(_identity_problem(connection, member, column, version))
     return found
@@ -242,22 +243,22 @@ def _without_primary_key(connection: psycopg.Connection[Any], table: Member, col
     return Problem(reason, advice=_BATCH)
 
 
-def row_security_problem(state: TableState, server: Server) -> Problem:
+def row_security_problem(details: TableDetails, server: Server) -> Problem:
     """Policies decide which rows our role sees: that changes by what the log says nothing of."""
     reason = f"row-level security decides which rows the user {server.user!r} sees, and the log does not say when that changes"
     statement = f"ALTER ROLE {quoted(server.user)} BYPASSRLS;"
-    if state.is_owned and state.hides_rows_from_owner:
-        statement = f"ALTER TABLE {state.table.label} NO FORCE ROW LEVEL SECURITY;"
+    if details.is_owned and details.hides_rows_from_owner:
+        statement = f"ALTER TABLE {details.table.label} NO FORCE ROW LEVEL SECURITY;"
     return Problem(reason, statement, "Use sync_mode batch for it, or let the user see all of its rows.")
 
 
-def owner_problem(state: TableState, server: Server) -> Problem:
+def owner_problem(details: TableDetails, server: Server) -> Problem:
     """We may not publish the table: only its owner may."""
-    owner, user = quoted(state.owner), quoted(server.grantee)
+    owner, user = quoted(details.owner), quoted(server.grantee)
     return Problem(
-        f"only its owner {state.owner!r} may publish it",
+        f"only its owner {details.owner!r} may publish it",
         f"GRANT {owner} TO {user};",
-        f"Instead of the owner's role you may give it the table: ALTER TABLE {state.table.label} OWNER TO {user};",
+        f"Instead of the owner's role you may give it the table: ALTER TABLE {details.table.label} OWNER TO {user};",
     )
 
 
@@ -277,16 +278,16 @@ def check_cdc_eligible(connection: psycopg.Connection[Any], followed: CdcTable, 
     key = relation.key(followed.primary_key_column)
     row = connection.execute(PREREQUISITES).fetchone()
     prerequisites = Prerequisites(*(row or ()))
-    state = table_states(connection, [relation.oid]).get(relation.oid)
-    if state is None:
+    details = read_table_details(connection, [relation.oid]).get(relation.oid)
+    if details is None:
         raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=followed.table)
-    problems = table_problems(connection, state, key.name, server)
+    problems = table_problems(connection, details, key.name, server)
     published = connection.execute(_PUBLISHED, [relation.schema, relation.name]).fetchone() == (True,)
-    if not published and not state.is_owned and state.table.kind in "rp":
-        problems.append(owner_problem(state, server))
+    if not published and not details.is_owned and details.table.kind in "rp":
+        problems.append(owner_problem(details, server))
     # nobody has told us the name of the slot yet: one of ours in this database is taken for it
     problems += prerequisites.problems(
         server, for_publication=not published, for_slot=not prerequisites.has_slot_of_ours
     )
     if problems:
-        raise rejected(f"table {relation.label}", problems)
+        raise rejection(f"table {relation.label}", problems)

@@ -7,8 +7,8 @@ from typing import Final
 from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
+from embedd_dagster.deadlines import Deadline
 from embedd_dagster.errors import SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import deadline
 
 _ROUNDS: Final = 3
 _WAIT_SECONDS: Final = 5.0
@@ -40,8 +40,7 @@ def _shares_sessions(first: ScopedConnection, connections: Connections) -> bool:
     """Whether two connections are given the same server process, or one of them is given several."""
     first_pid = first.server_pid
     try:
-        with deadline(_WAIT_SECONDS):
-            second = connections.open()
+        second = connections.open(Deadline(_WAIT_SECONDS))
     except SourceUnavailable:
         return False  # a pooler in session mode whose only session is kept for the first connection
     try:

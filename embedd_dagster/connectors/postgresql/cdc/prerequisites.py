@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.errors import Server, quoted
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.errors import SourceRejected
 
 _MAX_STATEMENTS: Final = 20
@@ -23,7 +24,7 @@ class Problem:
     """What else to do."""
 
 
-def rejected(what: str, problems: Iterable[Problem]) -> SourceRejected:
+def rejection(what: str, problems: Iterable[Problem]) -> SourceRejected:
     """One error for all of them, with every statement in its resolution."""
     problems = list(problems)
     reasons = "; ".join(dict.fromkeys(problem.reason for problem in problems))

@@ -13,7 +13,7 @@ import psycopg
 from psycopg import errors
 from psycopg.sql import SQL
 
-from embedd_dagster.connectors.postgresql.errors import Server
+from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
 from embedd_dagster.errors import SourceUnavailable
 
@@ -80,7 +80,7 @@ def lsn_text(position: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class SlotStatus:
     """How the feed of a name stands in its database."""
 
     name: str
@@ -113,7 +113,7 @@ def slot_label(name: str, server: Server) -> str:
 
 # The flushed position, not the written one: a slot is decoded as far as the log is flushed, and what is confirmed must
 # have been decoded.
-_STANDING: Final = """
+_STATUS: Final = """
 SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
             THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), '0/0')::pg_catalog.int8 END,
        (SELECT pg_catalog.to_jsonb(s) FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = %(name)s),
@@ -121,11 +121,11 @@ SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
 """
 
 
-def read_standing(connection: psycopg.Connection[Any], name: str) -> Standing:
+def read_slot_status(connection: psycopg.Connection[Any], name: str) -> SlotStatus:
     """How the feed of this name stands, in one round trip."""
-    row = connection.execute(_STANDING, {"name": name}).fetchone()
+    row = connection.execute(_STATUS, {"name": name}).fetchone()
     end, slot, has_publication = row or (None, None, False)
-    return Standing(name, end, None if slot is None else Slot.parse(slot), has_publication)
+    return SlotStatus(name, end, None if slot is None else Slot.parse(slot), has_publication)
 
 
 _CREATE: Final = "SELECT lsn::pg_catalog.text FROM pg_catalog.pg_create_logical_replication_slot(%s, %s)"
@@ -210,6 +210,11 @@ def peek_slot(connection: psycopg.Connection[Any], name: str, *, upto: int, limi
         rows = cursor.stream(_PEEK, [name, lsn_text(upto), limit, name], binary=True, size=_CHUNK_ROWS)
         for row in rows:
             yield row[0]
+
+
+def removal_statement(name: str) -> str:
+    """The statement by which an administrator drops the slot."""
+    return f"SELECT pg_drop_replication_slot('{name}');"
 
 
 def slot_lag_bytes(connection: psycopg.Connection[Any], name: str) -> int | None:

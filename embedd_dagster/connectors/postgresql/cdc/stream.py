@@ -24,34 +24,42 @@ from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
 from embedd_dagster.connectors.postgresql.cdc.batches import ChangeBatches, KeyLoaders
 from embedd_dagster.connectors.postgresql.cdc.pgoutput import MalformedMessage
 from embedd_dagster.connectors.postgresql.cdc.poolers import require_own_session
-from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, rejected
-from embedd_dagster.connectors.postgresql.cdc.publisher import Publisher
+from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, rejection
+from embedd_dagster.connectors.postgresql.cdc.publisher import Publisher, PublishResult
 from embedd_dagster.connectors.postgresql.cdc.slot import (
-    Standing,
+    SlotStatus,
     advance_slot,
     create_slot,
     drop_slot,
     in_use,
+    lsn_text,
+    parse_lsn,
     peek_slot,
     prepare_session,
-    read_standing,
+    read_slot_status,
+    removal_statement,
     slot_label,
     slot_lag_bytes,
 )
-from embedd_dagster.connectors.postgresql.cdc.table_fingerprint import is_altered, shape_of, stamp_of
-from embedd_dagster.connectors.postgresql.cdc.tables import CdcTables, Followed
+from embedd_dagster.connectors.postgresql.cdc.table_fingerprint import (
+    fingerprint_of,
+    is_altered,
+    publication_fingerprint_of,
+)
+from embedd_dagster.connectors.postgresql.cdc.tables import CdcTables, ResolvedTable
 from embedd_dagster.connectors.postgresql.cdc.visibility import Visibility
 from embedd_dagster.connectors.postgresql.connection import Connections
+from embedd_dagster.connectors.postgresql.credentials import DEFAULT_PORT
 from embedd_dagster.connectors.postgresql.errors import translate, translated
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
-from embedd_dagster.connectors.postgresql.text_dependencies import read_meanings
+from embedd_dagster.connectors.postgresql.text_dependencies import read_text_dependencies
 from embedd_dagster.errors import (
     CdcPositionLost,
     EmbeddError,
     SourceRejected,
     SourceUnavailable,
 )
-from embedd_dagster.protocols.cdc import CdcTable, ChangeBatch, Subscription, TableFingerprint
+from embedd_dagster.protocols.cdc import CdcTable, ChangeBatch, Lag, Subscription, TableFingerprint
 
 _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
 # Messages decoded at once by the server, which keeps them in temporary files meanwhile; then on to the end of the
@@ -61,7 +69,7 @@ _SPOOL_BYTES: Final = 4 * 2**20
 
 # Of transactions that make slots and publications. Decoding a transaction of hours may take minutes, and a timeout would have
 # it begin again for ever; a server that is gone shows by TCP keepalives.
-FEED_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
+STREAM_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "statement_timeout": "0",
         "lock_timeout": "2s",  # behind a VACUUM or an ALTER TABLE: it is tried again
@@ -85,7 +93,7 @@ class PostgresCdcStream:
         self._publisher = Publisher(name, connections.server)
         self._tables = CdcTables(connections.server)
         self._visibility = Visibility(connections.server)
-        self._by_oid: dict[int, list[Followed]] | None = None
+        self._by_oid: dict[int, list[ResolvedTable]] | None = None
         self._alterations = Alterations(())
         self._confirmed = 0
         self._quiet_to = 0
@@ -108,56 +116,78 @@ class PostgresCdcStream:
     def subscribe(
         self,
         tables: Sequence[CdcTable],
-        known_position: int | None,
-        known_shapes: Mapping[CdcTable, TableFingerprint | None],
+        known_position: str | None,
+        known_fingerprints: Mapping[CdcTable, TableFingerprint | None],
     ) -> Subscription:
         """See the Protocol. Some six short queries where nothing has changed.
 
-        A table that an open transaction has written to joins when that has ended: until then it is refused for now.
+        A table that an open transaction has written to joins when that has ended: until then it is rejected for now.
         """
         with self._session() as connection:
-            standing = read_standing(connection, self._name)
-            if standing.slot is not None and standing.slot.active_pid not in (None, connection.server_pid):
+            status = read_slot_status(connection, self._name)
+            if status.slot is not None and status.slot.active_pid not in (None, connection.server_pid):
                 raise in_use(self._name, self._server)
-            lost = standing.fault(self._server, known_position)
-            begins = standing.slot is None or lost is not None
-            self._require_prerequisites(connection, standing, begins=begins)
-            if begins and standing.slot is not None:
+            known = None if known_position is None else parse_lsn(known_position)
+            lost = status.fault(self._server, known)
+            begins = status.slot is None or lost is not None
+            self._require_prerequisites(connection, status, begins=begins)
+            if begins and status.slot is not None:
                 # Before anything is mended: should we die in between, the next one begins anew as well.
                 self._drop_slot(connection)
-            wanted, refused = self._tables.find_fit(connection, list(dict.fromkeys(tables)))
-            known_stamps = {table: stamp_of(shape) for table, shape in known_shapes.items()}
-            published = self._publisher.publish(connection, wanted, known_stamps, into_slot=not begins)
-            refused.update(published.refused)
-            wanted = [one for one in wanted if one.table not in refused]
+            wanted, rejected = self._tables.find_eligible(connection, list(dict.fromkeys(tables)))
+            known_publications = {
+                table: publication_fingerprint_of(known) for table, known in known_fingerprints.items()
+            }
+            published = self._publisher.publish(connection, wanted, known_publications, into_slot=not begins)
+            rejected.update(published.rejected)
+            wanted = [one for one in wanted if one.table not in rejected]
             if published.is_new and not begins:
                 self._drop_slot(connection)
                 lost, begins = f"Publication {self._name!r} at {self._server} was dropped.", True
             if begins:
                 position, self._quiet_to = create_slot(connection, self._name, self._server), 0
                 self._publisher.await_commits(connection, wanted, published)
-                refused.update(published.refused)
-                wanted = [one for one in wanted if one.table not in refused]
+                rejected.update(published.rejected)
+                wanted = [one for one in wanted if one.table not in rejected]
             else:
-                position = (standing.slot.confirmed if standing.slot else None) or 0
-            meanings = read_meanings(connection, [one.state for one in wanted])
-            shapes = {
-                one.table: shape_of(
-                    one, published.stamps[one.table], meanings[one.relation.oid], known_shapes.get(one.table)
-                )
-                for one in wanted
-            }
-            altered = {table for table, shape in shapes.items() if is_altered(known_shapes.get(table), shape)}
-            everything = begins or known_position is None
-            joined = frozenset(shapes if everything else altered | (published.joined & shapes.keys()))
-            by_oid: dict[int, list[Followed]] = {}
+                position = (status.slot.confirmed if status.slot else None) or 0
+            fingerprints = self._fingerprints(connection, wanted, published, known_fingerprints)
+            if begins or known is None:
+                newly_subscribed = frozenset(fingerprints)
+            else:
+                altered = {
+                    table for table, now in fingerprints.items() if is_altered(known_fingerprints.get(table), now)
+                }
+                newly_subscribed = frozenset(altered | (published.newly_subscribed & fingerprints.keys()))
+            by_oid: dict[int, list[ResolvedTable]] = {}
             for one in wanted:
                 for oid in one.oids:
                     by_oid.setdefault(oid, []).append(one)
             self._by_oid, self._confirmed = by_oid, position
             self._alterations = Alterations(by_oid)
-            hidden = frozenset(table for table in refused if self._tables.hides_rows(table))
-            return Subscription(position, joined, shapes, refused, hidden, lost if known_position is not None else None)
+            return Subscription(
+                lsn_text(position),
+                newly_subscribed,
+                fingerprints,
+                rejected,
+                hidden=frozenset(table for table in rejected if self._tables.hides_rows(table)),
+                lost=None if known is None else lost,
+            )
+
+    @staticmethod
+    def _fingerprints(
+        connection: psycopg.Connection[Any],
+        tables: Sequence[ResolvedTable],
+        published: PublishResult,
+        known: Mapping[CdcTable, TableFingerprint | None],
+    ) -> dict[CdcTable, TableFingerprint]:
+        dependencies = read_text_dependencies(connection, [one.details for one in tables])
+        return {
+            one.table: fingerprint_of(
+                one, published.fingerprints[one.table], dependencies[one.relation.oid], known.get(one.table)
+            )
+            for one in tables
+        }
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
         """See the Protocol. If nothing has been logged it is two statements in one transaction.
@@ -168,17 +198,17 @@ class PostgresCdcStream:
         if self._by_oid is None:
             raise RuntimeError("subscribe comes before read")
         with self._session() as connection, connection.scope():
-            standing = read_standing(connection, self._name)
-            self._require_followed(connection, standing)
-            end = standing.end or 0
-            begins_at = (standing.slot.confirmed if standing.slot else None) or 0
+            status = read_slot_status(connection, self._name)
+            self._require_readable(connection, status)
+            end = status.end or 0
+            begins_at = (status.slot.confirmed if status.slot else None) or 0
             if begins_at > self._confirmed:
                 # nobody but us confirms: what lies between would never be read
                 raise CdcPositionLost(f"{slot_label(self._name, self._server)} was moved on by somebody else.")
             given = self._confirmed = begins_at
             self._alterations.look(connection)
         if end <= max(given, self._quiet_to):
-            yield ChangeBatch(position=max(given, end))
+            yield ChangeBatch(position=lsn_text(max(given, end)))
             return
         change_count = unconfirmed = 0
         while True:
@@ -197,32 +227,48 @@ class PostgresCdcStream:
             if at_end:
                 break
             given = batches.position
-            confirmed = [count for position, count in marks if position is not None and position <= self._confirmed]
+            confirmed = [count for position, count in marks if position and parse_lsn(position) <= self._confirmed]
             unconfirmed = batches.message_count - max(confirmed, default=0)
         if not change_count:
             self._quiet_to = end
 
-    def confirm(self, position: int) -> None:
+    def confirm(self, position: str) -> None:
         """Lets the server forget its log up to here. Idempotent. Raises CdcPositionLost where there is no slot any more."""
-        if position <= self._confirmed:
+        lsn = parse_lsn(position)
+        if lsn <= self._confirmed:
             return
         with self._session() as connection, self._slot_errors(connection):
-            if not advance_slot(connection, self._name, position):
+            if not advance_slot(connection, self._name, lsn):
                 raise CdcPositionLost(f"{slot_label(self._name, self._server)} is gone.")
-            self._confirmed = position
+            self._confirmed = lsn
 
     @property
     def is_altered(self) -> bool:
         """Whether the last `read` has found that a followed table was altered."""
         return self._alterations.found
 
-    def lag_bytes(self) -> int | None:
+    def lag(self) -> Lag | None:
         """How much log the server keeps for the slot, from its restart position on; None where there is no slot.
 
         That lies before the confirmed position by what the transactions need that are open. On a connection of its own.
         """
         with translated(self._server), self._connections.borrow() as connection:
-            return slot_lag_bytes(connection, self._name)
+            lag_bytes = slot_lag_bytes(connection, self._name)
+        return None if lag_bytes is None else Lag(lag_bytes, "bytes")
+
+    def reads_log_of(self, credentials: Mapping[str, Any]) -> bool:
+        """Whether these credentials lead to the same host, port and database."""
+        server, port = self._server, credentials.get("port", DEFAULT_PORT)
+        return (credentials.get("host"), port, credentials.get("database")) == (
+            server.host,
+            server.port,
+            server.database,
+        )
+
+    @property
+    def removal_advice(self) -> str:
+        """How an administrator removes the slot, if `drop` cannot."""
+        return f"Run {removal_statement(self._name)} in database {self._server.database!r} at {self._server}."
 
     def drop(self) -> None:
         """Slot and publication are gone; a publication that an administrator made stays. Idempotent."""
@@ -232,37 +278,37 @@ class PostgresCdcStream:
         self._by_oid = None
         self._confirmed = 0
 
-    def _require_prerequisites(self, connection: psycopg.Connection[Any], standing: Standing, *, begins: bool) -> None:
+    def _require_prerequisites(self, connection: psycopg.Connection[Any], status: SlotStatus, *, begins: bool) -> None:
         row = connection.execute(PREREQUISITES).fetchone()
         prerequisites = Prerequisites(*(row or ()))
         problems = prerequisites.problems(
             self._server,
-            for_publication=not standing.has_publication,
-            for_slot=begins and standing.slot is None,
+            for_publication=not status.has_publication,
+            for_slot=begins and status.slot is None,
         )
         if problems:
-            raise rejected(f"database {self._server.database!r}", problems)
+            raise rejection(f"database {self._server.database!r}", problems)
 
     def _drop_slot(self, connection: psycopg.Connection[Any]) -> None:
         with self._slot_errors(connection):
             drop_slot(connection, self._name)
 
-    def _require_followed(self, connection: psycopg.Connection[Any], standing: Standing) -> None:
-        if standing.end is None:
-            self._require_prerequisites(connection, standing, begins=False)
+    def _require_readable(self, connection: psycopg.Connection[Any], status: SlotStatus) -> None:
+        if status.end is None:
+            self._require_prerequisites(connection, status, begins=False)
         label = slot_label(self._name, self._server)
-        fault = standing.fault(self._server, None) if standing.slot else f"{label} is gone."
+        fault = status.fault(self._server, None) if status.slot else f"{label} is gone."
         if fault:
             raise CdcPositionLost(fault)
 
     def _fill(
         self, spool: IO[bytes], end: int, given: int, limit: int, max_keys: int
-    ) -> tuple[ChangeBatches, list[tuple[int | None, int]], bool]:
+    ) -> tuple[ChangeBatches, list[tuple[str | None, int]], bool]:
         """Puts the batches of one peek into the file.
 
         Gives what made them; of each its position, and how many messages led up to it; and whether that was all.
         """
-        marks: list[tuple[int | None, int]] = []
+        marks: list[tuple[str | None, int]] = []
 
         def put(batch: ChangeBatch) -> None:
             pickle.dump(batch, spool, pickle.HIGHEST_PROTOCOL)
@@ -273,7 +319,7 @@ class PostgresCdcStream:
             loaders = KeyLoaders(connection, may_hold_invalid_text=self._connections.may_hold_invalid_text)
             by_oid = self._by_oid or {}
             for one in itertools.chain.from_iterable(by_oid.values()):
-                loaders.add(one.state.columns[one.key.name][1], one.key)
+                loaders.add(one.details.columns[one.key.name][1], one.key)
             batches = ChangeBatches(by_oid, loaders, max_keys=max_keys, given=given)
             for batch in batches.of(peek_slot(connection, self._name, upto=end, limit=limit)):
                 put(batch)
@@ -329,9 +375,9 @@ class PostgresCdcStream:
         except (errors.UndefinedObject, errors.ObjectNotInPrerequisiteState, errors.InsufficientPrivilege) as error:
             if connection.closed:
                 raise
-            standing = read_standing(connection, self._name)
-            self._require_prerequisites(connection, standing, begins=False)
-            self._require_followed(connection, standing)
+            status = read_slot_status(connection, self._name)
+            self._require_prerequisites(connection, status, begins=False)
+            self._require_readable(connection, status)
             if isinstance(error, errors.UndefinedObject):
                 # Up to version 17: the publication was not there at this point of the log, and nothing leads past it.
                 drop_slot(connection, self._name)

@@ -14,7 +14,7 @@ from typing import Any, Final, Self
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.errors import Server
+from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.errors import SourceUnavailable
 
 _WAIT_SECONDS: Final = 5.0

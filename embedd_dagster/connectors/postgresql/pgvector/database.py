@@ -17,6 +17,7 @@ from embedd_dagster.connectors import network
 from embedd_dagster.connectors.postgresql.login import accepted_methods, is_socket, method_fault, socket_fault
 from embedd_dagster.connectors.postgresql.pool import CONNECT_OPTIONS, SILENCE_SECONDS, ConnectionPool, host_parameters
 from embedd_dagster.connectors.postgresql.sessions import PINNED_SEARCH_PATH, ScopedConnection, settings_calls
+from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import (
     ConfigurationError,
     EmbeddError,
@@ -72,6 +73,7 @@ class Database:
         deny_private_networks: bool = False,
         allow_unix_sockets: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
+        current_deadline: DeadlineSource = no_deadline,
     ) -> None:
         try:
             self._host, self._port = str(credentials["host"]), int(credentials.get("port") or 5432)
@@ -88,6 +90,7 @@ class Database:
         self._parameters["require_auth"] = accepted_methods(self._parameters["password"], self._parameters["sslmode"])
         self._allow_unix_sockets = allow_unix_sockets
         self._silence_seconds = silence_seconds
+        self._current_deadline = current_deadline
         self.user = str(self._parameters["user"])
         self.address = f"{self._host}:{self._port}/{self._parameters['dbname']}"
         self._deny_private_networks = deny_private_networks
@@ -244,9 +247,11 @@ class Database:
         return connection
 
     def _dial(self) -> ScopedConnection:
-        return ScopedConnection.connect(
+        connection = ScopedConnection.connect(
             **self._parameters, **self._addresses(), connect_timeout=_CONNECT_SECONDS, **CONNECT_OPTIONS
         )
+        connection.current_deadline = self._current_deadline
+        return connection
 
     def _addresses(self) -> dict[str, Any]:
         host, port = self._host, self._port

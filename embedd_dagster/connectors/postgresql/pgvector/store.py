@@ -50,6 +50,7 @@ from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.ranking import bucket_ranges, rank
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
+from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import Connection
 from embedd_dagster.protocols.store import ReportIndexed, ignore_report
@@ -76,6 +77,7 @@ class PgvectorStore:
         deny_private_networks: bool = False,
         allow_unix_sockets: bool = False,
         silence_seconds: float = SILENCE_SECONDS,
+        current_deadline: DeadlineSource = no_deadline,
     ) -> None:
         """`schema` is where new vector tables go: by default the first of the search path that may be written."""
         self._database = Database(
@@ -83,6 +85,7 @@ class PgvectorStore:
             deny_private_networks=deny_private_networks,
             allow_unix_sockets=allow_unix_sockets,
             silence_seconds=silence_seconds,
+            current_deadline=current_deadline,
         )
         self._wanted_schema = schema
         self._lock = threading.Lock()
