@@ -30,6 +30,13 @@ class NameUnknown(Exception):
 class AddressForbidden(Exception):
     """The host name leads to where this service does not connect; its argument says what kind of address that is."""
 
+    def for_host(self, host: str) -> tuple[str, str]:
+        """The message and the resolution for users."""
+        return (
+            f"The host {host!r} leads to {self}, to which this service does not connect.",
+            "Use a host that is reachable under a public address, or ask the operator of this service.",
+        )
+
 
 def resolve(host: str, port: int) -> list[str]:
     """The host's addresses in the system's order, without repeats. Raises NameUnknown."""

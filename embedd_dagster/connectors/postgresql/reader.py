@@ -22,11 +22,11 @@ from psycopg.adapt import Buffer, Loader
 from psycopg.sql import SQL, Composed
 from psycopg.types import datetime as driver_types
 
-from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.estimates import page_count, planner_estimate
 from embedd_dagster.connectors.postgresql.introspection import ColumnInfo, Relation
 from embedd_dagster.connectors.postgresql.key_checks import check_unique
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.connectors.postgresql.statements import Statements
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.keys import Key
@@ -56,7 +56,7 @@ class PostgresTableReader:
     """One selection of one table. Safe to use from several threads: all that changes are three hints."""
 
     def __init__(
-        self, connections: Connections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
+        self, connections: SourceConnections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
     ) -> None:
         self.key_type = key.ddl_type
         self.origin: dict[str, Any] = {"name": relation.label, "oid": relation.oid}

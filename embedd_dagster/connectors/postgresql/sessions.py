@@ -1,4 +1,4 @@
-"""Connections whose settings hold only inside their transactions.
+"""SourceConnections whose settings hold only inside their transactions.
 
 Behind a pooler in transaction mode, such as PgBouncer, other clients use the same server session after us. A session-wide
 `SET` would change their session: their INSERTs would fail in a read-only session. So every statement runs in a transaction

@@ -10,14 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import psycopg
 
 from embedd_dagster.connectors.postgresql.cdc.eligibility import check_cdc_eligible
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.poolers import require_own_session
 from embedd_dagster.connectors.postgresql.cdc.stream import STREAM_SETTINGS, PostgresCdcStream
-from embedd_dagster.connectors.postgresql.connection import Connections
+from embedd_dagster.connectors.postgresql.connection import ConnectOptions
 from embedd_dagster.connectors.postgresql.credentials import Credentials
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.estimates import row_estimate
@@ -28,11 +29,10 @@ from embedd_dagster.connectors.postgresql.introspection import (
     list_tables,
 )
 from embedd_dagster.connectors.postgresql.key_checks import check_key
-from embedd_dagster.connectors.postgresql.pool import SILENCE_SECONDS
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.connectors.postgresql.row_security import require_visible_rows
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.cdc import CdcTable
 from embedd_dagster.protocols.source import Selection, SourceTable
@@ -41,29 +41,25 @@ from embedd_dagster.protocols.source import Selection, SourceTable
 class PostgresSource:
     """One PostgreSQL database, read as one user. Connects when first used."""
 
+    stream_options: StreamOptions = StreamOptions()
+    lock_timeout_seconds: float = 30.0
+    """How long a read waits behind, for example, an ALTER TABLE, before it reports that the table is locked."""
+
     def __init__(
         self,
         credentials: Mapping[str, Any],
         *,
         statement_timeout_seconds: float,
-        connect_timeout_seconds: int,
-        deny_private_networks: bool,
-        allow_unix_sockets: bool = False,
-        silence_seconds: float = SILENCE_SECONDS,
-        current_deadline: DeadlineSource = no_deadline,
+        **options: Unpack[ConnectOptions],
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
-            Connections,
+            SourceConnections,
             Credentials.parse(credentials),
             statement_timeout_seconds=statement_timeout_seconds,
-            connect_timeout_seconds=connect_timeout_seconds,
-            deny_private_networks=deny_private_networks,
-            allow_unix_sockets=allow_unix_sockets,
-            silence_seconds=silence_seconds,
-            current_deadline=current_deadline,
+            **options,
         )
-        self._connections = self._connect()
+        self._connections = self._connect(settings={"lock_timeout": f"{round(self.lock_timeout_seconds * 1000)}ms"})
 
     def __enter__(self) -> Self:
         return self
@@ -109,7 +105,7 @@ class PostgresSource:
 
     def cdc_stream(self, name: str) -> PostgresCdcStream:
         """The feed of this name, over connections of its own, which the source's `close` leaves open."""
-        return PostgresCdcStream(self._connect(settings=STREAM_SETTINGS, read_only=False), name)
+        return PostgresCdcStream(self._connect(settings=STREAM_SETTINGS, read_only=False), name, self.stream_options)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""

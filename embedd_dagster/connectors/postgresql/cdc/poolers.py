@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.deadlines import Deadline
 from embedd_dagster.errors import SourceRejected, SourceUnavailable
 
@@ -14,7 +14,7 @@ _ROUNDS: Final = 3
 _WAIT_SECONDS: Final = 5.0
 
 
-def require_own_session(connections: Connections) -> None:
+def require_own_session(connections: SourceConnections) -> None:
     """Returns when each connection has a server session of its own.
 
     Raises SourceRejected behind a pooler in transaction mode, with the port of the server itself.
@@ -36,7 +36,7 @@ def require_own_session(connections: Connections) -> None:
     )
 
 
-def _shares_sessions(first: ScopedConnection, connections: Connections) -> bool:
+def _shares_sessions(first: ScopedConnection, connections: SourceConnections) -> bool:
     """Whether two connections are given the same server process, or one of them is given several."""
     first_pid = first.server_pid
     try:

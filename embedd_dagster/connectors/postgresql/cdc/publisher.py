@@ -15,6 +15,7 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.sql import SQL
 
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.prerequisites import Problem, rejection
 from embedd_dagster.connectors.postgresql.cdc.publication import (
     GENERATED,
@@ -32,9 +33,6 @@ from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.errors import EmbeddError, SourceUnavailable
 from embedd_dagster.protocols.cdc import CdcTable
 
-_WAIT_SECONDS: Final = 2.0
-_COMMIT_WAIT_SECONDS: Final = 20.0
-"""For commits that may wait for a standby."""
 _POLL_SECONDS: Final = 0.02
 
 
@@ -57,7 +55,8 @@ class Publisher:
     Every table is its own statement: one that is locked or gone does not hold up the others.
     """
 
-    def __init__(self, name: str, server: Server) -> None:
+    def __init__(self, name: str, server: Server, options: StreamOptions) -> None:
+        self._options = options
         self._name = name
         self._identifier = sql.Identifier(name)
         self._server = server
@@ -96,7 +95,10 @@ class Publisher:
             if into_slot and not done.is_new:
                 newly_subscribed = [one for one in wanted if one.table in done.newly_subscribed]
                 self._withdraw(
-                    connection, self._await_writers(connection, newly_subscribed, _WAIT_SECONDS), wanted, done
+                    connection,
+                    self._await_writers(connection, newly_subscribed, self._options.writers_seconds),
+                    wanted,
+                    done,
                 )
             publication = self._read_again(connection)
         done.fingerprints = {one.table: publication.fingerprint(one) for one in wanted}
@@ -211,7 +213,7 @@ class Publisher:
         Where no commit waits for a standby, one takes no longer than a moment, and what is open for longer will be given.
         """
         may_wait = commits_wait_for_a_standby(connection)
-        seconds = _COMMIT_WAIT_SECONDS if may_wait else _WAIT_SECONDS
+        seconds = self._options.commits_seconds if may_wait else self._options.writers_seconds
         waiting = self._await_writers(connection, wanted, seconds)
         if may_wait:
             self._withdraw(connection, waiting, wanted, done)

@@ -129,7 +129,6 @@ def read_slot_status(connection: psycopg.Connection[Any], name: str) -> SlotStat
 
 
 _CREATE: Final = "SELECT lsn::pg_catalog.text FROM pg_catalog.pg_create_logical_replication_slot(%s, %s)"
-_CREATE_WAIT: Final = "20s"
 _DROP: Final = (
     "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = %s"
 )
@@ -169,7 +168,7 @@ def prepare_session(connection: ScopedConnection) -> None:
         connection.execute_outside("SET idle_session_timeout = 0")
 
 
-def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) -> int:
+def create_slot(connection: psycopg.Connection[Any], name: str, server: Server, wait_seconds: float) -> int:
     """Makes the slot; the position from which on it gives everything that is committed.
 
     The server waits for transactions that have written already, so that none is seen by half. It gives up after a while,
@@ -177,7 +176,9 @@ def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) 
     """
     try:
         with connection.transaction():
-            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_CREATE_WAIT])
+            connection.execute(
+                "SELECT pg_catalog.set_config('lock_timeout', %s, true)", [f"{round(wait_seconds * 1000)}ms"]
+            )
             row = connection.execute(_CREATE, [name, PLUGIN]).fetchone()
     except errors.LockNotAvailable:
         raise SourceUnavailable(
@@ -210,11 +211,6 @@ def peek_slot(connection: psycopg.Connection[Any], name: str, *, upto: int, limi
         rows = cursor.stream(_PEEK, [name, lsn_text(upto), limit, name], binary=True, size=_CHUNK_ROWS)
         for row in rows:
             yield row[0]
-
-
-def removal_statement(name: str) -> str:
-    """The statement by which an administrator drops the slot."""
-    return f"SELECT pg_drop_replication_slot('{name}');"
 
 
 def slot_lag_bytes(connection: psycopg.Connection[Any], name: str) -> int | None:

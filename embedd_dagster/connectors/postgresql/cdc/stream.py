@@ -22,6 +22,8 @@ from psycopg import errors
 
 from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
 from embedd_dagster.connectors.postgresql.cdc.batches import ChangeBatches, KeyLoaders
+from embedd_dagster.connectors.postgresql.cdc.cleanup_advice import removal_statement
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.pgoutput import MalformedMessage
 from embedd_dagster.connectors.postgresql.cdc.poolers import require_own_session
 from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, rejection
@@ -37,7 +39,6 @@ from embedd_dagster.connectors.postgresql.cdc.slot import (
     peek_slot,
     prepare_session,
     read_slot_status,
-    removal_statement,
     slot_label,
     slot_lag_bytes,
 )
@@ -48,10 +49,10 @@ from embedd_dagster.connectors.postgresql.cdc.table_fingerprint import (
 )
 from embedd_dagster.connectors.postgresql.cdc.tables import CdcTables, ResolvedTable
 from embedd_dagster.connectors.postgresql.cdc.visibility import Visibility
-from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.credentials import DEFAULT_PORT
 from embedd_dagster.connectors.postgresql.errors import translate, translated
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.connectors.postgresql.text_dependencies import read_text_dependencies
 from embedd_dagster.errors import (
     CdcPositionLost,
@@ -62,9 +63,6 @@ from embedd_dagster.errors import (
 from embedd_dagster.protocols.cdc import CdcTable, ChangeBatch, Lag, Subscription, TableFingerprint
 
 _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
-# Messages decoded at once by the server, which keeps them in temporary files meanwhile; then on to the end of the
-# transaction. Each time costs it a pass over its log from the slot's restart position on.
-_PEEK_MESSAGES: Final = 200_000
 _SPOOL_BYTES: Final = 4 * 2**20
 
 # Of transactions that make slots and publications. Decoding a transaction of hours may take minutes, and a timeout would have
@@ -81,7 +79,7 @@ STREAM_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
 class PostgresCdcStream:
     """One slot and one publication of one name, in the database of these connections."""
 
-    def __init__(self, connections: Connections, name: str) -> None:
+    def __init__(self, connections: SourceConnections, name: str, options: StreamOptions) -> None:
         """`connections`: of this feed alone, of sessions that may write and whose statements may last."""
         if not _NAME.fullmatch(name):
             raise ValueError("a feed's name is of a-z, 0-9 and _, and of 50 characters at most")
@@ -90,9 +88,10 @@ class PostgresCdcStream:
         self._name = name
         self._closed = False
         self._connection: ScopedConnection | None = None
-        self._publisher = Publisher(name, connections.server)
+        self._options = options
+        self._publisher = Publisher(name, connections.server, options)
         self._tables = CdcTables(connections.server)
-        self._visibility = Visibility(connections.server)
+        self._visibility = Visibility(connections.server, options.visible_seconds)
         self._by_oid: dict[int, list[ResolvedTable]] | None = None
         self._alterations = Alterations(())
         self._confirmed = 0
@@ -145,7 +144,10 @@ class PostgresCdcStream:
                 self._drop_slot(connection)
                 lost, begins = f"Publication {self._name!r} at {self._server} was dropped.", True
             if begins:
-                position, self._quiet_to = create_slot(connection, self._name, self._server), 0
+                position, self._quiet_to = (
+                    create_slot(connection, self._name, self._server, self._options.create_seconds),
+                    0,
+                )
                 self._publisher.await_commits(connection, wanted, published)
                 rejected.update(published.rejected)
                 wanted = [one for one in wanted if one.table not in rejected]
@@ -213,7 +215,7 @@ class PostgresCdcStream:
         change_count = unconfirmed = 0
         while True:
             # A peek begins at what is confirmed by now: what was given beyond that comes again, and is passed over.
-            limit = max(_PEEK_MESSAGES + unconfirmed, 2 * unconfirmed)
+            limit = max(self._options.peek_messages + unconfirmed, 2 * unconfirmed)
             with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, prefix="embedd-") as spool:
                 batches, marks, at_end = self._fill(spool, end, given, limit, max_keys)
                 spool.seek(0)

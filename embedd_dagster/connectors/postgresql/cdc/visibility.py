@@ -17,7 +17,6 @@ import psycopg
 from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.errors import SourceUnavailable
 
-_WAIT_SECONDS: Final = 5.0
 _FIRST_POLL_SECONDS: Final = 0.005
 _LONGEST_POLL_SECONDS: Final = 0.1
 _HALF: Final = 1 << 31
@@ -52,8 +51,9 @@ class Snapshot:
 class Visibility:
     """Waits until transactions are visible to every statement that begins afterwards."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, wait_seconds: float) -> None:
         self._server = server
+        self._wait_seconds = wait_seconds
         self._snapshot: Snapshot | None = None
 
     def await_ended(self, connection: psycopg.Connection[Any], xids: Iterable[int]) -> None:
@@ -61,7 +61,7 @@ class Visibility:
         waiting = set(xids)
         if self._snapshot is not None:  # what had ended then has ended
             waiting = self._snapshot.unfinished(waiting)
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + self._wait_seconds
         poll = 0.0
         while waiting:
             time.sleep(poll)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from embedd_dagster.connectors.postgresql.pgvector.database import ValueRefused
+from embedd_dagster.connectors.postgresql.pgvector.database import ValueRejected
 from embedd_dagster.core.filters import And, Condition, Filter, Operator, Or, Scalar
 from embedd_dagster.core.rows import PointBatch
 from embedd_dagster.errors import RowError, RowNotStorable
@@ -17,15 +17,15 @@ _EQUALITIES = {
 }
 
 
-def find_refused(count: int, attempt: Callable[[int, int], None]) -> dict[int, ValueRefused]:
+def find_rejected(count: int, attempt: Callable[[int, int], None]) -> dict[int, ValueRejected]:
     """Those of `count` things that an attempt at them is refused for; `attempt(start, stop)` is made until all others are in."""
-    refused: dict[int, ValueRefused] = {}
+    refused: dict[int, ValueRejected] = {}
     parts = [(0, count)] if count else []
     while parts:
         start, stop = parts.pop()
         try:
             attempt(start, stop)
-        except ValueRefused as error:
+        except ValueRejected as error:
             if stop - start == 1:
                 refused[start] = error
                 continue
@@ -40,7 +40,7 @@ def write_holdable(points: PointBatch, write: Callable[[PointBatch], None]) -> d
     def attempt(start: int, stop: int) -> None:
         write(points if stop - start == len(points) else points.part(start, stop))
 
-    return {index: RowNotStorable(error.message) for index, error in find_refused(len(points), attempt).items()}
+    return {index: RowNotStorable(error.message) for index, error in find_rejected(len(points), attempt).items()}
 
 
 def compared_texts(tree: Filter) -> Iterator[str]:

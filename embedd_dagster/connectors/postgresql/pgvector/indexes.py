@@ -45,7 +45,13 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
 
 
 def build_indexes(
-    database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str, report: ReportIndexed
+    database: Database,
+    vector_set: VectorSet,
+    place: Place,
+    *,
+    vector_schema: str,
+    report: ReportIndexed,
+    report_seconds: float,
 ) -> None:
     """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one.
 
@@ -65,7 +71,7 @@ def build_indexes(
     with database.transaction(timeout_seconds=0) as connection:
         connection.execute(sql.SQL("ANALYZE {}").format(table))
     for suffix, method in wanted:
-        with reported_build(database, place, report) if suffix == "hnsw" else nullcontext():
+        with reported_build(database, place, report, report_seconds) if suffix == "hnsw" else nullcontext():
             try:
                 with database.transaction(timeout_seconds=0) as connection:
                     _build(connection, place, suffix, method, _memory(connection, table, vector_set.dimensions))

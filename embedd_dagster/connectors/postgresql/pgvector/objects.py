@@ -8,7 +8,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.pgvector.database import quoted
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.pgvector.rows import resolve_key_type
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.errors import VectorStoreRejected

@@ -12,15 +12,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.pgvector.database import Database, TableMissing, ValueRefused
+from embedd_dagster.connectors.postgresql.connection import ConnectOptions
+from embedd_dagster.connectors.postgresql.pgvector.database import Database, TableMissing, ValueRejected
 from embedd_dagster.connectors.postgresql.pgvector.encoding import (
     compared_texts,
-    find_refused,
+    find_rejected,
     without_texts,
     write_holdable,
 )
@@ -44,13 +45,11 @@ from embedd_dagster.connectors.postgresql.pgvector.rows import (
     resolve_key_type,
 )
 from embedd_dagster.connectors.postgresql.pgvector.search import FoundRow, SearchQuery, find_nearest
-from embedd_dagster.connectors.postgresql.pool import SILENCE_SECONDS
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.ranking import bucket_ranges, rank
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
-from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import Connection
 from embedd_dagster.protocols.store import ReportIndexed, ignore_report
@@ -74,19 +73,29 @@ class PgvectorStore:
         credentials: Mapping[str, Any],
         schema: str | None = None,
         *,
-        deny_private_networks: bool = False,
-        allow_unix_sockets: bool = False,
-        silence_seconds: float = SILENCE_SECONDS,
-        current_deadline: DeadlineSource = no_deadline,
+        lock_attempt_seconds: float = 2.0,
+        lock_seconds: float = 30.0,
+        exact_rows: int = 2_000,
+        max_scan_tuples: int = 50_000,
+        report_seconds: float = 2.0,
+        **options: Unpack[ConnectOptions],
     ) -> None:
-        """`schema` is where new vector tables go: by default the first of the search path that may be written."""
+        """Opens nothing yet. Raises ConfigurationError.
+
+        Args:
+            credentials: As the API takes them.
+            schema: Where new vector tables go. None: the first schema of the search path that may be written.
+            lock_attempt_seconds: How long one attempt waits for the lock of a table or view.
+            lock_seconds: How long attempts for such a lock go on.
+            exact_rows: Up to so many rows behind a filter are compared one by one.
+            max_scan_tuples: How many rows a search by the index visits at most.
+            report_seconds: How often the progress of an index build is reported.
+            options: How to connect.
+        """
         self._database = Database(
-            credentials,
-            deny_private_networks=deny_private_networks,
-            allow_unix_sockets=allow_unix_sockets,
-            silence_seconds=silence_seconds,
-            current_deadline=current_deadline,
+            credentials, lock_attempt_seconds=lock_attempt_seconds, lock_seconds=lock_seconds, **options
         )
+        self._exact_rows, self._max_scan_tuples, self._report_seconds = exact_rows, max_scan_tuples, report_seconds
         self._wanted_schema = schema
         self._lock = threading.Lock()
         self._writers = threading.Semaphore(_WRITERS)
@@ -119,7 +128,7 @@ class PgvectorStore:
             with self._database.transaction() as connection:
                 connection.execute("SELECT %s::pg_catalog.text[]", [list(map(clean_text, texts[start:stop]))])
 
-        return {index: error.message for index, error in find_refused(len(texts), attempt).items()}
+        return {index: error.message for index, error in find_rejected(len(texts), attempt).items()}
 
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
@@ -226,6 +235,7 @@ class PgvectorStore:
             self._table(vector_set),
             vector_schema=self._find_vector_schema(),
             report=report,
+            report_seconds=self._report_seconds,
         )
 
     def count(self, vector_set: VectorSet) -> int:
@@ -251,7 +261,7 @@ class PgvectorStore:
             return []
         try:
             rows = self._find_nearest(vector_set, vector, limit, filters)
-        except ValueRefused:
+        except ValueRejected:
             if filters is None:
                 raise
             texts = list(compared_texts(filters))  # no row has one that the database cannot hold
@@ -275,6 +285,8 @@ class PgvectorStore:
             limit=limit,
             filters=filters,
             filter_types=vector_set.filter_types,
+            exact_rows=self._exact_rows,
+            max_scan_tuples=self._max_scan_tuples,
         )
         try:
             return find_nearest(self._database, query)

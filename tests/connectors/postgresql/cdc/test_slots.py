@@ -17,6 +17,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from embedd_dagster.connectors.postgresql.cdc import pgoutput
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.slot import Slot, lsn_text, parse_lsn
 from embedd_dagster.connectors.sources import open_source
 from embedd_dagster.errors import (
@@ -284,10 +285,10 @@ class TestLost:
             assert attachment.newly_subscribed == {T}
             assert attachment.lost is not None
 
+    @pytest.mark.parametrize("stream_options", [StreamOptions(create_seconds=1.0)])
     def test_a_slot_waits_for_open_transactions_and_says_so(
-        self, admin: Admin, writer: Admin, feed: CdcStream, table: None, monkeypatch: pytest.MonkeyPatch
+        self, admin: Admin, writer: Admin, feed: CdcStream, table: None
     ) -> None:
-        monkeypatch.setattr("embedd_dagster.connectors.postgresql.cdc.slot._CREATE_WAIT", "1s")
         follower = Follower(feed, T)
         with writer.transaction():
             writer.execute("INSERT INTO t VALUES (4)")
@@ -535,7 +536,7 @@ class TestServers:
             with psycopg.connect(url, autocommit=True) as admin:
                 admin.execute("INSERT INTO t VALUES (1)")
             own_server.stop()
-            for use in (follower.read, follower.subscribe, feed.lag_bytes, feed.drop):
+            for use in (follower.read, follower.subscribe, feed.lag, feed.drop):
                 with pytest.raises(SourceUnavailable):
                     use()
             own_server.start()

@@ -14,6 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.slot import parse_lsn
 from embedd_dagster.connectors.sources import open_source
 from embedd_dagster.core.keys import encode_key
@@ -143,11 +144,9 @@ class TestChanges:
         assert keys == list(range(10, 50))
         assert follower.keys() == []
 
+    @pytest.mark.parametrize("stream_options", [StreamOptions(peek_messages=20)])
     @pytest.mark.parametrize("confirms", [False, True])
-    def test_a_long_log_is_taken_in_parts(
-        self, admin: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch, confirms: bool
-    ) -> None:
-        monkeypatch.setattr("embedd_dagster.connectors.postgresql.cdc.stream._PEEK_MESSAGES", 20)
+    def test_a_long_log_is_taken_in_parts(self, admin: Admin, follower: Follower, confirms: bool) -> None:
         for key in range(10, 50):
             admin.execute("INSERT INTO t VALUES (%s, 'x'), (%s, 'x')", [key, -key])
         keys: list[Any] = []
@@ -571,9 +570,7 @@ class TestChangedTables:
         assert one(admin, "SELECT count(*) FROM u") == 1  # a comparison that begins now sees it
         timer.join()
 
-    def test_a_locked_table_does_not_hold_up_the_others(
-        self, admin: Admin, writer: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_locked_table_does_not_hold_up_the_others(self, admin: Admin, writer: Admin, follower: Follower) -> None:
         admin.execute("CREATE TABLE u (id int PRIMARY KEY); CREATE TABLE w (id int PRIMARY KEY)")
         u, w = CdcTable("u", "id"), CdcTable("w", "id")
         follower.tables = (T, u, w)
