@@ -10,7 +10,6 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
 from embedd_dagster.connectors.postgresql.pgvector.filters import compile_filter
@@ -29,9 +28,7 @@ Connection = psycopg.Connection[tuple[object, ...]]
 
 @pytest.fixture
 def credentials(database_url: str) -> dict[str, object]:
-    parts = conninfo_to_dict(database_url)
-    names = {"host": "host", "port": "port", "database": "dbname", "user": "user", "password": "password"}
-    return {name: parts[key] for name, key in names.items()}
+    return credentials_of(database_url)
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import errors as psycopg_errors
-from psycopg.conninfo import conninfo_to_dict
 
 from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.connectors.postgresql.errors import translate
@@ -35,20 +34,9 @@ from embedd_dagster.errors import (
     SourceUnavailable,
 )
 from embedd_dagster.protocols.source import Selection, Source, TableReader
+from tests.support.followed_source import credentials_of
 
 EVERYTHING = KeyRange()
-
-
-def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
-    parts = conninfo_to_dict(url)
-    return {
-        "host": parts["host"],
-        "port": int(str(parts["port"])),
-        "database": parts["dbname"],
-        "user": parts["user"],
-        "password": parts["password"],
-        **changes,
-    }
 
 
 @pytest.fixture
