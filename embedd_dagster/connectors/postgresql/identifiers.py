@@ -64,7 +64,7 @@ def spelling(schema: str, name: str, *, visible: bool) -> str:
 
 
 def suggestion(missing: list[str], known: list[str]) -> str | None:
-    """What a user who missed these names may have meant, as a sentence; None where nothing is near."""
+    """What a user who missed these names may have meant, as a sentence; None if nothing is similar."""
     by_lower = {name.lower(): name for name in reversed(known)}
     near: list[str] = []
     for name in missing:

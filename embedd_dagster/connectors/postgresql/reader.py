@@ -67,7 +67,7 @@ class PostgresTableReader:
         self._row_bytes = 0.0
         """Of a row of the page last read, on average."""
         self._is_lenient = False
-        """Whether a value was met that Python cannot hold, such as the date 'infinity'."""
+        """Whether there was a value that Python cannot hold, such as the date 'infinity'."""
         self._sorts: bool | None = None
 
     def count(self) -> int:
@@ -93,7 +93,7 @@ class PostgresTableReader:
                 percent = min(100.0, 100 * wanted * _SAMPLED_PAGES_PER_SHARD / max(1, pages))
             fractions = [part / wanted for part in range(1, wanted)]
             rows = cursor.execute(self._statements.boundaries(percent), [fractions]).fetchall()
-        # An infinite date is no boundary: whoever reads its range is told what is wrong with it.
+        # An infinite date cannot be a boundary: reading its range reports what is wrong with it.
         return ranges_between([key for key in dict.fromkeys(row[0] for row in rows) if self._can_hold(key)])
 
     def read(self, key_range: KeyRange, *, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:

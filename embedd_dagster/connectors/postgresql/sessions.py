@@ -1,4 +1,4 @@
-"""SourceConnections whose settings hold only inside their transactions.
+"""Connections whose settings hold only inside their transactions.
 
 Behind a pooler in transaction mode, such as PgBouncer, other clients use the same server session after us. A session-wide
 `SET` would change their session: their INSERTs would fail in a read-only session. So every statement runs in a transaction
@@ -37,8 +37,8 @@ SELECT a.state OPERATOR(pg_catalog.=) 'active'
 FROM pg_catalog.pg_stat_activity AS a WHERE a.pid OPERATOR(pg_catalog.=) %s::pg_catalog.int4
 """
 
-# In one round trip. `reset_val` is what the role, the database and the server configure, whatever another client of a pooler
-# has set in the session. Between the two settings only a function that is named with its schema runs.
+# In one round trip. `reset_val` is what the role, the database and the server configure, even if another client of a pooler
+# has set something else in the session. Between the two settings only a function that is named with its schema runs.
 _ROLE_SCHEMAS: Final = (
     "SELECT pg_catalog.set_config('search_path', s.reset_val, true) FROM pg_catalog.pg_settings AS s"  # noqa: S608
     " WHERE s.name OPERATOR(pg_catalog.=) 'search_path'; "

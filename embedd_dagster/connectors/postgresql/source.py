@@ -1,7 +1,7 @@
-"""PostgreSQL 14 and newer as a source: introspection here, reading in `postgresql_reader`.
+"""PostgreSQL 14 and newer as a source: introspection here, reading in `reader`.
 
 Only reads, without locks, temporary tables, writes or session-wide settings, so a read-only replica and a pooler in any mode
-will do; only following changes needs a session of its own.
+suffice. Only CDC needs its own session.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class PostgresSource:
         self.close()
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes connections. Idempotent."""
         self._connections.close()
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class PostgresSource:
             return relation.described(None if relation.is_plain_view else row_estimate(connection, relation))
 
     def check_key(self, table: str, column: str) -> None:
-        """Returns when the column is unique and not null: by its constraints, else by one scan of its rows."""
+        """Returns when the column is unique and not null: by its constraints, otherwise by one scan of its rows."""
         with self._connection(table) as connection:
             relation = find_relation(connection, table, self._connections.server)
             key = relation.key(column)
@@ -98,13 +98,13 @@ class PostgresSource:
             check_key(connection, relation, key)
 
     def check_cdc_eligible(self, table: CdcTable) -> None:
-        """Returns when changes of the table can be followed. Changes nothing."""
+        """Returns when CDC is possible for the table. Changes nothing."""
         require_own_session(self._connections)
         with self._connection(table.table) as connection:
             check_cdc_eligible(connection, table, self._connections.server)
 
     def cdc_stream(self, name: str) -> PostgresCdcStream:
-        """The feed of this name, over connections of its own, which the source's `close` leaves open."""
+        """The CDC stream of this name. It has its own connections, which the source's `close` leaves open."""
         return PostgresCdcStream(self._connect(settings=STREAM_SETTINGS, read_only=False), name, self.stream_options)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
@@ -135,7 +135,7 @@ def _require_filter_types(
         wanted = filter_types.get(column.name)
         if wanted is not None and wanted not in column.filter_types:
             raise SourceRejected(
-                f"Column {column.name!r} of {relation.label} is of type {column.declared_type} by now, whose values"
+                f"Column {column.name!r} of {relation.label} is now of type {column.declared_type}, whose values"
                 f" filter_type `{wanted}` cannot hold.",
                 resolution="Give it another filter_type with PUT /v1/vector-tables/{id}, or the column its type back.",
             )

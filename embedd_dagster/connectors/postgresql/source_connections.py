@@ -147,7 +147,7 @@ class _ReplacingTextLoader(Loader):
 
 
 class _JsonLoader(Loader):
-    """JSON with every number as it is, or the text itself where no Python object tells as much."""
+    """JSON with every number as it is, or the text itself if a Python object would lose something."""
 
     has_unique_keys = False
 

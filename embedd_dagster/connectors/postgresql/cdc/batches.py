@@ -1,7 +1,7 @@
 """pgoutput's messages of some transactions → batches of keys. No I/O.
 
-This is the loop that every logged row passes: it takes the key's text out of the row, makes of it the very key that a
-reader of the table gives, and forgets the rest.
+Every logged row passes this loop. It takes the key's text out of the row, converts it to the same key that a reader of the
+table gives, and drops the rest.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ class KeyLoaders:
         }
 
     def add(self, type_oid: int, column: ColumnInfo) -> None:
-        """Makes known a type that is not PostgreSQL's own: an enum, citext, a domain over whatever."""
+        """Registers a type that is not PostgreSQL's own: an enum, citext, a domain."""
         self._by_type.setdefault(type_oid, self._loader(column.base_name, column.type_oid))
 
     def get(self, type_oid: int) -> Callable[[bytes], Any] | None:
-        """Raises one of `_LOAD_ERRORS` for what can be no key. None for an unknown type."""
+        """Raises one of `_LOAD_ERRORS` for a value that cannot be a key. None for an unknown type."""
         return self._by_type.get(type_oid)
 
     def _loader(self, base_name: str, base_oid: int) -> Callable[[bytes], Any]:
@@ -74,7 +74,7 @@ def _checked(key: Any) -> Any:
 
 @dataclass(slots=True)
 class _Target:
-    """A followed table as one state of one logged table has it."""
+    """A CDC table, and where its key is in the logged rows of one table."""
 
     table: CdcTable
     column: int = 0
@@ -109,7 +109,7 @@ class ChangeBatches:
     def __init__(
         self, by_oid: Mapping[int, Sequence[ResolvedTable]], loaders: KeyLoaders, *, max_keys: int, given: int
     ) -> None:
-        """`given`: transactions before it are passed over, as they were in earlier batches."""
+        """`given`: transactions before this position are skipped, as earlier batches had them."""
         self._by_oid = by_oid
         self._loaders = loaders
         self._max_keys = max_keys
@@ -177,7 +177,7 @@ class ChangeBatches:
     def _add(self, value: pgoutput.Value, target: _Target) -> None:
         if (
             value is None
-        ):  # a row without a key, which a reader does not give; or in an old row, no part of the identity
+        ):  # a row without a key, which a reader leaves out; or an old row, whose identity lacks the column
             return
         if isinstance(value, pgoutput.Unchanged):
             self._break(target, "the log does not hold its value")
@@ -185,7 +185,7 @@ class ChangeBatches:
         try:
             key = target.load(value)
         except _LOAD_ERRORS:
-            self._break(target, "a value can be no key: an infinite date, or text that is not valid UTF-8")
+            self._break(target, "a value cannot be a key: an infinite date, or text that is not valid UTF-8")
             return
         keys = self._open.keys.get(target.table)
         if keys is None:
@@ -197,7 +197,7 @@ class ChangeBatches:
     def _break(self, target: _Target, why: str) -> None:
         table = target.table
         self._open.broken[table] = SourceRejected(
-            f"A change of table {table.table!r} cannot be told by its column {table.primary_key_column!r}: {why}."
+            f"A change of table {table.table!r} cannot be read from its column {table.primary_key_column!r}: {why}."
         )
 
     def _take_other(self, message: pgoutput.Message) -> None:

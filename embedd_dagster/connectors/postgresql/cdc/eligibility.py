@@ -1,7 +1,7 @@
-"""Whether a table can be followed: what it must be like, and the statements that make it so.
+"""Whether CDC is possible for a table: its requirements, and the statements that meet them.
 
-Above all: publishing a table whose replica identity does not suffice makes its owner's own UPDATE and DELETE fail. So each
-rule of PostgreSQL for that is checked here before a table is published, and again at every subscribe.
+Publishing a table whose replica identity does not suffice makes its owner's own UPDATE and DELETE fail. So each rule of
+PostgreSQL for that is checked here before a table is published, and again at every subscribe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Member:
     kind: str
     persistence: str
     file: int
-    """Changes whenever the table is written anew, which the log does not tell as changes of rows."""
+    """Changes whenever the table is rewritten, which the log does not report as changes of rows."""
     identity_kind: str
     """`pg_class.relreplident`: d default, i index, f full, n nothing."""
     identity: frozenset[str]
@@ -70,7 +70,7 @@ class TableDetails:
     schemas: frozenset[int]
     """Of itself and its ancestors."""
     columns: dict[str, list[int]]
-    """Number, type and type modifier of each: other ones where a column was altered, or another took its name."""
+    """Number, type and type modifier of each: they differ if the column was altered, or if another took its name."""
     is_inherited: bool
     """Whether other tables inherit from it, not as partitions: its rows are theirs too."""
     hides_rows: bool
@@ -85,7 +85,7 @@ class TableDetails:
 
     @property
     def files(self) -> frozenset[tuple[int, int]]:
-        """What its rows are stored in: another value where partitions came or went, or were written anew."""
+        """Where its rows are stored: differs if partitions were added, removed or rewritten."""
         return frozenset((member.oid, member.file) for member in self.members)
 
 
@@ -165,7 +165,7 @@ def read_table_details(connection: psycopg.Connection[Any], oids: Iterable[int])
 def table_problems(
     connection: psycopg.Connection[Any], details: TableDetails, column: str, server: Server
 ) -> list[Problem]:
-    """What keeps this table from being followed by this key column, its owner aside."""
+    """Why CDC is not possible for this table and key column; the owner is not considered."""
     version = connection.info.server_version
     table = details.table
     if table.kind in _KINDS:
@@ -237,14 +237,14 @@ def _without_primary_key(connection: psycopg.Connection[Any], table: Member, col
     reason = f"it is partitioned, and its primary key does not hold the column {column!r}"
     if not table.primary_key:
         names = [row[0] for row in connection.execute(_PARTITION_COLUMNS, [table.oid]).fetchall()]
-        if None not in names:  # else it is partitioned by an expression, over which there is no primary key
+        if None not in names:  # otherwise it is partitioned by an expression, which a primary key cannot contain
             listed = ", ".join(map(quoted, dict.fromkeys([column, *names])))
             return Problem(reason, f"ALTER TABLE {table.label} ADD PRIMARY KEY ({listed});")
     return Problem(reason, advice=_BATCH)
 
 
 def row_security_problem(details: TableDetails, server: Server) -> Problem:
-    """Policies decide which rows our role sees: that changes by what the log says nothing of."""
+    """Policies decide which rows our role sees, and the log does not report when that changes."""
     reason = f"row-level security decides which rows the user {server.user!r} sees, and the log does not say when that changes"
     statement = f"ALTER ROLE {quoted(server.user)} BYPASSRLS;"
     if details.is_owned and details.hides_rows_from_owner:
@@ -262,30 +262,30 @@ def owner_problem(details: TableDetails, server: Server) -> Problem:
     )
 
 
-# One that an administrator made in our name is as good as the right to make it.
+# A publication that an administrator made in our name replaces the right to make it.
 _PUBLISHED: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_publication_tables
                WHERE pubname ^@ 'embedd_' AND schemaname = %s AND tablename = %s)
 """
 
 
-def check_cdc_eligible(connection: psycopg.Connection[Any], followed: CdcTable, server: Server) -> None:
-    """Returns when the table can be followed, by whatever feed. Changes nothing.
+def check_cdc_eligible(connection: psycopg.Connection[Any], cdc_table: CdcTable, server: Server) -> None:
+    """Returns when CDC is possible for the table, in any stream. Changes nothing.
 
     Raises SourceRejected with all that is missing, SourceTableNotFound, SourceAccessDenied.
     """
-    relation = find_relation(connection, followed.table, server)
-    key = relation.key(followed.primary_key_column)
+    relation = find_relation(connection, cdc_table.table, server)
+    key = relation.key(cdc_table.primary_key_column)
     row = connection.execute(PREREQUISITES).fetchone()
     prerequisites = Prerequisites(*(row or ()))
     details = read_table_details(connection, [relation.oid]).get(relation.oid)
     if details is None:
-        raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=followed.table)
+        raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=cdc_table.table)
     problems = table_problems(connection, details, key.name, server)
     published = connection.execute(_PUBLISHED, [relation.schema, relation.name]).fetchone() == (True,)
     if not published and not details.is_owned and details.table.kind in "rp":
         problems.append(owner_problem(details, server))
-    # nobody has told us the name of the slot yet: one of ours in this database is taken for it
+    # the name of the slot is not known here: any slot of ours in this database counts
     problems += prerequisites.problems(
         server, for_publication=not published, for_slot=not prerequisites.has_slot_of_ours
     )

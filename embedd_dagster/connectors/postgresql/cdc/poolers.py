@@ -1,4 +1,4 @@
-"""Whether a connection has a session of its own, which following changes needs."""
+"""Whether a connection has its own server session, which CDC needs."""
 
 from __future__ import annotations
 

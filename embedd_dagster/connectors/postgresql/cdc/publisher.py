@@ -1,4 +1,4 @@
-"""Makes and mends the publication of a feed, and keeps it to the tables that are wanted.
+"""Creates and repairs the publication of a stream, and keeps it to the wanted tables.
 
 A publication that an administrator made is used as it is, and changed only where it would leave changes out.
 """
@@ -41,18 +41,18 @@ class PublishResult:
     """What became of the tables."""
 
     is_new: bool
-    """Whether there was no publication: whatever the slot has seen meanwhile, it cannot tell of our tables."""
+    """Whether there was no publication: what the slot has read meanwhile has no changes of our tables."""
     newly_subscribed: set[CdcTable] = field(default_factory=set)
     """Tables of which changes may not have been published until now."""
     rejected: dict[CdcTable, EmbeddError] = field(default_factory=dict)
     fingerprints: dict[CdcTable, PublicationFingerprint | None] = field(default_factory=dict)
-    """By what each is published now; None where it was taken out at this moment."""
+    """How each is published now; None if it was removed at this moment."""
 
 
 class Publisher:
     """Keeps the publication of one name to the tables that are wanted.
 
-    Every table is its own statement: one that is locked or gone does not hold up the others.
+    Every table is its own statement: a locked or dropped table does not delay the others.
     """
 
     def __init__(self, name: str, server: Server, options: StreamOptions) -> None:
@@ -61,7 +61,7 @@ class Publisher:
         self._identifier = sql.Identifier(name)
         self._server = server
         self._blocked_by: dict[int, frozenset[str]] = {}
-        """Tables that could not join, and the transactions that they wait for."""
+        """Tables that could not be added, and the transactions that they wait for."""
 
     def publish(
         self,
@@ -71,10 +71,10 @@ class Publisher:
         *,
         into_slot: bool,
     ) -> PublishResult:
-        """Publishes these tables, which must be fit for it, and no others as far as we may.
+        """Publishes these tables, which must be eligible, and removes others if we have the right to.
 
-        `known`: of those that were published until now, by what; None where that is not known, and taken to be unchanged.
-        `into_slot`: whether there is a slot to go on with. One that is made later waits for all that is open by itself.
+        `known`: how the tables were published until now; None if that is not known, and taken to be unchanged.
+        `into_slot`: whether a slot exists. A slot that is created later waits for all open transactions by itself.
         """
         publication = read_publication(connection, self._name)
         done = PublishResult(is_new=publication is None)
@@ -84,10 +84,10 @@ class Publisher:
         publication = self._drop_unwanted(connection, publication, {one.relation.oid for one in wanted})
         if lacking := publication.lacks(wanted):
             self._repair(connection, publication, wanted, lacking, done)
-        unchanged = {table for table, stamp in known.items() if stamp is None}
+        unchanged = {table for table, fingerprint in known.items() if fingerprint is None}
         fingerprints = {one.table: publication.fingerprint(one) for one in wanted if one.table not in unchanged}
         done.newly_subscribed.update(
-            table for table, stamp in fingerprints.items() if stamp and known.get(table) != stamp
+            table for table, fingerprint in fingerprints.items() if fingerprint and known.get(table) != fingerprint
         )
         done.newly_subscribed -= done.rejected.keys()
         self._add_missing(connection, publication, wanted, done)
@@ -105,7 +105,7 @@ class Publisher:
         return done
 
     def drop(self, connection: psycopg.Connection[Any]) -> None:
-        """The publication is gone, if it was ours."""
+        """Drops the publication, if it is ours."""
         publication = read_publication(connection, self._name)
         if publication is not None and publication.is_ours:
             connection.execute(SQL("DROP PUBLICATION IF EXISTS {}").format(self._identifier))
@@ -129,7 +129,7 @@ class Publisher:
         if not publication.is_ours:
             return publication
         for oid in publication.tables.keys() - wanted:
-            # One that is locked is tried again, one that is gone has left by itself.
+            # A locked one is tried again by the next call, a dropped one has left by itself.
             with suppress(errors.LockNotAvailable, errors.UndefinedTable, errors.UndefinedObject):
                 self._drop_table(connection, publication.tables[oid])
         kept = {oid: member for oid, member in publication.tables.items() if oid in wanted}
@@ -176,8 +176,8 @@ class Publisher:
             except psycopg.Error as error:
                 if connection.closed:
                     raise
-                refusal = translate(error, self._server, relation=first.relation.label)
-                done.rejected.update(dict.fromkeys(tables, refusal))
+                reason = translate(error, self._server, relation=first.relation.label)
+                done.rejected.update(dict.fromkeys(tables, reason))
             except EmbeddError as error:
                 done.rejected.update(dict.fromkeys(tables, error))
             else:
@@ -206,11 +206,11 @@ class Publisher:
     def await_commits(
         self, connection: psycopg.Connection[Any], wanted: Sequence[ResolvedTable], done: PublishResult
     ) -> None:
-        """To be called when a slot was made just now: holds back tables of which it may have left out a commit.
+        """Call it after creating a slot: withdraws tables of which the slot may have left out a commit.
 
-        A slot gives what commits after it was made. A commit that was logged before, and that waits for a standby since,
-        is neither given by it nor seen by a comparison. It looks like any open transaction: all of them are waited for.
-        Where no commit waits for a standby, one takes no longer than a moment, and what is open for longer will be given.
+        A slot gives what commits after it was created. A commit that was logged before, and that still waits for a standby,
+        is neither given by the slot nor visible to a sync. It looks like any open transaction, so all of them are awaited.
+        If commits do not wait for a standby, they take only a moment, and what stays open for longer will be given.
         """
         may_wait = commits_wait_for_a_standby(connection)
         seconds = self._options.commits_seconds if may_wait else self._options.writers_seconds
@@ -221,7 +221,7 @@ class Publisher:
     def _await_writers(
         self, connection: psycopg.Connection[Any], newly_subscribed: Sequence[ResolvedTable], seconds: float
     ) -> dict[int, tuple[ResolvedTable, frozenset[str]]]:
-        """Waits until the transactions end that have written to these tables by now; gives those that last."""
+        """Waits until the transactions that have written to these tables end; returns those that do not."""
         waiting = {one.relation.oid: (one, open_writers(connection, one)) for one in newly_subscribed}
         deadline = time.monotonic() + seconds
         while waiting := {oid: (one, left) for oid, (one, left) in waiting.items() if left}:
@@ -238,10 +238,10 @@ class Publisher:
         wanted: Sequence[ResolvedTable],
         done: PublishResult,
     ) -> None:
-        """Holds back tables until the transactions end that wrote to them before they were published.
+        """Removes tables again, until the transactions end that wrote to them before they were published.
 
-        What those wrote is never published, and no comparison can read it before they end. One that lasts keeps its
-        table out: in the publication are only tables of which nothing can be missing.
+        What those wrote is never published, and a sync cannot read it before they end. So the publication only has tables
+        of which nothing can be missing.
         """
         publication = self._read_again(connection) if waiting else None
         for oid, (one, left) in waiting.items():

@@ -1,9 +1,10 @@
-"""Following PostgreSQL's log by logical replication over plain SQL: the feed that puts slot, publication and messages together.
+"""The CDC stream of PostgreSQL: logical replication over plain SQL, from a slot, a publication and pgoutput's messages.
 
-The driver speaks no replication protocol. Instead the slot is peeked at from the confirmed position on, as far as the
-log reached when a read began, and advanced when that has been applied: what is not confirmed is given again.
+The driver has no replication protocol. Instead, a read peeks at the slot, from the confirmed position to the end that the log
+had when the read began. `confirm` advances the slot: what is not confirmed is given again.
 
-What the log does not tell is seen by `subscribe` in the tables' shapes (`postgresql_shapes`): such a table joins again.
+`subscribe` notices what the log does not report by the tables' fingerprints (`table_fingerprint`): such a table is newly
+subscribed.
 """
 
 from __future__ import annotations
@@ -65,24 +66,24 @@ from embedd_dagster.protocols.cdc import CdcTable, ChangeBatch, Lag, Subscriptio
 _NAME: Final = re.compile(r"[a-z0-9_]{1,50}")
 _SPOOL_BYTES: Final = 4 * 2**20
 
-# Of transactions that make slots and publications. Decoding a transaction of hours may take minutes, and a timeout would have
-# it begin again for ever; a server that is gone shows by TCP keepalives.
+# Of transactions that create slots and publications. Decoding a transaction of hours may take minutes, and a timeout would
+# make it start again for ever. TCP keepalives notice a server that is gone.
 STREAM_SETTINGS: Final[Mapping[str, str]] = MappingProxyType(
     {
         "statement_timeout": "0",
         "lock_timeout": "2s",  # behind a VACUUM or an ALTER TABLE: it is tried again
-        "synchronous_commit": "local",  # a standby that is away must not hold up what is done to the publication
+        "synchronous_commit": "local",  # a standby that is away must not delay changes of the publication
     }
 )
 
 
 class PostgresCdcStream:
-    """One slot and one publication of one name, in the database of these connections."""
+    """One slot and one publication of the same name."""
 
     def __init__(self, connections: SourceConnections, name: str, options: StreamOptions) -> None:
-        """`connections`: of this feed alone, of sessions that may write and whose statements may last."""
+        """`connections`: used by this stream alone; their sessions may write, and their statements have no timeout."""
         if not _NAME.fullmatch(name):
-            raise ValueError("a feed's name is of a-z, 0-9 and _, and of 50 characters at most")
+            raise ValueError("a stream's name has only a-z, 0-9 and _, and at most 50 characters")
         self._connections = connections
         self._server = connections.server
         self._name = name
@@ -96,7 +97,7 @@ class PostgresCdcStream:
         self._alterations = Alterations(())
         self._confirmed = 0
         self._quiet_to = 0
-        """Up to where there was found nothing beyond the confirmed position."""
+        """Up to here, nothing was found after the confirmed position."""
 
     def __enter__(self) -> Self:
         return self
@@ -107,7 +108,7 @@ class PostgresCdcStream:
         self.close()
 
     def close(self) -> None:
-        """Gives connections back; the server goes on keeping its log. Idempotent."""
+        """Closes connections; the server continues to keep its log. Idempotent."""
         self._closed = True
         self._disconnect()
         self._connections.close()
@@ -118,9 +119,9 @@ class PostgresCdcStream:
         known_position: str | None,
         known_fingerprints: Mapping[CdcTable, TableFingerprint | None],
     ) -> Subscription:
-        """See the Protocol. Some six short queries where nothing has changed.
+        """See the protocol. About six short queries if nothing has changed.
 
-        A table that an open transaction has written to joins when that has ended: until then it is rejected for now.
+        A table that an open transaction has written to is rejected until that transaction ends.
         """
         with self._session() as connection:
             status = read_slot_status(connection, self._name)
@@ -131,7 +132,7 @@ class PostgresCdcStream:
             begins = status.slot is None or lost is not None
             self._require_prerequisites(connection, status, begins=begins)
             if begins and status.slot is not None:
-                # Before anything is mended: should we die in between, the next one begins anew as well.
+                # Before anything is repaired: if this run dies in between, the next one starts again as well.
                 self._drop_slot(connection)
             wanted, rejected = self._tables.find_eligible(connection, list(dict.fromkeys(tables)))
             known_publications = {
@@ -192,10 +193,10 @@ class PostgresCdcStream:
         }
 
     def read(self, *, max_keys: int) -> Generator[ChangeBatch, None, None]:
-        """See the Protocol. If nothing has been logged it is two statements in one transaction.
+        """See the protocol. If nothing has been logged it is two statements in one transaction.
 
-        No statement is open while a batch is worked on: what was decoded is kept in a temporary file. A position may come
-        without any change, to let the log of other tables be forgotten too; it need not be confirmed at once.
+        No statement is open while a batch is applied: what was decoded is kept in a temporary file. A position may come without
+        a change, so that the log of other tables can be discarded too; it need not be confirmed at once.
         """
         if self._by_oid is None:
             raise RuntimeError("subscribe comes before read")
@@ -205,7 +206,7 @@ class PostgresCdcStream:
             end = status.end or 0
             begins_at = (status.slot.confirmed if status.slot else None) or 0
             if begins_at > self._confirmed:
-                # nobody but us confirms: what lies between would never be read
+                # only this stream confirms: what lies between would never be read
                 raise CdcPositionLost(f"{slot_label(self._name, self._server)} was moved on by somebody else.")
             given = self._confirmed = begins_at
             self._alterations.look(connection)
@@ -214,7 +215,7 @@ class PostgresCdcStream:
             return
         change_count = unconfirmed = 0
         while True:
-            # A peek begins at what is confirmed by now: what was given beyond that comes again, and is passed over.
+            # A peek begins at the confirmed position: what was given after that comes again, and is skipped.
             limit = max(self._options.peek_messages + unconfirmed, 2 * unconfirmed)
             with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES, prefix="embedd-") as spool:
                 batches, marks, at_end = self._fill(spool, end, given, limit, max_keys)
@@ -235,7 +236,7 @@ class PostgresCdcStream:
             self._quiet_to = end
 
     def confirm(self, position: str) -> None:
-        """Lets the server forget its log up to here. Idempotent. Raises CdcPositionLost where there is no slot any more."""
+        """Lets the server discard its log up to here. Idempotent. Raises CdcPositionLost if the slot is gone."""
         lsn = parse_lsn(position)
         if lsn <= self._confirmed:
             return
@@ -246,13 +247,13 @@ class PostgresCdcStream:
 
     @property
     def is_altered(self) -> bool:
-        """Whether the last `read` has found that a followed table was altered."""
+        """Whether the last `read` found that a subscribed table was altered."""
         return self._alterations.found
 
     def lag(self) -> Lag | None:
-        """How much log the server keeps for the slot, from its restart position on; None where there is no slot.
+        """How much log the server keeps for the slot, from its restart position on; None if there is no slot.
 
-        That lies before the confirmed position by what the transactions need that are open. On a connection of its own.
+        That lies before the confirmed position, by what open transactions need. On its own connection.
         """
         with translated(self._server), self._connections.borrow() as connection:
             lag_bytes = slot_lag_bytes(connection, self._name)
@@ -273,7 +274,7 @@ class PostgresCdcStream:
         return f"Run {removal_statement(self._name)} in database {self._server.database!r} at {self._server}."
 
     def drop(self) -> None:
-        """Slot and publication are gone; a publication that an administrator made stays. Idempotent."""
+        """Drops slot and publication; a publication that an administrator made stays. Idempotent."""
         with self._session() as connection:
             self._drop_slot(connection)
             self._publisher.drop(connection)
@@ -306,9 +307,9 @@ class PostgresCdcStream:
     def _fill(
         self, spool: IO[bytes], end: int, given: int, limit: int, max_keys: int
     ) -> tuple[ChangeBatches, list[tuple[str | None, int]], bool]:
-        """Puts the batches of one peek into the file.
+        """Writes the batches of one peek into the file.
 
-        Gives what made them; of each its position, and how many messages led up to it; and whether that was all.
+        Returns what made them, the position of each with the number of messages up to it, and whether that was all.
         """
         marks: list[tuple[str | None, int]] = []
 
@@ -333,9 +334,9 @@ class PostgresCdcStream:
 
     @contextmanager
     def _session(self) -> Iterator[ScopedConnection]:
-        """The feed's own connection, kept between calls; closed when the block raises what is not ours."""
+        """The stream's own connection, kept between calls; closed if the block raises an error that is not ours."""
         if self._closed:
-            raise SourceUnavailable(f"The feed {self._name!r} of {self._server} has been closed.")
+            raise SourceUnavailable(f"The CDC stream {self._name!r} of {self._server} has been closed.")
         try:
             if self._connection is None:
                 connection = self._connections.open()
@@ -356,7 +357,7 @@ class PostgresCdcStream:
         except MalformedMessage as error:
             self._disconnect()
             raise SourceRejected(
-                f"PostgreSQL at {self._server} sent what is no message of pgoutput: {error}."
+                f"PostgreSQL at {self._server} sent what is not a message of pgoutput: {error}."
             ) from None
         except BaseException:
             self._disconnect()
@@ -369,7 +370,7 @@ class PostgresCdcStream:
 
     @contextmanager
     def _slot_errors(self, connection: psycopg.Connection[Any]) -> Iterator[None]:
-        """What a function of slots says is wrong, told by looking: versions differ in their states, and their texts."""
+        """Finds out what is wrong with the slot by reading its status: SQLSTATEs and texts differ between versions."""
         try:
             yield
         except errors.ObjectInUse:

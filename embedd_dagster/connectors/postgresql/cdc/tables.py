@@ -1,4 +1,4 @@
-"""The tables that a feed is asked to follow, found in the database by their names, and found again cheaply."""
+"""The tables of a stream: resolved in the database by their names, and found again cheaply."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from embedd_dagster.protocols.cdc import CdcTable
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTable:
-    """A table that is to be followed, found in the database."""
+    """A CDC table, found in the database."""
 
     table: CdcTable
     relation: Relation
@@ -27,12 +27,12 @@ class ResolvedTable:
 
     @property
     def oids(self) -> list[int]:
-        """Under which its rows may be logged: its own, and those of its partitions and of what it is a partition of."""
+        """The OIDs under which its rows may be logged: its own, its partitions', and those of its partitioned ancestors."""
         return [*(member.oid for member in self.details.members), *self.details.ancestors]
 
 
 class CdcTables:
-    """Finds tables as every source does, and remembers what was found for as long as the name means it."""
+    """Finds tables as every source does, and remembers each for as long as its name means the same table."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -41,10 +41,10 @@ class CdcTables:
     def find_eligible(
         self, connection: psycopg.Connection[Any], tables: Sequence[CdcTable]
     ) -> tuple[list[ResolvedTable], dict[CdcTable, EmbeddError]]:
-        """Those that can be followed, as they are now; and of the others, why not. Two queries where nothing has changed."""
+        """The eligible ones as they are now, and an error for each of the others. Two queries if nothing has changed."""
         known = {table: self._known[table] for table in tables if table in self._known}
         meant = resolve_names(connection, {table.table for table in known})
-        all_details = _states(connection, known.values())
+        all_details = _details_of(connection, known.values())
         rejected: dict[CdcTable, EmbeddError] = {}
         found: dict[CdcTable, ResolvedTable] = {}
         for table in tables:
@@ -79,7 +79,7 @@ class CdcTables:
         return one is not None and one.details.hides_rows
 
 
-def _states(connection: psycopg.Connection[Any], known: Iterable[ResolvedTable]) -> dict[int, TableDetails]:
+def _details_of(connection: psycopg.Connection[Any], known: Iterable[ResolvedTable]) -> dict[int, TableDetails]:
     known = list(known)
     if not known:
         return {}
@@ -95,7 +95,7 @@ def _is_same(one: ResolvedTable, details: TableDetails) -> bool:
 def _renamed(
     table: CdcTable, before: ResolvedTable | None, all_details: dict[int, TableDetails]
 ) -> SourceTableNotFound | None:
-    """What became of a table that is not found by its name any more, if it is still there."""
+    """An error that names the new name of a table that was renamed; None if it was not."""
     details = all_details.get(before.relation.oid) if before else None
     if before is None or details is None or details.table.label == before.relation.label:
         return None

@@ -1,4 +1,4 @@
-"""What a database cannot hold, such as a character that its encoding lacks. It only says that there is one: found by halves."""
+"""Values that a database cannot hold, such as a character that its encoding lacks. Bisection finds which ones."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EQUALITIES = {
 
 
 def find_rejected(count: int, attempt: Callable[[int, int], None]) -> dict[int, ValueRejected]:
-    """Those of `count` things that an attempt at them is refused for; `attempt(start, stop)` is made until all others are in."""
-    refused: dict[int, ValueRejected] = {}
+    """The errors of the items that are rejected, by index. `attempt(start, stop)` is called until all other items succeed."""
+    rejected: dict[int, ValueRejected] = {}
     parts = [(0, count)] if count else []
     while parts:
         start, stop = parts.pop()
@@ -27,15 +27,15 @@ def find_rejected(count: int, attempt: Callable[[int, int], None]) -> dict[int, 
             attempt(start, stop)
         except ValueRejected as error:
             if stop - start == 1:
-                refused[start] = error
+                rejected[start] = error
                 continue
             middle = (start + stop) // 2
             parts += [(middle, stop), (start, middle)]
-    return refused
+    return rejected
 
 
 def write_holdable(points: PointBatch, write: Callable[[PointBatch], None]) -> dict[int, RowError]:
-    """Writes every point that the database can hold; why it cannot hold the others, by their index."""
+    """Writes every point that the database can hold; returns why it cannot hold the others, by their index."""
 
     def attempt(start: int, stop: int) -> None:
         write(points if stop - start == len(points) else points.part(start, stop))

@@ -26,7 +26,7 @@ _PROGRESS: Final = sql.SQL("""
 def reported_build(database: Database, place: Place, report: ReportIndexed, seconds: float) -> Iterator[None]:
     """Calls `report` at this interval, from another thread, while an index over the table is built in the block.
 
-    PostgreSQL counts the blocks of the table that it has read; they are told as that share of the rows. What `report` raises
+    PostgreSQL counts the blocks of the table that it has read; `report` gets that share of the rows. What `report` raises
     is raised at the end of the block.
     """
     ended = threading.Event()

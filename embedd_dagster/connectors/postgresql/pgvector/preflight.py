@@ -15,7 +15,7 @@ from embedd_dagster.errors import VectorStoreRejected
 def find_schema(connection: ScopedConnection, database: Database, schema: str | None) -> str:
     """Where sets can be made: `schema`, or the first of the search path that may be written.
 
-    Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected where there is no such schema.
+    Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected if there is no such schema.
     """
     path = [schema] if schema else [name for name in role_schemas(connection) if not name.startswith("pg_")]
     row = connection.execute(
@@ -45,7 +45,7 @@ def find_schema(connection: ScopedConnection, database: Database, schema: str | 
 
 
 def find_vector_schema(connection: ScopedConnection, database: Database) -> str:
-    """The schema that pgvector's names are in; it is installed where it is not.
+    """The schema that pgvector's names are in; installs pgvector if it is missing.
 
     Raises SourceAccessDenied or VectorStoreRejected with the SQL that an administrator has to run.
     """

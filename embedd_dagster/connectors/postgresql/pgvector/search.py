@@ -1,4 +1,4 @@
-"""The nearest rows of a set's table: by the index, or one by one where a filter leaves few."""
+"""The nearest rows of a set's table: by the index, or one by one if a filter leaves few."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.vector_table import FilterType
 
 FoundRow = tuple[Any, float, dict[str, Any], str]
-"""Key as read, cosine distance (NaN where there is none), metadata, embedded text."""
+"""Key as read, cosine distance (NaN if there is none), metadata, embedded text."""
 
 _TIMEOUT_SECONDS: Final = 30.0
 _EXACT_NUMBERS: Final = 4_000_000
@@ -77,7 +77,7 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
 
 
 def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Composable]:
-    # all literals: a parameter beside them would make every `%` in a column's name a placeholder
+    # all literals: a parameter next to them would make every `%` in a column's name a placeholder
     vectors, dimensions = sql.Identifier(query.vector_schema), len(query.vector)
     asked = sql.SQL("{}::{}.vector").format(sql.Literal(vector_literal(query.vector)), vectors)
     return {

@@ -64,7 +64,7 @@ _WRITERS: Final = 4
 class PgvectorStore:
     """An open platform store. Safe to use from several threads.
 
-    Its tables carry the comment `embedd:<vector table id>`; what does not is somebody else's and never touched. A vector of
+    Its tables carry the comment `embedd:<vector table id>`; what does not belongs to others and is never touched. A vector of
     zeros has no direction: it is stored and counted, and never found.
     """
 
@@ -141,7 +141,7 @@ class PgvectorStore:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
 
         A new set has none to remove: it is tried without, which saves a bulk load a tenth of its time. To merge from a
-        staging table instead would cost 30 %. Rows that the database cannot hold are found by halves.
+        staging table instead would cost 30 %. Rows that the database cannot hold are found by bisection.
         """
         with self._writers:
             rejected = write_holdable(points, partial(self._write, vector_set))
@@ -239,7 +239,7 @@ class PgvectorStore:
         )
 
     def count(self, vector_set: VectorSet) -> int:
-        """The exact number of points; 0 where the table does not exist."""
+        """The exact number of points; 0 if the table does not exist."""
         query = sql.SQL("SELECT count(*) FROM {}").format(self._table(vector_set).identifier)
         try:
             with self._database.transaction() as connection:
@@ -311,12 +311,12 @@ class PgvectorStore:
         return sorted({int(number) for number in numbers if number.isdecimal()})
 
     def drop(self, vector_table_id: str, version: int) -> None:
-        """Removes a table, with the public view where that shows it; views of users over the table are in the way."""
+        """Removes a table, with the public view if that shows it. Raises VectorStoreRejected if users' views depend on it."""
         table = self._place(vector_table_id, f"embedd_{vector_table_id}_v{version}")
         self._database.with_locks(lambda connection: drop_table(connection, table))
 
     def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
-        """Removes the view; views of users over it are in the way."""
+        """Removes the view. Raises VectorStoreRejected if users' views depend on it."""
         view = self._place(vector_table_id, view_name(public_name))
         self._database.with_locks(lambda connection: drop_view(connection, view))
 
@@ -344,7 +344,7 @@ class PgvectorStore:
         }
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes connections. Idempotent."""
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -363,7 +363,7 @@ class PgvectorStore:
             return self._vector_schema
 
     def _home(self, vector_table_id: str) -> str:
-        """The schema of the vector table's objects: where they are, whatever the search path has become since."""
+        """The schema of the vector table's objects: where they are, even if the search path has changed since."""
         home = self._homes.get(vector_table_id)
         if home is not None:
             return home
