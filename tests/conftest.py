@@ -20,6 +20,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from embedd_dagster.stack.postgres import EmbeddedPostgres, open_temporary_postgres
 
+pytest_plugins = ["tests.support.synchronous_standby"]
+
 # The same examples in every run: what fails for one fails for all, and whoever runs the tests first does not find what others
 # did not. `make fuzz` draws others. The machine may be as slow as it is.
 _ANY_SPEED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}

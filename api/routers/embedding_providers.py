@@ -28,15 +28,13 @@ from api.strict_json import StrictRoute
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.connectors.embedders import open_embedder
-from embedd_dagster.connectors.postgresql.hosts import allowed_addresses
+from embedd_dagster.connectors.network import AddressForbidden, NameUnknown, vetted_addresses
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.engine.question import embed_question
 from embedd_dagster.errors import (
     EmbeddError,
     EmbeddingRejected,
     RowError,
-    SourceRejected,
-    SourceUnavailable,
     ValidationFailed,
 )
 
@@ -104,14 +102,15 @@ def _check_address(caller: Caller, base_url: str) -> None:
     """Refuses addresses that the service must not connect to; a name that does not resolve yet may pass."""
     parts = urlsplit(base_url)
     try:
-        allowed_addresses(
+        vetted_addresses(
             parts.hostname or "",
             parts.port or (443 if parts.scheme == "https" else 80),
             deny_private_networks=caller.state.settings.deny_private_networks,
         )
-    except SourceRejected as error:
-        raise ValidationFailed(f"credentials.base_url: {error.message}", resolution=error.resolution) from None
-    except SourceUnavailable:
+    except AddressForbidden as error:
+        message, resolution = error.for_host(parts.hostname or "")
+        raise ValidationFailed(f"credentials.base_url: {message}", resolution=resolution) from None
+    except NameUnknown:
         return
 
 

@@ -93,7 +93,7 @@ def heartbeat(session: Session, connection_id: str, run_id: str, lag_bytes: int 
 
 
 def advance(
-    session: Session, connection_id: str, *, position: int | None = None, caught_up_at: datetime | None = None
+    session: Session, connection_id: str, *, position: str | None = None, caught_up_at: datetime | None = None
 ) -> None:
     """Records a position before the source is told, and when nothing was left to apply."""
     values = {"position": position, "caught_up_at": caught_up_at}

@@ -294,8 +294,8 @@ class ChangeFeed(Base):
     connection_id: Mapped[str] = mapped_column(ForeignKey("connections.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str]
     """What it made in the source is named by this: a slot and a publication in PostgreSQL."""
-    position: Mapped[int | None]
-    """Never behind what the source was told that it may forget."""
+    position: Mapped[str | None]
+    """Text that only the connector reads. Never behind what the source was told that it may forget."""
     lag_bytes: Mapped[int | None]
     caught_up_at: Mapped[datetime | None]
     """When a read began that found nothing which has not been applied since."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.source import Source
 
@@ -21,6 +22,7 @@ def open_source(
     deny_private_networks: bool = False,
     allow_unix_sockets: bool = False,
     silence_seconds: float = 60.0,
+    current_deadline: DeadlineSource = no_deadline,
 ) -> Source:
     """The source of this provider, which connects when it is first used; to be closed.
 
@@ -33,6 +35,7 @@ def open_source(
             operators. Link-local addresses and metadata services are refused always.
         allow_unix_sockets: Whether the host may be the directory of a Unix socket; then a password is needed.
         silence_seconds: After so long without a byte, the server is asked whether it still works.
+        current_deadline: Says until when the present operation may wait for the source.
 
     Raises:
         ConfigurationError: The provider is unknown, or a credential is missing or malformed.
@@ -47,6 +50,7 @@ def open_source(
             deny_private_networks=deny_private_networks,
             allow_unix_sockets=allow_unix_sockets,
             silence_seconds=silence_seconds,
+            current_deadline=current_deadline,
         )
     raise ConfigurationError(
         f"{provider!r} is no known source provider.", resolution=f"Known providers: {', '.join(PROVIDERS)}."

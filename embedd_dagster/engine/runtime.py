@@ -12,6 +12,7 @@ from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.connectors import embedders, sources, stores
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.embedder import Embedder
 from embedd_dagster.protocols.source import Source
@@ -42,12 +43,13 @@ class Runtime:
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
             silence_seconds=self.settings.database_silence_seconds,
+            current_deadline=current_deadline,
         )
 
     def open_store(self, mode: Mode, connection: Connection, *, read_timeout_seconds: float | None = None) -> Store:
         """Where vectors of this mode live; the caller closes it. Raises SecretUnreadable."""
         if mode is Mode.PLATFORM:
-            return self.open_platform_store(connection)
+            return self.open_platform_store(connection, read_timeout_seconds=read_timeout_seconds)
         api_key = self.settings.qdrant_api_key
         return stores.open_qdrant(
             self.settings.qdrant_url,
@@ -55,15 +57,20 @@ class Runtime:
             read_timeout_seconds=read_timeout_seconds,
         )
 
-    def open_platform_store(self, connection: Connection) -> PlatformStore:
+    def open_platform_store(
+        self, connection: Connection, *, read_timeout_seconds: float | None = None
+    ) -> PlatformStore:
         """The store inside a connection's own database; the caller closes it. Raises SecretUnreadable."""
         credentials = connections.open_credentials(connection, self.box)
         return stores.open_platform_store(
             connection.provider,
             credentials,
+            # libpq takes whole seconds, from 2 on
+            connect_timeout_seconds=max(2, min(10, round(read_timeout_seconds or 10))),
             deny_private_networks=self.settings.deny_private_networks,
             allow_unix_sockets=self.settings.allow_unix_sockets,
             silence_seconds=self.settings.database_silence_seconds,
+            current_deadline=current_deadline,
         )
 
     def open_embedder(

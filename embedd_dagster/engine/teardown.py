@@ -9,9 +9,9 @@ from functools import partial
 from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
-from embedd_dagster.postgresql import deadline
 
 _DROP_SECONDS = 10.0
 

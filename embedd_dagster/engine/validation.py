@@ -21,6 +21,7 @@ from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors import sources
 from embedd_dagster.core.models import PROVIDER_HOSTS, ProviderKind, check_model
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, check_columns
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
     ConfigurationError,
@@ -59,6 +60,7 @@ def open_source_briefly(
         statement_timeout_seconds=min(statement_timeout_seconds, patience),
         deny_private_networks=runtime.settings.deny_private_networks,
         allow_unix_sockets=runtime.settings.allow_unix_sockets,
+        current_deadline=current_deadline,
     )
 
 

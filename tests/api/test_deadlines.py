@@ -17,7 +17,6 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
 from api import external_calls
-from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -125,10 +124,7 @@ def test_a_hung_provider_in_its_test(built: Built, hung: Hung) -> None:
     assert "did not answer" in answer["error"]
 
 
-def test_a_hung_store(
-    built: Built, hung: Hung, app_with: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pgvector_database, "_CONNECT_SECONDS", 2)
+def test_a_hung_store(built: Built, hung: Hung, app_with: Callable[..., TestClient]) -> None:
     tenant = built.tenant
     table = tenant.get(built.path).json()
     if table["mode"] == "managed":

@@ -15,7 +15,6 @@ from typing import Final
 
 from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine.cdc.lease import FeedLease, LogTooLong
 from embedd_dagster.engine.cdc.report import FollowReport, Reports
 from embedd_dagster.engine.cdc.table import Following
@@ -79,11 +78,6 @@ def follow(
         lease.end(trouble)
 
 
-def _address(connection: Connection) -> tuple[object, ...]:
-    """What says which log a connection leads to."""
-    return tuple(connection.settings.get(name) for name in ("host", "port", "database"))
-
-
 class Follower:
     """One run's following of one connection."""
 
@@ -129,7 +123,7 @@ class Follower:
 
     def run(self) -> str:
         """Follows; why it has ended."""
-        self._lease.begin(self._feed.lag_bytes)
+        self._lease.begin(self._feed.lag)
         attached_at: float | None = None
         outage_wait = wait = 0.0
         while True:
@@ -172,7 +166,7 @@ class Follower:
             connection = connections.find(session, self._lease.connection_id)
             rows = change_feeds.followed(session, self._lease.connection_id)
         if connection is None or connection.updated_at != self._connection.updated_at:
-            if connection is not None and _address(connection) != _address(self._connection):
+            if connection is not None and not self._feed.reads_log_of(connection.settings):
                 self._leave_server()
             return "The connection was changed: another run goes on with it."
         self._tables.take_up(rows)
@@ -183,7 +177,7 @@ class Follower:
                 change_feeds.remove(session, self._lease.connection_id)
             return "No table of this connection is to be followed any more."
         attachment = self._feed.subscribe(self._tables.sources, self._position, self._tables.shapes)
-        for key in self._tables.ids(attachment.joined):
+        for key in self._tables.ids(attachment.newly_subscribed):
             self._tables.by_id[key].forget_reader()
         self._record(attachment)
         return None
@@ -193,16 +187,15 @@ class Follower:
         try:
             self._feed.drop()
         except EmbeddError as error:
-            name = self._lease.feed_name
-            self._log(
-                f"{error.message} Run SELECT pg_drop_replication_slot('{name}') where the connection led to before."
-            )
+            self._log(f"{error.message} {self._feed.removal_advice}")
 
     def _record(self, attachment: Subscription) -> None:
         begins_anew = self._position is None or attachment.lost is not None
-        joined = self._tables.ids(attachment.joined)
-        shapes = {key: shape for source, shape in attachment.shapes.items() for key in self._tables.ids([source])}
-        refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
+        joined = self._tables.ids(attachment.newly_subscribed)
+        shapes = {
+            key: shape for source, shape in attachment.table_fingerprints.items() for key in self._tables.ids([source])
+        }
+        refused = {key: error for source, error in attachment.rejected.items() for key in self._tables.ids([source])}
         instant = time.monotonic()
         held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
@@ -251,7 +244,7 @@ class Follower:
                         self._confirm(position, None, changed=True)
         self._confirm(position, begun_at, changed=changes > 0)
 
-    def _confirm(self, position: int | None, caught_up_at: datetime | None, *, changed: bool) -> None:
+    def _confirm(self, position: str | None, caught_up_at: datetime | None, *, changed: bool) -> None:
         instant = time.monotonic()
         # the log moves with every write to the server, ours among them: that alone is no reason to write again
         idle = not changed and instant - self._confirmed_at < _IDLE_CONFIRM_SECONDS

@@ -10,9 +10,10 @@ from datetime import datetime, timedelta
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import change_feeds
+from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, RunCancelled, RunSuperseded, TransientError
-from embedd_dagster.postgresql import deadline
+from embedd_dagster.protocols.cdc import Lag
 
 
 class LogTooLong(EmbeddError):
@@ -40,7 +41,7 @@ class FeedLease:
         self._should_stop = should_stop
         self._ended = threading.Event()
         self._stopped_by: BaseException | None = None
-        self._lag_bytes: Callable[[], int | None] = lambda: None
+        self._lag: Callable[[], Lag | None] = lambda: None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.lag_bytes: int | None = None
         self.trouble: str | None = None
@@ -56,9 +57,9 @@ class FeedLease:
         self.feed_name = feed.name
         self.known_position = feed.position
 
-    def begin(self, lag_bytes: Callable[[], int | None]) -> None:
+    def begin(self, lag: Callable[[], Lag | None]) -> None:
         """Begins to give heartbeats, and to look how much log the source keeps."""
-        self._lag_bytes = lag_bytes
+        self._lag = lag
         self._heart.start()
 
     def end(self, error: str | None) -> None:
@@ -88,7 +89,7 @@ class FeedLease:
         """A catalog transaction that reads."""
         return self._runtime.catalog.transaction()
 
-    def advance(self, session: Session, *, position: int | None, caught_up_at: datetime | None = None) -> None:
+    def advance(self, session: Session, *, position: str | None, caught_up_at: datetime | None = None) -> None:
         """Records a position before the source is told, and when nothing was left to apply."""
         change_feeds.advance(session, self.connection_id, position=position, caught_up_at=caught_up_at)
 
@@ -115,9 +116,10 @@ class FeedLease:
         """What is wrong at this moment, if anything."""
         try:
             with deadline(self._settings.heartbeat_seconds):  # a source that hangs must not keep the heartbeat back
-                self.lag_bytes = self._lag_bytes()
+                lag = self._lag()
         except EmbeddError as error:
             return self.trouble or error.message
+        self.lag_bytes = lag.amount if lag is not None and lag.unit == "bytes" else None
         limit = self._settings.cdc_max_lag_bytes
         if not limit or self.lag_bytes is None or self.lag_bytes <= limit:
             return self.trouble

@@ -13,7 +13,7 @@ from sqlalchemy import select
 
 from embedd_dagster.catalog import change_feeds, vector_tables
 from embedd_dagster.catalog.tables import Task
-from embedd_dagster.connectors.postgresql import connection as postgresql_connections
+from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.cdc.tables import CdcTables
 from embedd_dagster.errors import CatalogUnavailable
@@ -259,7 +259,7 @@ def test_a_locked_table_does_not_hold_up_the_others(
     other.run()
     eventually(lambda: is_followed(other) and settled(other))
     follower.stop()
-    monkeypatch.setitem(postgresql_connections._SETTINGS, "lock_timeout", "200ms")
+    monkeypatch.setattr(PostgresSource, "lock_timeout_seconds", 0.2)
     product.sql(INSERT, 9700)
     with psycopg.connect(product.database_url) as locker:
         locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
