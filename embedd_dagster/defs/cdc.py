@@ -11,9 +11,9 @@ from datetime import datetime, timedelta
 import dagster as dg
 from pydantic import Field
 
-from embedd_dagster.catalog import change_feeds, run_heartbeats
+from embedd_dagster.catalog import cdc, run_heartbeats
 from embedd_dagster.catalog.clock import database_now
-from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.liveness import CODE_SERVER_STARTED_AT, LifeSigns, Patience, why_gone
@@ -116,7 +116,7 @@ class FollowerPlan:
 
 def plan_followers(
     to_follow: Iterable[str],
-    feeds: Mapping[str, ChangeFeed],
+    feeds: Mapping[str, CdcStreamRow],
     runs: Sequence[FollowerRun],
     instant: datetime,
     *,
@@ -145,11 +145,11 @@ def plan_followers(
     return FollowerPlan(tuple(launches), dead)
 
 
-def _is_to_renew(run: FollowerRun, feed: ChangeFeed, before: datetime) -> bool:
+def _is_to_renew(run: FollowerRun, feed: CdcStreamRow, before: datetime) -> bool:
     return feed.dagster_run_id == run.run_id and feed.claimed_at is not None and feed.claimed_at <= before
 
 
-def _is_dead(run: FollowerRun, feed: ChangeFeed | None, patience: Patience) -> bool:
+def _is_dead(run: FollowerRun, feed: CdcStreamRow | None, patience: Patience) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
         return patience.silence_counts and patience.now - feed.heartbeat_at > patience.stale_after
     return why_gone(run.status, run.signs, patience) is not None
@@ -180,8 +180,8 @@ def keep_following(
         runtime = open_runtime()
         with runtime.catalog.transaction() as session:
             instant = database_now(session)
-            to_follow = change_feeds.connections_to_follow(session)
-            feeds = {feed.connection_id: feed for feed in change_feeds.all_feeds(session)}
+            to_follow = cdc.connections_with_cdc(session)
+            feeds = {feed.connection_id: feed for feed in cdc.all_streams(session)}
             heartbeats = run_heartbeats.latest(session, [run.run_id for run in runs])
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())

@@ -11,7 +11,7 @@ import pytest
 
 from embedd_dagster.catalog import vector_tables
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.defs.cdc import FollowerPlan, FollowerRun, Launch, follow_job, keep_following, plan_followers
 from embedd_dagster.defs.liveness import LifeSigns
 from embedd_dagster.defs.reconcile.observe import Memory
@@ -22,14 +22,14 @@ NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 RUN = FollowerRun("r1", "conn_a")
 
 
-def _feed(**values: Any) -> ChangeFeed:
+def _feed(**values: Any) -> CdcStreamRow:
     given = {"dagster_run_id": "r1", "claimed_at": NOW - timedelta(minutes=9), "heartbeat_at": NOW, **values}
-    return ChangeFeed(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
+    return CdcStreamRow(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
 
 
 def _plan(
     *runs: FollowerRun,
-    feed: ChangeFeed | None = None,
+    feed: CdcStreamRow | None = None,
     follow: bool = True,
     silence_counts: bool = True,
 ) -> FollowerPlan:
@@ -133,7 +133,9 @@ def test_a_follower_is_not_buried_for_the_catalogs_silence(
     with runtime.catalog.transaction() as session:
         long_ago = datetime.now(UTC) - timedelta(hours=1)
         values = {"dagster_run_id": run.run_id, "claimed_at": long_ago, "heartbeat_at": long_ago}
-        session.add(ChangeFeed(connection_id=connection_id, name="embedd_a", failures=0, created_at=long_ago, **values))
+        session.add(
+            CdcStreamRow(connection_id=connection_id, name="embedd_a", failures=0, created_at=long_ago, **values)
+        )
     memory = Memory()
     if outage:
         away = Runtime(runtime.settings, Catalog("postgresql://nobody@127.0.0.1:1/none"), runtime.box)

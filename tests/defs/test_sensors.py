@@ -346,7 +346,7 @@ def test_a_newer_configuration_waits(tick: Any, tables: Any, kind: str) -> None:
         tables.task(key, TaskType.SYNC, created_at=now())
     else:
         with tables.runtime.catalog.transaction() as session:
-            vector_tables.pause(session, vector_tables.find(session, key))
+            vector_tables.pause(vector_tables.find(session, key))
     tables.reconfigure(key)
     assert not requests(tick())
 

@@ -201,7 +201,7 @@ def test_a_paused_vector_table_is_left_alone_but_for_a_person(
     location: ModuleType, built: Product, instance: dg.DagsterInstance
 ) -> None:
     with built.runtime.catalog.transaction() as session:
-        vector_tables.pause(session, vector_tables.get(session, built.environment_id, built.vector_table_id, lock=True))
+        vector_tables.pause(vector_tables.get(session, built.environment_id, built.vector_table_id, lock=True))
     (request,) = tick(location, instance, location.products_at_six)
     task = built.latest_task()
     result = execute(

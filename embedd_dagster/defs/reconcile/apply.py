@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import partitions, tasks, vector_tables
 from embedd_dagster.catalog.partitions import RunLabel
-from embedd_dagster.catalog.resyncs import OwedSync
+from embedd_dagster.catalog.resyncs import PendingResync
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import SyncStatus, TaskType
@@ -158,7 +158,7 @@ class Enactor:
     def _begin_rebackfill(self, vector_table_id: str, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id, lock=True)
-            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_held:
+            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_rebuild_suppressed:
                 return []
             try:
                 task = tasks.create(
@@ -169,7 +169,7 @@ class Enactor:
             task_id, label = task.id, RunLabel.of(table)
         return [run_request(task_id, label, TaskType.REBACKFILL, f"{task_id}:0", place)]
 
-    def _begin_owed_sync(self, owed: OwedSync, place: QueuePlace) -> list[dg.RunRequest]:
+    def _begin_owed_sync(self, owed: PendingResync, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, owed.vector_table_id, lock=True)
             if table is None or table.deleted_at is not None or table.paused or table.live_version is None:

@@ -67,7 +67,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
         wanted = catalog_partitions.present_keys(session)
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
-        owed = tuple(resyncs.owed(session, _OWED_SYNCS_AT_ONCE))
+        owed = tuple(resyncs.due(session, _OWED_SYNCS_AT_ONCE))
         given_up = _still_to_do(session, backfills.given_up, wanted)
         waiting = {*(task.vector_table_id for task in live), *awaiting, *(one.vector_table_id for one in owed)}
         places = _places(session, sorted(waiting | {work.vector_table_id for work in given_up}))

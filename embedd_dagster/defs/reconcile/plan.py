@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import dagster as dg
 
-from embedd_dagster.catalog.resyncs import OwedSync
+from embedd_dagster.catalog.resyncs import PendingResync
 from embedd_dagster.core.fairness import QueuePlace, is_small
 from embedd_dagster.core.status import TaskStatus, TaskType
 from embedd_dagster.defs.backfills import GivenUpWork
@@ -85,7 +85,7 @@ class Observation:
     wanted_partitions: Mapping[str, str]
     """The partition keys of the vector tables that are not being deleted, by id."""
     awaiting_rebackfill: tuple[str, ...] = ()
-    owed_syncs: tuple[OwedSync, ...] = ()
+    owed_syncs: tuple[PendingResync, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
     partition_keys: frozenset[str] = frozenset()
     runs_in_flight: tuple[RunFact, ...] = ()
@@ -162,7 +162,7 @@ class Plan:
     partitions_to_move: Mapping[str, str] = field(default_factory=dict)
     """Of those to delete, the ones that were named by an id, with the key under which their history belongs now."""
     rebackfills: tuple[str, ...] = ()
-    syncs: tuple[OwedSync, ...] = ()
+    syncs: tuple[PendingResync, ...] = ()
     given_up: tuple[GivenUpWork, ...] = ()
     tasks: tuple[TaskDecision, ...] = ()
     runs: tuple[RunDecision, ...] = ()
@@ -182,7 +182,7 @@ def plan(seen: Observation, limits: Limits) -> Plan:
         partitions_to_delete=to_delete,
         partitions_to_move=to_move,
         rebackfills=tuple(one for one in launches if isinstance(one, str)),
-        syncs=tuple(one for one in launches if isinstance(one, OwedSync)),
+        syncs=tuple(one for one in launches if isinstance(one, PendingResync)),
         given_up=tuple(one for one in launches if isinstance(one, GivenUpWork)),
         tasks=(*settled, *(one for one in launches if isinstance(one, TaskDecision))),
         runs=tuple(judge_runs(seen, settled, limits)),
@@ -190,7 +190,7 @@ def plan(seen: Observation, limits: Limits) -> Plan:
     )
 
 
-Launchable: TypeAlias = TaskDecision | str | OwedSync | GivenUpWork
+Launchable: TypeAlias = TaskDecision | str | PendingResync | GivenUpWork
 
 
 def _choose_launches(seen: Observation, decisions: Sequence[TaskDecision], limits: Limits) -> list[Launchable]:
