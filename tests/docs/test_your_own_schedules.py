@@ -16,10 +16,11 @@ import dagster as dg
 import pytest
 
 from embedd_dagster.catalog import vector_tables
+from embedd_dagster.core.run_names import TASK_TAG
 from embedd_dagster.core.status import SyncStatus
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.defs import resources
-from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.tags import OUTCOME_TAG
 from embedd_dagster.settings import get_settings
 from tests.engine.conftest import Product
 
