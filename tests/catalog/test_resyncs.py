@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from datetime import timedelta
 
 import pytest
 
-from embedd_dagster.catalog import cdc, connections, environments, resyncs, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import (
+    cdc,
+    connections,
+    environments,
+    failed_rows,
+    resyncs,
+    tasks,
+    vector_sets,
+    vector_tables,
+)
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
+from embedd_dagster.catalog.failed_rows import RowFailure
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import SecretBox, new_encryption_key
 from embedd_dagster.catalog.tables import CdcStreamRow, VectorSetRow, VectorTable
@@ -201,3 +212,16 @@ def test_the_hundredth_bad_end_in_a_row_delays_like_the_tenth(table: _Table) -> 
         assert ended is not None
         assert ended.next_start_at is not None
         assert timedelta(minutes=4) < ended.next_start_at - now() <= timedelta(minutes=5)
+
+
+def test_a_row_whose_key_is_longer_than_an_index_takes_can_fail_and_be_cleared(table: _Table) -> None:
+    key = "".join(hashlib.sha256(str(number).encode()).hexdigest() for number in range(80))  # 5 KB, not compressible
+    failure = RowFailure(key, 1, 0, "embed", "refused", "The provider refused it.")
+    with table.catalog.transaction() as session:
+        vector_set = vector_sets.as_vector_set(vector_sets.get(session, table.id, 1), "products")
+        for _attempt in range(2):
+            failed_rows.record(session, vector_set, [failure])
+        assert [found.key for found in failed_rows.fingerprints(session, vector_set)] == [key]
+        assert [row.attempts for row in failed_rows.page(session, table.id, 10, None).items] == [2]
+        failed_rows.clear(session, vector_set, [key])
+        assert failed_rows.count(session, table.id, 1) == 0
