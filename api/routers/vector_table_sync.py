@@ -21,7 +21,7 @@ from api.schemas.vector_table_sync import (
     SyncStatusAnswer,
 )
 from api.strict_json import StrictRoute
-from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import cdc, failed_rows, resyncs, table_details, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
@@ -46,21 +46,22 @@ def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatu
 
 def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     status = SyncStatus(row.sync_status)
-    feed = change_feeds.find(session, row.connection_id) if row.sync_mode == SyncMode.CDC.value else None
-    true_until = change_feeds.true_until(row, feed)
-    pending = row.changes_pending
+    feed = cdc.find(session, row.connection_id) if row.sync_mode == SyncMode.CDC.value else None
+    fresh_as_of = cdc.fresh_as_of(row, feed)
+    pending = row.cdc.changes_pending
     if status in (SyncStatus.PENDING, SyncStatus.BACKFILLING):
-        pending = max(0, row.total_rows - row.synced_rows)
+        shown = table_details.read(session, [row.id])[row.id]
+        pending = max(0, shown.total_rows - shown.synced_rows)
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
     error, error_at = row.last_error, row.last_error_at
     if error is None and feed is not None and not row.paused:  # what holds up all tables of the connection
         error, error_at = feed.last_error, feed.last_error_at
-    staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
+    staleness = None if fresh_as_of is None else max(0.0, (now() - fresh_as_of).total_seconds())
     return SyncStatusAnswer(
         vector_table_id=row.id,
         sync_status=status.value,
-        last_sync_at=true_until,
+        last_sync_at=fresh_as_of,
         rows_pending=pending,
         staleness_secs=None if staleness is None else round(staleness, 3),
         log_lag_bytes=None if feed is None else feed.lag_bytes,
@@ -74,9 +75,9 @@ def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnsw
     """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        resyncs.keep_freshness(session, [row.id])
+        resyncs.record_freshness(session, [row.id])
         session.refresh(row)
-        vector_tables.pause(session, row)
+        vector_tables.pause(row)
         return _shown(session, row)
 
 
@@ -85,7 +86,7 @@ def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAns
     """End a pause."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        vector_tables.resume(session, row)
+        vector_tables.resume(row)
         return _shown(session, row)
 
 
@@ -130,7 +131,7 @@ def list_failed_rows(
     asked = PageRequest.read(limit, cursor)
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
-        page = vector_sets.failed_page(session, row.id, limit, asked.after)
+        page = failed_rows.page(session, row.id, limit, asked.after)
     return list_answer(FailedRowList, page, asked, _shown_failure)
 
 
@@ -153,7 +154,7 @@ def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: O
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
         task = _create_sync(session, caller, row, {"retry_failed": True})
-        failed = vector_sets.count_failures(session, row.id, row.live_version) if row.live_version is not None else 0
+        failed = failed_rows.count(session, row.id, row.live_version) if row.live_version is not None else 0
         started = RetryStartedAnswer(
             vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed
         )

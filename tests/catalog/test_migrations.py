@@ -38,7 +38,7 @@ def test_upgrading_twice_is_the_same_as_once(database_url: str) -> None:
     assert [name for _, name in environments] == ["prod"]
     migrate.upgrade(database_url)
     assert _rows(database_url, "SELECT id, name FROM environments") == environments
-    assert _rows(database_url, "SELECT version_num FROM alembic_version") == [("0013",)]
+    assert _rows(database_url, "SELECT version_num FROM alembic_version") == [("0014",)]
 
 
 def test_two_processes_may_upgrade_at_once(database_url: str) -> None:

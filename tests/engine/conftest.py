@@ -15,7 +15,15 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url
 
-from embedd_dagster.catalog import connections, embedding_providers, environments, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import (
+    connections,
+    embedding_providers,
+    environments,
+    failed_rows,
+    tasks,
+    vector_sets,
+    vector_tables,
+)
 from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
@@ -178,9 +186,7 @@ class Product:
     def failed_keys(self) -> list[Any]:
         """Keys of the rows that have failed, of the newest version."""
         with self.runtime.catalog.transaction() as session:
-            return [
-                decode_key(row.key) for row in vector_sets.failed_page(session, self.vector_table_id, 500, None).items
-            ]
+            return [decode_key(row.key) for row in failed_rows.page(session, self.vector_table_id, 500, None).items]
 
     def expected_points(self) -> dict[Any, int]:
         """The row hash of every row, computed by the source now."""

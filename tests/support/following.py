@@ -13,8 +13,8 @@ from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.catalog import change_feeds, environments, resyncs, tasks, vector_tables
-from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog import cdc, environments, resyncs, tasks, vector_tables
+from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
@@ -107,9 +107,9 @@ def follower_of(product: Product) -> RunningFollower:
     return RunningFollower(product.runtime, product.table().connection_id)
 
 
-def feed_of(product: Product) -> ChangeFeed | None:
+def feed_of(product: Product) -> CdcStreamRow | None:
     with product.runtime.catalog.transaction() as session:
-        return change_feeds.find(session, product.table().connection_id)
+        return cdc.find(session, product.table().connection_id)
 
 
 def is_true(product: Product) -> Callable[[], bool]:
@@ -121,13 +121,13 @@ def is_true(product: Product) -> Callable[[], bool]:
 
 
 def is_followed(product: Product) -> bool:
-    return product.table().followed_since is not None
+    return product.table().cdc.subscribed_since is not None
 
 
 def run_owed(product: Product) -> int:
     """Runs the syncs that are owed, as the reconcile sensor would; how many."""
     with product.runtime.catalog.transaction() as session:
-        owed = resyncs.owed(session, 10)
+        owed = resyncs.due(session, 10)
     for one in owed:
         product.run(TaskType.SYNC, **one.options, reason=one.reason)
     return len(owed)
@@ -135,7 +135,7 @@ def run_owed(product: Product) -> int:
 
 def is_owed(product: Product) -> bool:
     table = product.table()
-    return table.resync_wanted > table.resync_done
+    return table.cdc.resync_requested_seq > table.cdc.resync_completed_seq
 
 
 def settled(product: Product) -> bool:

@@ -13,7 +13,7 @@ from contextlib import closing, suppress
 from datetime import datetime
 from typing import Final
 
-from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
+from embedd_dagster.catalog import cdc, connections, resyncs, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.engine.cdc.lease import FeedLease, LogTooLong
 from embedd_dagster.engine.cdc.report import FollowReport, Reports
@@ -72,7 +72,7 @@ def follow(
         trouble = describe(error)
         if isinstance(error, PermanentError):
             with suppress(RunSuperseded, CatalogUnavailable), lease.fenced() as session:  # what is told is the error
-                change_feeds.stop_following(session, connection_id, trouble)
+                cdc.mark_stream_failed(session, connection_id, trouble)
         raise
     finally:
         lease.end(trouble)
@@ -164,7 +164,7 @@ class Follower:
         # fenced: to a run that was replaced unnoticed, its successor's slot looks like one that somebody has moved
         with self._lease.fenced() as session:
             connection = connections.find(session, self._lease.connection_id)
-            rows = change_feeds.followed(session, self._lease.connection_id)
+            rows = cdc.cdc_tables(session, self._lease.connection_id)
         if connection is None or connection.updated_at != self._connection.updated_at:
             if connection is not None and not self._feed.reads_log_of(connection.settings):
                 self._leave_server()
@@ -172,9 +172,9 @@ class Follower:
         self._tables.take_up(rows)
         if not rows:
             with self._lease.fenced() as session:
-                change_feeds.set_followed(session, self._lease.connection_id, {}, [])
+                cdc.record_subscribed(session, self._lease.connection_id, {}, [])
                 self._feed.drop()
-                change_feeds.remove(session, self._lease.connection_id)
+                cdc.remove(session, self._lease.connection_id)
             return "No table of this connection is to be followed any more."
         attachment = self._feed.subscribe(self._tables.sources, self._position, self._tables.shapes)
         for key in self._tables.ids(attachment.newly_subscribed):
@@ -199,20 +199,20 @@ class Follower:
         instant = time.monotonic()
         held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
-            hidden = change_feeds.followed_among(session, self._tables.ids(attachment.hidden))
-            anew = change_feeds.set_followed(session, self._lease.connection_id, shapes, joined)
-            states = change_feeds.states(session, anew)
+            hidden = cdc.subscribed_among(session, self._tables.ids(attachment.hidden))
+            anew = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
+            states = cdc.table_states(session, anew)
             # before it was ever built there is nothing to compare, unless that is being done at this moment
             owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]
             resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
             if attachment.lost:
-                vector_tables.note_errors(session, owed, attachment.lost)
+                vector_tables.record_error(session, owed, attachment.lost)
             resyncs.request(session, hidden, "Row-level security hides rows of it since.")
             for key, error in refused.items():
                 if not isinstance(error, TransientError):
-                    vector_tables.refuse(session, key, describe(error))
+                    vector_tables.mark_failed(session, key, describe(error))
                 elif instant - held_out_since[key] > _HELD_OUT_SECONDS:  # else it is followed in a moment
-                    vector_tables.note_errors(session, [key], describe(error))
+                    vector_tables.record_error(session, [key], describe(error))
             if begins_anew:
                 self._lease.advance(session, position=attachment.position)
         self._held_out_since = held_out_since
@@ -227,7 +227,7 @@ class Follower:
         self._position = None
         with self._lease.fenced() as session:
             resyncs.request(session, self._tables.by_id, error.message)
-            vector_tables.note_errors(session, list(self._tables.by_id), error.message)
+            vector_tables.record_error(session, list(self._tables.by_id), error.message)
         self._lease.forgive()
 
     def _read(self) -> None:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import change_feeds
+from embedd_dagster.catalog import cdc
 from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, RunCancelled, RunSuperseded, TransientError
@@ -47,7 +47,7 @@ class FeedLease:
         self.trouble: str | None = None
         """What keeps the follower from following at this moment, for users; set by whoever is in trouble."""
         with runtime.catalog.transaction() as session:
-            feed = change_feeds.claim(
+            feed = cdc.claim(
                 session,
                 connection_id,
                 run_id,
@@ -69,7 +69,7 @@ class FeedLease:
             self._heart.join()
         try:
             with self._runtime.catalog.transaction() as session:
-                change_feeds.end(session, self.connection_id, self.run_id, error)
+                cdc.end(session, self.connection_id, self.run_id, error)
         except TransientError as unavailable:
             self._log(f"The feed is not given up: {unavailable}")  # its silence will tell
 
@@ -91,13 +91,13 @@ class FeedLease:
 
     def advance(self, session: Session, *, position: str | None, caught_up_at: datetime | None = None) -> None:
         """Records a position before the source is told, and when nothing was left to apply."""
-        change_feeds.advance(session, self.connection_id, position=position, caught_up_at=caught_up_at)
+        cdc.advance(session, self.connection_id, position=position, caught_up_at=caught_up_at)
 
     @contextmanager
     def fenced(self) -> Iterator[Session]:
         """A catalog transaction that commits only while this run owns the feed."""
         with self._runtime.catalog.transaction() as session:
-            change_feeds.assert_owner(session, self.connection_id, self.run_id)
+            cdc.assert_owner(session, self.connection_id, self.run_id)
             yield session
 
     def _beat(self) -> None:
@@ -105,7 +105,7 @@ class FeedLease:
             alarm = self._look_at_lag()
             try:
                 with self._runtime.catalog.transaction() as session:
-                    change_feeds.heartbeat(session, self.connection_id, self.run_id, self.lag_bytes, alarm)
+                    cdc.heartbeat(session, self.connection_id, self.run_id, self.lag_bytes, alarm)
             except RunSuperseded as error:
                 self._stopped_by = error
                 return

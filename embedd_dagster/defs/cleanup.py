@@ -1,4 +1,4 @@
-"""What watches the catalog. Level-triggered, without cursors: what one tick misses, the next one sees."""
+"""The sensor that removes what is no longer needed."""
 
 import time
 from collections.abc import Callable
@@ -9,76 +9,17 @@ import dagster as dg
 
 from embedd_dagster.catalog import run_heartbeats
 from embedd_dagster.catalog.clock import database_now
-from embedd_dagster.defs.jobs import vector_table_job
-from embedd_dagster.defs.partitions import vector_tables as partitions
-from embedd_dagster.defs.reconcile.apply import Enactor
-from embedd_dagster.defs.reconcile.observe import Memory, observe
-from embedd_dagster.defs.reconcile.plan import Limits, Plan, Verdict, plan
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import drop_deleted_tables, drop_retired_sets, drop_unused_feeds
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
 
-_INTERVAL_SECONDS = 2  # the daemon's own loop makes it five
-_RECONCILE_SECONDS = 10.0  # of a tick's sixty; launches wait for the end of the tick
+_INTERVAL_SECONDS = 2  # the daemon's loop makes it five
 _CLEANUP_SECONDS = 20.0
 _HEARTBEATS_KEPT = timedelta(hours=1)
 _LONGEST_DELAY_SECONDS = 300.0
 _SHOWN = 20
-
-_memory = Memory()
-
-
-@dg.sensor(
-    job=vector_table_job,
-    minimum_interval_seconds=_INTERVAL_SECONDS,
-    default_status=dg.DefaultSensorStatus.RUNNING,
-    description=(
-        "Makes Dagster what the catalog says: partitions are the vector tables, a task without a run gets one, a task "
-        "whose run died is queued again, a configuration newer than what is live is built."
-    ),
-)
-def reconcile_sensor(context: dg.SensorEvaluationContext, runtime: RuntimeResource) -> dg.SensorResult | dg.SkipReason:
-    """Observe, plan, enact; the decisions are in `reconcile`. Never talks to a source or a store."""
-    return reconcile(context.instance, runtime.open, _memory, tick_log(context))
-
-
-def reconcile(
-    instance: dg.DagsterInstance,
-    open_runtime: Callable[[], Runtime],
-    memory: Memory,
-    log: Callable[[str], None],
-    clock: Callable[[], float] = time.monotonic,
-) -> dg.SensorResult | dg.SkipReason:
-    """One tick."""
-    until = clock() + _RECONCILE_SECONDS
-    try:
-        runtime = open_runtime()
-        limits = Limits(stale_after=timedelta(seconds=runtime.settings.stale_after_seconds))
-        enactor = Enactor(instance, runtime, log, until, clock)
-        seen = observe(instance, runtime, memory)
-        planned = plan(seen, limits)
-        requests = enactor.enact(planned, seen.places)
-        requeued = {decision.task.task_id for decision in planned.tasks if decision.verdict is Verdict.REQUEUE}
-        if requeued and clock() < until:  # they are judged once more: the next tick is five seconds away
-            seen = observe(instance, runtime, memory)
-            launches = [one for one in plan(seen, limits).tasks if one.verdict is Verdict.LAUNCH]
-            chosen = tuple(one for one in launches if one.task.task_id in requeued)
-            requests += enactor.enact(Plan(tasks=chosen), seen.places)
-        moved = enactor.move_partitions(planned)
-    except (CatalogUnavailable, ConfigurationError) as error:
-        memory.note_failure(time.monotonic())
-        return dg.SkipReason(f"{error.message} {error.resolution}")
-    changes: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-    if planned.partitions_to_add:
-        changes.append(partitions.build_add_request(list(planned.partitions_to_add)))
-    to_delete = [key for key in planned.partitions_to_delete if key in moved or key not in planned.partitions_to_move]
-    if to_delete:
-        changes.append(partitions.build_delete_request(to_delete))
-    if not requests and not changes:
-        return dg.SkipReason("The catalog and Dagster agree.")
-    return dg.SensorResult(run_requests=requests, dynamic_partitions_requests=changes)
 
 
 @dataclass(slots=True)
