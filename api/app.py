@@ -1,4 +1,4 @@
-"""The application: `uvicorn api.app:create_app --factory --http api.http_limits:LimitedHttp`."""
+"""The application: `uvicorn embedd_api.app:create_app --factory --http embedd_api.http_limits:LimitedHttp`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from api import docs, errors, idempotency, logs
-from api.http_facts import STATE, HttpFacts
-from api.middleware import BodyLimit, RequestContext
-from api.parameters import KNOWN_PARAMETERS, KNOWN_PARAMETERS_WITHOUT_KEY
-from api.routers import (
+from embedd_dagster import __version__
+from embedd_dagster.settings import Settings, get_settings
+
+from . import docs, errors, idempotency, logs
+from .http_facts import STATE, HttpFacts
+from .middleware import BodyLimit, RequestContext
+from .parameters import KNOWN_PARAMETERS, KNOWN_PARAMETERS_WITHOUT_KEY
+from .routers import (
     api_keys,
     connections,
     embedding_models,
@@ -25,10 +28,8 @@ from api.routers import (
     vector_table_sync,
     vector_tables,
 )
-from api.state import ApiState
-from api.strict_json import StrictRoute
-from embedd_dagster import __version__
-from embedd_dagster.settings import Settings, get_settings
+from .state import ApiState
+from .strict_json import StrictRoute
 
 _DESCRIPTION = """Keeps tables of your database searchable by meaning.
 

@@ -10,12 +10,13 @@ from fastapi import Depends, Header, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
-from api.state import ApiState
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.catalog.tables import ApiKey, Environment
 from embedd_dagster.errors import NotFound, PermissionDenied, Unauthorized
+
+from .state import ApiState
 
 _KEY: Final = re.compile(r"sk_[A-Za-z0-9_-]{20,100}")
 MAX_SHOWN: Final = 64

@@ -16,7 +16,7 @@ from fastapi import APIRouter, Response
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.exceptions import HTTPException
 
-from api import errors
+from . import errors
 
 router = APIRouter(include_in_schema=False)
 

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import IntegrityError
 from starlette.exceptions import HTTPException
 
-from api.hints import nearest_operation
 from embedd_dagster.core.embedded_text import MAX_METADATA_LENGTH
 from embedd_dagster.errors import Conflict, EmbeddError, PermanentError, TransientError, ValidationFailed
+
+from .hints import nearest_operation
 
 ERROR_PAGE: Final = "/docs/errors"
 _MAX_FAULTS: Final = 5

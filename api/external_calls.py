@@ -7,8 +7,9 @@ from typing import Final
 
 from fastapi import Depends
 
-from api.auth import Reader
 from embedd_dagster.errors import TransientError
+
+from .auth import Reader
 
 AT_ONCE: Final = 24
 """Of the forty threads that there are for all endpoints but queries, which have their own."""

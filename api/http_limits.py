@@ -1,4 +1,6 @@
-"""Limits on what a client may send and keep open, enforced below the application: `uvicorn --http api.http_limits:LimitedHttp`.
+"""Limits on what a client may send and keep open, enforced below the application.
+
+Uvicorn uses it with `--http embedd_api.http_limits:LimitedHttp`.
 
 Uvicorn's fast protocol has none: a head may be of any size and take any time, and every connection stays open. The limits:
 size of a head and number of its headers (431), time for a head and for a body (408), number of connections (503), requests
@@ -21,9 +23,10 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from api.errors import ERROR_CODES, envelope
-from api.http_facts import STATE, HttpFacts
 from embedd_dagster.catalog.clock import new_id
+
+from .errors import ERROR_CODES, envelope
+from .http_facts import STATE, HttpFacts
 
 _SWEEP_SECONDS: Final = 1.0
 _LINGER_BYTES: Final = 4 * 2**20

@@ -20,11 +20,12 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Writer
-from api.errors import ERROR_CODES, answers, response_of
 from embedd_dagster.catalog import idempotency
 from embedd_dagster.catalog.idempotency import Claim
 from embedd_dagster.errors import CatalogUnavailable, EmbeddError
+
+from .auth import Caller, Writer
+from .errors import ERROR_CODES, answers, response_of
 
 A = TypeVar("A", bound=BaseModel)
 

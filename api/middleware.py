@@ -12,11 +12,12 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import error_response, internal_error_response
-from api.rate_limit import RateLimit
 from embedd_dagster.catalog.clock import new_id
 from embedd_dagster.engine.search import StageSeconds
 from embedd_dagster.postgresql import deadline
+
+from .errors import error_response, internal_error_response
+from .rate_limit import RateLimit
 
 _SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GRACE_SECONDS: Final = 1.0

@@ -18,9 +18,10 @@ from typing import Annotated, Any, Final, Generic, TypeVar
 from fastapi import Query
 from pydantic import Field
 
-from api.schemas.base import Answer
 from embedd_dagster.catalog.pages import Page, Position
 from embedd_dagster.errors import ValidationFailed
+
+from .schemas.base import Answer
 
 T = TypeVar("T")
 S = TypeVar("S")

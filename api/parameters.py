@@ -9,8 +9,9 @@ from urllib.parse import parse_qsl
 from fastapi import Depends, Request
 from starlette.types import Scope
 
-from api.auth import Reader
 from embedd_dagster.errors import ValidationFailed
+
+from .auth import Reader
 
 _MAX_SHOWN: Final = 64
 

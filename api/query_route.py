@@ -18,17 +18,18 @@ from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from api.auth import MAX_SHOWN, check_key_form
-from api.parameters import refuse_unknown_parameters
-from api.schemas.base import known_form
-from api.schemas.queries import QueryBody
-from api.state import ApiState
-from api.strict_json import StrictRoute, validate_body
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.catalog.live_tables import LiveTable, authorize_query, find_live
 from embedd_dagster.core.keys import render_key
 from embedd_dagster.engine.search import Question, SearchAnswer, StageSeconds
 from embedd_dagster.errors import NotFound, RowError, TransientError, ValidationFailed
+
+from .auth import MAX_SHOWN, check_key_form
+from .parameters import refuse_unknown_parameters
+from .schemas.base import known_form
+from .schemas.queries import QueryBody
+from .state import ApiState
+from .strict_json import StrictRoute, validate_body
 
 _MAX_WAITING: Final = 256
 _check_table_id: Final = known_form("vt", "vector_table")

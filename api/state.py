@@ -10,15 +10,16 @@ from typing import Final
 
 from anyio import CapacityLimiter
 
-from api.launch import Launcher
-from api.metrics import Metrics
-from api.rate_limit import RateLimiter
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine import validation
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Searcher
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
+
+from .launch import Launcher
+from .metrics import Metrics
+from .rate_limit import RateLimiter
 
 _ESTIMATE_SECONDS: Final = 0.04  # a backfill is acknowledged within a tenth of a second
 _QUERY_THREADS: Final = 64

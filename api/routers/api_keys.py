@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Reader, Writer
-from api.errors import answers
-from api.idempotency import OncePerKey, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
-from api.schemas.api_keys import ApiKeyAnswer, ApiKeyCreate, ApiKeyList, NewApiKeyAnswer
-from api.schemas.base import ApiKeyId
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.errors import NotFound
+
+from ..auth import Reader, Writer
+from ..errors import answers
+from ..idempotency import OncePerKey, answers_once
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
+from ..schemas.api_keys import ApiKeyAnswer, ApiKeyCreate, ApiKeyList, NewApiKeyAnswer
+from ..schemas.base import ApiKeyId
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/api-keys", tags=["API keys"], route_class=StrictRoute)
 

@@ -9,35 +9,6 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Attempt, Once, answers_once
-from api.pagination import (
-    DEFAULT_LIMIT,
-    Cursor,
-    Limit,
-    NameFilter,
-    PageRequest,
-    list_answer,
-    place_at,
-    place_of,
-    text_filter,
-)
-from api.schemas.base import ConnectionId
-from api.schemas.connections import (
-    ConnectionAnswer,
-    ConnectionList,
-    ConnectionUpdate,
-    PostgresqlConnectionCreate,
-    PostgresqlPassword,
-    SourceTableAnswer,
-    SourceTableColumnAnswer,
-    SourceTableColumnList,
-    SourceTableList,
-    TestAnswer,
-)
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import connections
 from embedd_dagster.catalog.pages import Page
 from embedd_dagster.catalog.tables import Connection
@@ -52,6 +23,36 @@ from embedd_dagster.errors import (
     ValidationFailed,
 )
 from embedd_dagster.protocols.source import Source, SourceColumn, SourceTable
+
+from ..auth import Caller, Reader, Writer
+from ..errors import answers
+from ..external_calls import OUTSIDE
+from ..idempotency import Attempt, Once, answers_once
+from ..pagination import (
+    DEFAULT_LIMIT,
+    Cursor,
+    Limit,
+    NameFilter,
+    PageRequest,
+    list_answer,
+    place_at,
+    place_of,
+    text_filter,
+)
+from ..schemas.base import ConnectionId
+from ..schemas.connections import (
+    ConnectionAnswer,
+    ConnectionList,
+    ConnectionUpdate,
+    PostgresqlConnectionCreate,
+    PostgresqlPassword,
+    SourceTableAnswer,
+    SourceTableColumnAnswer,
+    SourceTableColumnList,
+    SourceTableList,
+    TestAnswer,
+)
+from ..strict_json import StrictRoute
 
 router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 

@@ -6,12 +6,13 @@ from typing import Annotated
 
 from fastapi import APIRouter
 
-from api.auth import Reader
-from api.errors import answers
-from api.pagination import text_filter, whole_list
-from api.schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
-from api.strict_json import StrictRoute
 from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
+
+from ..auth import Reader
+from ..errors import answers
+from ..pagination import text_filter, whole_list
+from ..schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/embedding-models", tags=["Embedding providers"], route_class=StrictRoute)
 

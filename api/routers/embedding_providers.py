@@ -8,23 +8,6 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Attempt, Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
-from api.schemas.base import EmbeddingProviderId
-from api.schemas.connections import TestAnswer
-from api.schemas.embedding_providers import (
-    EmbeddingCredentials,
-    EmbeddingLimits,
-    EmbeddingProviderAnswer,
-    EmbeddingProviderCreate,
-    EmbeddingProviderList,
-    EmbeddingProviderTest,
-    EmbeddingProviderUpdate,
-)
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.connectors.embedders import open_embedder
@@ -39,6 +22,24 @@ from embedd_dagster.errors import (
     SourceUnavailable,
     ValidationFailed,
 )
+
+from ..auth import Caller, Reader, Writer
+from ..errors import answers
+from ..external_calls import OUTSIDE
+from ..idempotency import Attempt, Once, answers_once
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
+from ..schemas.base import EmbeddingProviderId
+from ..schemas.connections import TestAnswer
+from ..schemas.embedding_providers import (
+    EmbeddingCredentials,
+    EmbeddingLimits,
+    EmbeddingProviderAnswer,
+    EmbeddingProviderCreate,
+    EmbeddingProviderList,
+    EmbeddingProviderTest,
+    EmbeddingProviderUpdate,
+)
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], route_class=StrictRoute)
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
-from api.schemas.base import EnvironmentId
-from api.schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import environments
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
 from embedd_dagster.catalog.tables import Environment
 from embedd_dagster.errors import Conflict, NotFound, PermissionDenied
+
+from ..auth import Caller, Reader, Writer
+from ..errors import answers
+from ..idempotency import Once, answers_once
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
+from ..schemas.base import EnvironmentId
+from ..schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/environments", tags=["Environments"], route_class=StrictRoute)
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from api.state import ApiState
+from ..state import ApiState
 
 router = APIRouter(tags=["Health"])
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Reader
-from api.errors import answers
-from api.query_route import QueryRoute
-from api.schemas.base import VectorTableId
-from api.schemas.queries import QueryAnswer, QueryBody
+from ..auth import Reader
+from ..errors import answers
+from ..query_route import QueryRoute
+from ..schemas.base import VectorTableId
+from ..schemas.queries import QueryAnswer, QueryBody
 
 router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Query"], route_class=QueryRoute)
 

@@ -6,14 +6,15 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.auth import Reader, Writer
-from api.errors import answers
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
-from api.schemas.base import TaskId
-from api.schemas.tasks import TaskAnswer, TaskList, TaskStatusName
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import tasks
 from embedd_dagster.errors import NotFound
+
+from ..auth import Reader, Writer
+from ..errors import answers
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
+from ..schemas.base import TaskId
+from ..schemas.tasks import TaskAnswer, TaskList, TaskStatusName
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/tasks", tags=["Tasks"], route_class=StrictRoute)
 

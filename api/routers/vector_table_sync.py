@@ -7,20 +7,6 @@ from typing import Any
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
-from api.schemas.base import VectorTableId
-from api.schemas.vector_table_sync import (
-    FailedRowAnswer,
-    FailedRowList,
-    RetryStartedAnswer,
-    SyncOptions,
-    SyncStartedAnswer,
-    SyncStatusAnswer,
-)
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.partitions import RunLabel
@@ -29,6 +15,21 @@ from embedd_dagster.core.keys import decode_key, render_key
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.errors import NotReady
+
+from ..auth import Caller, Reader, Writer
+from ..errors import answers
+from ..idempotency import Once, answers_once
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
+from ..schemas.base import VectorTableId
+from ..schemas.vector_table_sync import (
+    FailedRowAnswer,
+    FailedRowList,
+    RetryStartedAnswer,
+    SyncOptions,
+    SyncStartedAnswer,
+    SyncStatusAnswer,
+)
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Sync"], route_class=StrictRoute)
 

@@ -8,24 +8,6 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
-from api.schemas.base import VectorTableId
-from api.schemas.vector_tables import (
-    BackfillAnswer,
-    EstimateAnswer,
-    SourceColumnAnswer,
-    SourceSchemaAnswer,
-    SyncStatusName,
-    VectorTableAnswer,
-    VectorTableCreate,
-    VectorTableList,
-    VectorTableUpdate,
-)
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import connections, moved_tables, table_details, tasks, vector_tables
 from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.table_details import TableDetails
@@ -36,6 +18,25 @@ from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import validation
 from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import NotFound, ValidationFailed
+
+from ..auth import Caller, Reader, Writer
+from ..errors import answers
+from ..external_calls import OUTSIDE
+from ..idempotency import Once, answers_once
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
+from ..schemas.base import VectorTableId
+from ..schemas.vector_tables import (
+    BackfillAnswer,
+    EstimateAnswer,
+    SourceColumnAnswer,
+    SourceSchemaAnswer,
+    SyncStatusName,
+    VectorTableAnswer,
+    VectorTableCreate,
+    VectorTableList,
+    VectorTableUpdate,
+)
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
 

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Name, Timestamp, known_form
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Name, Timestamp, known_form
 
 
 class ApiKeyCreate(Body):

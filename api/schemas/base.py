@@ -23,8 +23,9 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from api.strict_json import RawBody, parse_json
 from embedd_dagster.errors import NotFound, ValidationFailed
+
+from ..strict_json import RawBody, parse_json
 
 _MAX_SHOWN: Final = 64
 _ID: Final = re.compile(r"[a-z]{2,8}_[0-9a-z]{26}")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Timestamp
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Timestamp
 
 
 class EnvironmentCreate(Body):

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from api.schemas.base import Answer, Body
+from ..schemas.base import Answer, Body
 
 MAX_QUERY_LENGTH = 8000
 

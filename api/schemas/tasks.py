@@ -6,10 +6,11 @@ from typing import Literal
 
 from pydantic import Field
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Timestamp
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.tables import Task
+
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Timestamp
 
 TaskStatusName = Literal["pending", "running", "completed", "failed", "cancelled"]
 

@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Timestamp
-from api.schemas.vector_tables import SyncStatusName
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Timestamp
+from ..schemas.vector_tables import SyncStatusName
 
 
 class SyncStatusAnswer(Answer):

@@ -40,7 +40,7 @@ class ApiProcess:
 
 @contextmanager
 def running_api(
-    environment: Mapping[str, str], *, http: str = "api.http_limits:LimitedHttp", **settings: object
+    environment: Mapping[str, str], *, http: str = "embedd_api.http_limits:LimitedHttp", **settings: object
 ) -> Iterator[ApiProcess]:
     """One worker with these settings (`EMBEDD_…` in small letters); its log goes to a file, as under the supervisor."""
     with socket.create_server((LOOPBACK, 0)) as free:
@@ -50,7 +50,7 @@ def running_api(
         sys.executable,
         "-m",
         "uvicorn",
-        "api.app:create_app",
+        "embedd_api.app:create_app",
         "--factory",
         "--host",
         LOOPBACK,

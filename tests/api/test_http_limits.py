@@ -369,9 +369,9 @@ def _api_process(settings: Settings, descriptors: int) -> Iterator[tuple[psutil.
     }
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "api.app:create_app", "--factory", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "embedd_api.app:create_app", "--factory", "--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--http", "api.http_limits:LimitedHttp"],
+        [*command, "--http", "embedd_api.http_limits:LimitedHttp"],
         cwd=_ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,
