@@ -25,7 +25,8 @@ from uvicorn.server import ServerState
 
 from embedd_dagster.catalog.clock import new_id
 
-from .errors import ERROR_CODES, envelope
+from .error_codes import ERROR_CODES
+from .errors import envelope
 from .http_facts import STATE, HttpFacts
 
 _SWEEP_SECONDS: Final = 1.0

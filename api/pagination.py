@@ -116,13 +116,13 @@ def read_cursor(cursor: str | None, filters: str = "") -> Position | None:
     return position
 
 
-def place_at(index: int) -> Position:
+def position_at(index: int) -> Position:
     """The position before the item of this index, for lists that have an order of their own."""
     return Position(_EPOCH + timedelta(microseconds=index), "#")
 
 
-def place_of(position: Position | None) -> int:
-    """The index that `place_at` was given; 0 for None."""
+def index_of(position: Position | None) -> int:
+    """The index that `position_at` was given; 0 for None."""
     return 0 if position is None else (position.created_at - _EPOCH) // timedelta(microseconds=1)
 
 

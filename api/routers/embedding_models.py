@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
 
 from ..auth import Reader
-from ..errors import answers
+from ..error_codes import error_responses
 from ..pagination import text_filter, whole_list
 from ..schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
 from ..strict_json import StrictRoute
@@ -30,7 +30,7 @@ def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
     )
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_embedding_models(
     caller: Reader,  # noqa: ARG001 - a key is needed all the same
     name: Annotated[str | None, text_filter("Only the models of exactly this name", max_length=200)] = None,

@@ -10,8 +10,8 @@ from embedd_dagster.catalog.tables import Environment
 from embedd_dagster.errors import Conflict, NotFound, PermissionDenied
 
 from ..auth import Caller, Reader, Writer
-from ..errors import answers
-from ..idempotency import Once, answers_once
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
 from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
 from ..schemas.base import EnvironmentId
 from ..schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
@@ -28,17 +28,17 @@ def _refuse_restricted(caller: Caller) -> None:
         )
 
 
-@router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
-def create_environment(body: EnvironmentCreate, caller: Writer, attempt: Once) -> EnvironmentAnswer:
+@router.post("", status_code=201, responses=idempotent_responses(201, "permission_denied", "name_conflict"))
+def create_environment(body: EnvironmentCreate, caller: Writer, idempotent: Idempotent) -> EnvironmentAnswer:
     """Create an environment."""
     _refuse_restricted(caller)
-    with attempt, caller.state.runtime.catalog.transaction() as session:
-        return attempt.answer(
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
+        return idempotent.remember(
             session, EnvironmentAnswer.model_validate(environments.create(session, caller.org_id, body.name))
         )
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_environments(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EnvironmentList:
@@ -54,7 +54,7 @@ def list_environments(
     return list_answer(EnvironmentList, page, asked, EnvironmentAnswer.model_validate)
 
 
-@router.get("/{environment_id}", responses=answers())
+@router.get("/{environment_id}", responses=error_responses())
 def get_environment(environment_id: EnvironmentId, caller: Reader) -> EnvironmentAnswer:
     """Get an environment."""
     return EnvironmentAnswer.model_validate(_get(caller, environment_id))
@@ -67,7 +67,9 @@ def _get(caller: Caller, environment_id: str) -> Environment:
         return environments.get(session, caller.org_id, environment_id)
 
 
-@router.delete("/{environment_id}", status_code=204, responses=answers("permission_denied", "environment_conflict"))
+@router.delete(
+    "/{environment_id}", status_code=204, responses=error_responses("permission_denied", "environment_conflict")
+)
 def delete_environment(environment_id: EnvironmentId, caller: Writer) -> None:
     """Delete an empty environment, with the keys that were good for it alone."""
     environment = _get(caller, environment_id)

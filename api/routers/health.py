@@ -16,7 +16,8 @@ from embedd_dagster.connectors.stores import open_qdrant
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
 
-from ..errors import ErrorEnvelope, error_response
+from ..error_codes import ErrorEnvelope
+from ..errors import error_response
 from ..schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
 from ..state import ApiState
 

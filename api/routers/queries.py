@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from ..auth import Reader
-from ..errors import answers
+from ..error_codes import error_responses
 from ..query_route import QueryRoute
 from ..schemas.base import VectorTableId
 from ..schemas.queries import QueryAnswer, QueryBody
@@ -15,7 +15,7 @@ router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Query"], ro
 
 @router.post(
     "/query",
-    responses=answers(
+    responses=error_responses(
         "vector_table_not_found",
         "vector_table_not_ready",
         "embedding_failed",

@@ -10,7 +10,7 @@ from embedd_dagster.catalog import tasks
 from embedd_dagster.errors import NotFound
 
 from ..auth import Reader, Writer
-from ..errors import answers
+from ..error_codes import error_responses
 from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
 from ..schemas.base import TaskId
 from ..schemas.tasks import TaskAnswer, TaskList, TaskStatusName
@@ -23,7 +23,7 @@ TargetName = Annotated[str | None, text_filter("Only tasks of the vector table t
 WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks in this state")]
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_tasks(
     caller: Reader,
     limit: Limit = DEFAULT_LIMIT,
@@ -41,14 +41,14 @@ def list_tasks(
     return list_answer(TaskList, page, asked, TaskAnswer.of)
 
 
-@router.get("/{task_id}", responses=answers("task_not_found"))
+@router.get("/{task_id}", responses=error_responses("task_not_found"))
 def get_task(task_id: TaskId, caller: Reader) -> TaskAnswer:
     """Get a task."""
     with caller.state.runtime.catalog.transaction() as session:
         return TaskAnswer.of(tasks.get(session, caller.environment.id, task_id))
 
 
-@router.post("/{task_id}/cancel", responses=answers("permission_denied", "task_not_found"))
+@router.post("/{task_id}/cancel", responses=error_responses("permission_denied", "task_not_found"))
 def cancel_task(task_id: TaskId, caller: Writer) -> TaskAnswer:
     """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is.
 

@@ -17,8 +17,8 @@ from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.errors import NotReady
 
 from ..auth import Caller, Reader, Writer
-from ..errors import answers
-from ..idempotency import Once, answers_once
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
 from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
 from ..schemas.base import VectorTableId
 from ..schemas.vector_table_sync import (
@@ -38,7 +38,7 @@ _STARTS = (
 )  # fmt: skip
 
 
-@router.get("/sync/status", responses=answers("vector_table_not_found"))
+@router.get("/sync/status", responses=error_responses("vector_table_not_found"))
 def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatusAnswer:
     """Get how true the vectors are to their source."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -70,7 +70,9 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     )
 
 
-@router.post("/sync/pause", responses=answers("permission_denied", "vector_table_not_found", "sync_already_paused"))
+@router.post(
+    "/sync/pause", responses=error_responses("permission_denied", "vector_table_not_found", "sync_already_paused")
+)
 def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
     """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -81,7 +83,9 @@ def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnsw
         return _shown(session, row)
 
 
-@router.post("/sync/resume", responses=answers("permission_denied", "vector_table_not_found", "sync_not_paused"))
+@router.post(
+    "/sync/resume", responses=error_responses("permission_denied", "vector_table_not_found", "sync_not_paused")
+)
 def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
     """End a pause."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -90,17 +94,17 @@ def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAns
         return _shown(session, row)
 
 
-@router.post("/sync", responses=answers_once(200, *_STARTS))
+@router.post("/sync", responses=idempotent_responses(200, *_STARTS))
 def start_sync(
-    vector_table_id: VectorTableId, caller: Writer, attempt: Once, body: SyncOptions | None = None
+    vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent, body: SyncOptions | None = None
 ) -> SyncStartedAnswer:
     """Sync now, whatever the schedule says: only what changed is read, embedded and written."""
     options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
-    with attempt, caller.state.runtime.catalog.transaction() as session:
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
         task = _create_sync(session, caller, row, options)
-        started = attempt.answer(
+        started = idempotent.remember(
             session, SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
         )
     caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
@@ -123,7 +127,7 @@ def _create_sync(session: Session, caller: Caller, row: VectorTable, options: di
     )
 
 
-@router.get("/failed-rows", responses=answers("vector_table_not_found"))
+@router.get("/failed-rows", responses=error_responses("vector_table_not_found"))
 def list_failed_rows(
     vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> FailedRowList:
@@ -147,10 +151,10 @@ def _shown_failure(row: FailedRow) -> FailedRowAnswer:
     )
 
 
-@router.post("/failed-rows/retry", responses=answers_once(200, *_STARTS))
-def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> RetryStartedAnswer:
+@router.post("/failed-rows/retry", responses=idempotent_responses(200, *_STARTS))
+def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent) -> RetryStartedAnswer:
     """Try the failed rows again, in a sync that starts now."""
-    with attempt, caller.state.runtime.catalog.transaction() as session:
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
         task = _create_sync(session, caller, row, {"retry_failed": True})
@@ -158,6 +162,6 @@ def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: O
         started = RetryStartedAnswer(
             vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed
         )
-        attempt.answer(session, started)
+        idempotent.remember(session, started)
     caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
     return started

@@ -20,9 +20,9 @@ from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import NotFound, ValidationFailed
 
 from ..auth import Caller, Reader, Writer
-from ..errors import answers
-from ..external_calls import OUTSIDE
-from ..idempotency import Once, answers_once
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
+from ..limits import EXTERNAL_CALLS
 from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
 from ..schemas.base import VectorTableId
 from ..schemas.vector_tables import (
@@ -50,10 +50,10 @@ _ADMISSION = (
     "",
     status_code=201,
     response_model_exclude_unset=True,
-    dependencies=OUTSIDE,
-    responses=answers_once(201, *_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
+    dependencies=EXTERNAL_CALLS,
+    responses=idempotent_responses(201, *_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
 )
-def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) -> VectorTableAnswer:
+def create_vector_table(body: VectorTableCreate, caller: Writer, idempotent: Idempotent) -> VectorTableAnswer:
     """Create a vector table: link a source table to its vector representation.
 
     Everything is checked first, in the source too. Nothing is embedded before the first backfill.
@@ -74,14 +74,14 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
         sync_schedule=body.sync_schedule,
         sync_interval_seconds=body.sync_interval_seconds,
     )
-    with attempt:
+    with idempotent:
         admitted = validation.validate_vector_table(caller.state.runtime, caller.environment.id, wanted)
         with caller.state.runtime.catalog.transaction() as session:
             row = vector_tables.create(session, caller.environment, admitted)
-            return attempt.answer(session, VectorTableAnswer.of(row, TableDetails()))
+            return idempotent.remember(session, VectorTableAnswer.of(row, TableDetails()))
 
 
-@router.get("", response_model_exclude_unset=True, responses=answers())
+@router.get("", response_model_exclude_unset=True, responses=error_responses())
 def list_vector_tables(
     caller: Reader,
     limit: Limit = DEFAULT_LIMIT,
@@ -107,7 +107,9 @@ def list_vector_tables(
     return list_answer(VectorTableList, page, asked, lambda row: VectorTableAnswer.of(row, details[row.id]))
 
 
-@router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))
+@router.get(
+    "/{vector_table_id}", response_model_exclude_unset=True, responses=error_responses("vector_table_not_found")
+)
 def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTableAnswer:
     """Get a vector table."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -122,8 +124,8 @@ def _answer(session: Session, row: VectorTable) -> VectorTableAnswer:
 @router.put(
     "/{vector_table_id}",
     response_model_exclude_unset=True,
-    dependencies=OUTSIDE,
-    responses=answers(*_ADMISSION, "vector_table_not_found", "backfill_in_progress"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(*_ADMISSION, "vector_table_not_found", "backfill_in_progress"),
 )
 def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
     """Update a vector table.
@@ -195,7 +197,9 @@ def _change(
     vector_tables.reschedule(row, schedule, interval)
 
 
-@router.delete("/{vector_table_id}", status_code=204, responses=answers("permission_denied", "vector_table_not_found"))
+@router.delete(
+    "/{vector_table_id}", status_code=204, responses=error_responses("permission_denied", "vector_table_not_found")
+)
 def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
     """Delete a vector table: gone at once; its vector storage is cleaned up in the background."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -212,15 +216,15 @@ def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
 
 @router.post(
     "/{vector_table_id}/backfill",
-    responses=answers_once(200, "permission_denied", "vector_table_not_found", "backfill_in_progress"),
+    responses=idempotent_responses(200, "permission_denied", "vector_table_not_found", "backfill_in_progress"),
 )
-def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> BackfillAnswer:
+def start_backfill(vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent) -> BackfillAnswer:
     """Start an asynchronous backfill: read all rows, embed them, store the vectors, then switch to them.
 
     Answers at once; `GET /v1/tasks/{task_id}` tells how it goes.
     """
     state = caller.state
-    with attempt:
+    with idempotent:
         with state.runtime.catalog.transaction() as session:
             row = vector_tables.get(session, caller.environment.id, vector_table_id)
             connection = connections.get(session, caller.environment.id, row.connection_id)
@@ -242,15 +246,15 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
                 synced_rows=0,
                 task_id=task.id,
             )
-            attempt.answer(session, started)
+            idempotent.remember(session, started)
     state.launcher.launch(task.id, vector_table_id, label, TaskType.BACKFILL)
     return started
 
 
 @router.get(
     "/{vector_table_id}/schema",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "vector_table_not_found",
         "source_table_not_found",
         "source_table_access_denied",
@@ -272,8 +276,8 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
 
 @router.post(
     "/{vector_table_id}/estimate",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "permission_denied",
         "vector_table_not_found",
         "source_table_not_found",

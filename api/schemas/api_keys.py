@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from ..pagination import ListAnswer
-from ..schemas.base import Answer, Body, Name, Timestamp, known_form
+from ..schemas.base import Answer, Body, Name, Timestamp, valid_id
 
 
 class ApiKeyCreate(Body):
@@ -17,7 +17,7 @@ class ApiKeyCreate(Body):
     permission: Literal["full", "read_only"] = Field(
         default="full", description="`read_only` keys send GET requests and queries, and nothing else"
     )
-    environment_id: Annotated[str, AfterValidator(known_form("env", "environment"))] | None = Field(
+    environment_id: Annotated[str, AfterValidator(valid_id("env", "environment"))] | None = Field(
         default=None, description="Make the key good for this environment alone; null: for all of the organization"
     )
 

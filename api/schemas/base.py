@@ -124,7 +124,7 @@ def unset() -> Any:
     return None
 
 
-def known_form(prefix: str, resource: str) -> Callable[[str], str]:
+def valid_id(prefix: str, resource: str) -> Callable[[str], str]:
     """Lets ids of this prefix pass; anything else is a NotFound at once, as no such object can be."""
 
     def check(value: str) -> str:
@@ -139,11 +139,11 @@ def _in_path(prefix: str, noun: str) -> Any:
     return Path(description=f"The {noun}'s id", examples=[f"{prefix}_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
 
 
-EnvironmentId = Annotated[str, _in_path("env", "environment"), AfterValidator(known_form("env", "environment"))]
-ApiKeyId = Annotated[str, _in_path("key", "api key"), AfterValidator(known_form("key", "api_key"))]
-ConnectionId = Annotated[str, _in_path("conn", "connection"), AfterValidator(known_form("conn", "connection"))]
+EnvironmentId = Annotated[str, _in_path("env", "environment"), AfterValidator(valid_id("env", "environment"))]
+ApiKeyId = Annotated[str, _in_path("key", "api key"), AfterValidator(valid_id("key", "api_key"))]
+ConnectionId = Annotated[str, _in_path("conn", "connection"), AfterValidator(valid_id("conn", "connection"))]
 EmbeddingProviderId = Annotated[
-    str, _in_path("ep", "embedding provider"), AfterValidator(known_form("ep", "embedding_provider"))
+    str, _in_path("ep", "embedding provider"), AfterValidator(valid_id("ep", "embedding_provider"))
 ]
-VectorTableId = Annotated[str, _in_path("vt", "vector table"), AfterValidator(known_form("vt", "vector_table"))]
-TaskId = Annotated[str, _in_path("task", "task"), AfterValidator(known_form("task", "task"))]
+VectorTableId = Annotated[str, _in_path("vt", "vector table"), AfterValidator(valid_id("vt", "vector_table"))]
+TaskId = Annotated[str, _in_path("task", "task"), AfterValidator(valid_id("task", "task"))]

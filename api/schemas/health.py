@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ..errors import ErrorBody
+from ..error_codes import ErrorBody
 from ..schemas.base import Answer
 
 

@@ -11,7 +11,7 @@ from embedd_dagster.catalog.tables import VectorTable
 from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
 
 from ..pagination import ListAnswer
-from ..schemas.base import Answer, Body, Name, Timestamp, known_form, unset
+from ..schemas.base import Answer, Body, Name, Timestamp, unset, valid_id
 
 SyncStatusName = Literal["pending", "backfilling", "synced", "pending_rebackfill", "paused", "error"]
 _Identifier = Annotated[str, StringConstraints(min_length=1, max_length=255)]
@@ -72,10 +72,10 @@ class VectorTableCreate(Body):
     name: Name = Field(
         description="Vector table name, 1 to 100 characters; unique in the environment", examples=["product-search"]
     )
-    connection_id: Annotated[str, AfterValidator(known_form("conn", "connection"))] = Field(
+    connection_id: Annotated[str, AfterValidator(valid_id("conn", "connection"))] = Field(
         description="Source database connection: tested, and of the same mode"
     )
-    embedding_provider_id: Annotated[str, AfterValidator(known_form("ep", "embedding_provider"))] | None = Field(
+    embedding_provider_id: Annotated[str, AfterValidator(valid_id("ep", "embedding_provider"))] | None = Field(
         default=None, description="Required in managed mode, and in platform mode with PostgreSQL"
     )
     source_table: _Identifier = Field(

@@ -77,11 +77,6 @@ class ApiKey(Base):
     created_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
 
-    @property
-    def counted_as(self) -> str:
-        """The id that requests with this key are counted under."""
-        return self.rate_limit_key_id or self.id
-
 
 class Connection(Base):
     """Somebody's database. What is not secret stands in `settings`, the rest is encrypted."""
