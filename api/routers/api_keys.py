@@ -21,9 +21,9 @@ router = APIRouter(prefix="/api-keys", tags=["API keys"], route_class=StrictRout
 
 @router.post("", status_code=201, responses=idempotent_responses(201, "permission_denied"))
 def create_api_key(body: ApiKeyCreate, caller: Writer, idempotent: IdempotentPerKey) -> NewApiKeyAnswer:
-    """Create an API key. A key that is good for one environment makes keys for that one only.
+    """Create an API key. A key that is valid in one environment can only create keys for that environment.
 
-    A key and those that it has made share one rate limit.
+    A key and the keys that it created share one rate limit.
     """
     environment_id = body.environment_id or caller.only_environment_id
     if caller.only_environment_id not in (None, environment_id):
@@ -43,7 +43,7 @@ def create_api_key(body: ApiKeyCreate, caller: Writer, idempotent: IdempotentPer
 def list_api_keys(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> ApiKeyList:
-    """List API keys, revoked ones included. Nobody can see a key itself again."""
+    """List API keys, including revoked ones. The keys themselves are never shown again."""
     asked = PageRequest.read(limit, cursor, name=name)
     with caller.state.runtime.catalog.transaction() as session:
         page = api_keys.page(session, caller.org_id, caller.only_environment_id, limit, asked.after, name=name)
@@ -52,6 +52,6 @@ def list_api_keys(
 
 @router.delete("/{api_key_id}", status_code=204, responses=error_responses("permission_denied", "api_key_not_found"))
 def revoke_api_key(api_key_id: ApiKeyId, caller: Writer) -> None:
-    """Revoke an API key, at once and for ever."""
+    """Revoke an API key, at once and permanently."""
     with caller.state.runtime.catalog.transaction() as session:
         api_keys.revoke(session, caller.org_id, caller.only_environment_id, api_key_id)

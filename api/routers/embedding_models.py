@@ -1,4 +1,4 @@
-"""The catalog of embedding models."""
+"""The known embedding models."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
 
 @router.get("", responses=error_responses())
 def list_embedding_models(
-    caller: Reader,  # noqa: ARG001 - a key is needed all the same
-    name: Annotated[str | None, text_filter("Only the models of exactly this name", max_length=200)] = None,
+    caller: Reader,  # noqa: ARG001 - the operation needs a key
+    name: Annotated[str | None, text_filter("Only the models with exactly this name", max_length=200)] = None,
 ) -> EmbeddingModelList:
-    """List the known embedding models: all of them, on one page."""
+    """List the known embedding models, all in one page."""
     return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS if name in (None, model.name)])

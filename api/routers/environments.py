@@ -20,18 +20,18 @@ from ..strict_json import StrictRoute
 router = APIRouter(prefix="/environments", tags=["Environments"], route_class=StrictRoute)
 
 
-def _refuse_restricted(caller: Caller) -> None:
+def _reject_restricted(caller: Caller) -> None:
     if caller.only_environment_id is not None:
         raise PermissionDenied(
-            "The key is good for one environment alone: it neither makes nor deletes environments.",
-            resolution="Use a key of the whole organization.",
+            "The key is valid in one environment only: it cannot create or delete environments.",
+            resolution="Use a key that is valid in all environments of the organization.",
         )
 
 
 @router.post("", status_code=201, responses=idempotent_responses(201, "permission_denied", "name_conflict"))
 def create_environment(body: EnvironmentCreate, caller: Writer, idempotent: Idempotent) -> EnvironmentAnswer:
     """Create an environment."""
-    _refuse_restricted(caller)
+    _reject_restricted(caller)
     with idempotent, caller.state.runtime.catalog.transaction() as session:
         return idempotent.remember(
             session, EnvironmentAnswer.model_validate(environments.create(session, caller.org_id, body.name))
@@ -42,7 +42,7 @@ def create_environment(body: EnvironmentCreate, caller: Writer, idempotent: Idem
 def list_environments(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EnvironmentList:
-    """List the environments that the key can see."""
+    """List the environments in which the key is valid."""
     asked = PageRequest.read(limit, cursor, name=name)
     if caller.only_environment_id is not None:
         own = [caller.environment] if name in (None, caller.environment.name) else []
@@ -71,14 +71,14 @@ def _get(caller: Caller, environment_id: str) -> Environment:
     "/{environment_id}", status_code=204, responses=error_responses("permission_denied", "environment_conflict")
 )
 def delete_environment(environment_id: EnvironmentId, caller: Writer) -> None:
-    """Delete an empty environment, with the keys that were good for it alone."""
+    """Delete an empty environment, with the keys that are valid only in it."""
     environment = _get(caller, environment_id)
-    _refuse_restricted(caller)
+    _reject_restricted(caller)
     if environment.name == DEFAULT_ENVIRONMENT:
         raise Conflict(
-            f"Environment {DEFAULT_ENVIRONMENT!r} is the one meant by requests without X-Environment-Id; it stays.",
+            f"Environment {DEFAULT_ENVIRONMENT!r} is the default of requests without X-Environment-Id and cannot be deleted.",
             code="environment_conflict",
-            resolution="Delete what is in it instead.",
+            resolution="Delete its content instead.",
         )
     with caller.state.runtime.catalog.transaction() as session:
         environments.delete(session, caller.org_id, environment_id)

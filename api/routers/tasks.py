@@ -19,8 +19,8 @@ from ..strict_json import StrictRoute
 router = APIRouter(prefix="/tasks", tags=["Tasks"], route_class=StrictRoute)
 
 TargetId = Annotated[str | None, text_filter("Only tasks of this vector table")]
-TargetName = Annotated[str | None, text_filter("Only tasks of the vector table that has this name now")]
-WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks in this state")]
+TargetName = Annotated[str | None, text_filter("Only tasks of the vector table with this name")]
+WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks with this status")]
 
 
 @router.get("", responses=error_responses())
@@ -50,9 +50,9 @@ def get_task(task_id: TaskId, caller: Reader) -> TaskAnswer:
 
 @router.post("/{task_id}/cancel", responses=error_responses("permission_denied", "task_not_found"))
 def cancel_task(task_id: TaskId, caller: Writer) -> TaskAnswer:
-    """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is.
+    """Cancel a task: a pending task ends at once, a running one when its run notices. A task that has ended stays as it is.
 
-    A re-backfill that is cancelled does not begin again by itself: `POST …/backfill` begins it, or a new configuration.
+    A cancelled re-backfill does not start again by itself, only by `POST …/backfill` or by a change of the configuration.
     """
     with caller.state.runtime.catalog.transaction() as session:
         tasks.get(session, caller.environment.id, task_id)

@@ -1,4 +1,4 @@
-"""Sync of vector tables, and the rows that failed."""
+"""Sync of vector tables, and failed rows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _STARTS = (
 
 @router.get("/sync/status", responses=error_responses("vector_table_not_found"))
 def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatusAnswer:
-    """Get how true the vectors are to their source."""
+    """Get how current the vectors are compared with their source."""
     with caller.state.runtime.catalog.transaction() as session:
         return _shown(session, vector_tables.get(session, caller.environment.id, vector_table_id))
 
@@ -55,7 +55,7 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
     error, error_at = row.last_error, row.last_error_at
-    if error is None and feed is not None and not row.paused:  # what holds up all tables of the connection
+    if error is None and feed is not None and not row.paused:  # what stops all tables of the connection
         error, error_at = feed.last_error, feed.last_error_at
     staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
     return SyncStatusAnswer(
@@ -74,7 +74,7 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     "/sync/pause", responses=error_responses("permission_denied", "vector_table_not_found", "sync_already_paused")
 )
 def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
-    """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
+    """Pause: no sync or re-backfill starts by itself until the pause ends. Queries still work."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         resyncs.keep_freshness(session, [row.id])
@@ -98,7 +98,7 @@ def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAns
 def start_sync(
     vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent, body: SyncOptions | None = None
 ) -> SyncStartedAnswer:
-    """Sync now, whatever the schedule says: only what changed is read, embedded and written."""
+    """Sync now, independent of the schedule. Reads, embeds and writes only what has changed."""
     options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
     with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
@@ -114,7 +114,7 @@ def start_sync(
 def _create_sync(session: Session, caller: Caller, row: VectorTable, options: dict[str, Any]) -> Task:
     if row.live_version is None and tasks.find_live(session, row.id) is None:
         raise NotReady(
-            f"Vector table {row.name!r} has no complete set of vectors yet that could be synced.",
+            f"Vector table {row.name!r} has no live vectors to sync.",
             resolution="Start a backfill with POST /v1/vector-tables/{id}/backfill.",
         )
     return tasks.create(
@@ -131,7 +131,7 @@ def _create_sync(session: Session, caller: Caller, row: VectorTable, options: di
 def list_failed_rows(
     vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> FailedRowList:
-    """List the rows that could not be embedded or written: of the newest build that has any."""
+    """List the rows that could not be embedded or stored, of the newest vector set that has any."""
     asked = PageRequest.read(limit, cursor)
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
@@ -153,7 +153,7 @@ def _shown_failure(row: FailedRow) -> FailedRowAnswer:
 
 @router.post("/failed-rows/retry", responses=idempotent_responses(200, *_STARTS))
 def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent) -> RetryStartedAnswer:
-    """Try the failed rows again, in a sync that starts now."""
+    """Retry the failed rows, in a sync that starts now."""
     with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
