@@ -37,7 +37,7 @@ def measure(servers: Servers, before: Path, rounds: int, seconds: int) -> list[d
         running_api(environment, checkout=ROOT, package="api", rate_limit_per_minute=10**6) as new,
     ):
         for api in (old, new):
-            send_queries(api, key, bench.vector_table_id, clients=8, seconds=2)
+            send_queries(api, key, bench.vector_table_id, clients=8, seconds=8)
         for number in range(rounds):
             for clients in CLIENTS:
                 both = [("before", old), ("after", new)]
