@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=int, default=4, help="of each load")
     options = parser.parse_args()
-    with open_servers() as servers:
+    with open_servers("http://127.0.0.1:1") as servers:  # no Qdrant: the vectors are in pgvector
         results = measure(servers, options.checkout.resolve(), options.rounds, options.seconds)
     record("api_before_after", "The API, before and after", body(results), results, "python -m benchmarks.api.compare")
 
