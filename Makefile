@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check fuzz lint format lock audit bench bench-sync bench-follow bench-api clean
+.PHONY: help setup demo up down test check fuzz lint format docs lock audit bench bench-sync bench-follow bench-api clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ lint: setup  ## style, types, import contracts
 format: setup  ## put the code into its form
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: setup  ## the pages of docs/reference/, from the code
+	@$(BIN)/python -m scripts.reference
 
 lock:  ## pin what pyproject.toml asks for, for development and for the image (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \

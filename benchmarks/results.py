@@ -25,6 +25,7 @@ ORDER = (
     "api",
     "embedding_requests",
     "safety",
+    "api_before_after",
 )
 
 

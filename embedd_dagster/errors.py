@@ -38,7 +38,7 @@
         └── NotReady                   `code` says what is not
 
 An error holds a message for people, a resolution (what to do), and a `code` of the contract (SPEC §1). It never holds a
-secret or a row's content, and it survives pickling. The HTTP status of a code stands in `api/errors.py`, nowhere else.
+secret or a row's content, and it survives pickling. The HTTP status of a code is in `api/error_codes.py`, nowhere else.
 """
 
 from __future__ import annotations

@@ -11,13 +11,15 @@ from typing import Annotated, Any, Final, Literal
 import httpx
 from fastapi import APIRouter, Query, Request, Response
 
-from api.errors import ErrorEnvelope, error_response
-from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
-from api.state import ApiState
 from embedd_dagster import __version__
 from embedd_dagster.connectors.stores import open_qdrant
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.settings import Settings
+
+from ..error_codes import ErrorEnvelope
+from ..errors import error_response
+from ..schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
+from ..state import ApiState
 
 router = APIRouter(tags=["Health"])
 

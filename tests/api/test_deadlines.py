@@ -16,7 +16,6 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from api import external_calls
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -92,7 +91,7 @@ def test_hung_sources_leave_threads_to_others(tenant: Tenant, hung: Hung, app_wi
     tenant.client = app_with(request_timeout_seconds=3.0)
     connection_id = tenant.connection()["id"]
     tenant.put(f"/v1/connections/{connection_id}", {"credentials": {**tenant.credentials, "port": hung.port}})
-    asked = external_calls.AT_ONCE + 8
+    asked = tenant.state.external_calls.at_most + 8
     with ThreadPoolExecutor(asked) as clients:
         answers = [clients.submit(tenant.post, f"/v1/connections/{connection_id}/test") for _ in range(asked)]
         refused = [answer.result() for answer in islice(as_completed(answers), 8)]

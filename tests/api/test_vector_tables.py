@@ -7,13 +7,14 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import func, text, update
 
-from api import state
 from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import CdcStreamRow, Task
@@ -93,7 +94,9 @@ def test_update_delete_and_schema(tenant: Tenant) -> None:
 
 
 def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_ESTIMATE_SECONDS", 10.0)  # six at once, on a busy machine
+    assert isinstance(tenant.client.app, FastAPI)
+    patient = replace(tenant.state, estimate_seconds=10.0)  # six at once, on a busy machine
+    monkeypatch.setattr(tenant.client.app.state, "embedd", patient)
     table = tenant.table()
     path = f"/v1/vector-tables/{table['id']}/backfill"
     with ThreadPoolExecutor(6) as pool:

@@ -54,11 +54,6 @@ class ApiKey(Base):
     created_at: Mapped[datetime]
     revoked_at: Mapped[datetime | None]
 
-    @property
-    def counted_as(self) -> str:
-        """The id that requests with this key are counted under."""
-        return self.rate_limit_key_id or self.id
-
 
 class IdempotencyKey(Base):
     """A request that was made with an Idempotency-Key, and what was answered; see `idempotency.py`."""
