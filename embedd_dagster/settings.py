@@ -22,6 +22,7 @@ class Settings(BaseSettings):
     encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         description="Comma-separated base64 of 32 bytes each; the first encrypts, all decrypt"
     )
+    managed_store: str = Field(default="qdrant", description="The connector that keeps the vectors of managed mode")
     qdrant_url: str = Field(description="Where managed vectors live")
     qdrant_api_key: SecretStr | None = None
     dagster_url: str | None = Field(default=None, description="Dagster's webserver; unset, the sensor launches alone")

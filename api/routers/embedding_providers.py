@@ -27,8 +27,8 @@ from api.schemas.embedding_providers import (
 from api.strict_json import StrictRoute
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.postgresql.hosts import allowed_addresses
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.engine.question import embed_question
 from embedd_dagster.errors import (

@@ -10,7 +10,8 @@ from api.pagination import ListAnswer
 from api.schemas.base import Answer, Body, Name, Timestamp, known_form, unset
 from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import VectorTable
-from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
+from embedd_dagster.connectors.registry import MAX_DIMENSIONS
+from embedd_dagster.core.vector_table import MAX_COLUMNS, Column, ColumnRole, FilterType, Mode
 
 SyncStatusName = Literal["pending", "backfilling", "synced", "pending_rebackfill", "paused", "error"]
 _Identifier = Annotated[str, StringConstraints(min_length=1, max_length=255)]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
@@ -16,6 +17,7 @@ import pytest
 from embedd_dagster.catalog import change_feeds, environments, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import ChangeFeed
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.cdc.consumer import follow
@@ -186,6 +188,11 @@ def another_table(product: Product, source_table: str) -> Product:
         configuration = replace(table.configuration, source_table=source_table)
         environment = environments.get(session, table.org_id, table.environment_id)
         new = NewVectorTable(
-            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+            source_table,
+            table.connection_id,
+            configuration,
+            product.mode,
+            SyncMode.CDC,
+            platform_name=partial(platform_vector_ref, "public"),
         )
         return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)

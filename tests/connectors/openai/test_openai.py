@@ -11,9 +11,9 @@ import numpy as np
 import orjson
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.retry_after import parse_duration, retry_after_seconds
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddError,

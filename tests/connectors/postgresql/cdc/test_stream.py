@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import (
