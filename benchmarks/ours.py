@@ -36,6 +36,8 @@ COLUMNS = (
     Column("price", ColumnRole.METADATA, filter_type=FilterType.FLOAT),
 )
 
+PUBLIC = partial(platform_vector_ref, "public")
+
 
 class Run(NamedTuple):
     """What a run reported, and how long it took from its claim to its end, and to the first row."""
@@ -115,7 +117,7 @@ class Bench:
                     configuration,
                     mode,
                     sync_mode,
-                    platform_name=partial(platform_vector_ref, "public"),
+                    platform_name=PUBLIC,
                 ),
             ).id
         self.environment_id = environment.id

@@ -35,6 +35,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import validation
 from embedd_dagster.engine.estimate import estimate
+from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, ValidationFailed
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
@@ -147,7 +148,7 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         if key_type is not None:
             moved_tables.move(session, row, checked.source_table, key_type)
-        _change(session, row, body, seen, checked)
+        _change(caller.state.runtime, session, row, body, seen, checked)
         return _answer(session, row)
 
 
@@ -175,7 +176,12 @@ def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfigur
 
 
 def _change(
-    session: Session, row: VectorTable, body: VectorTableUpdate, seen: Endpoints, checked: VectorConfiguration
+    runtime: Runtime,
+    session: Session,
+    row: VectorTable,
+    body: VectorTableUpdate,
+    seen: Endpoints,
+    checked: VectorConfiguration,
 ) -> None:
     """Writes the change to the locked row, over what another request may have changed since it was seen."""
     given = body.model_fields_set
@@ -187,7 +193,8 @@ def _change(
     model = body.embedding_model if "embedding_model" in given else now_there.embedding_model
     dimensions = body.embedding_dimensions if "embedding_dimensions" in given else now_there.embedding_dimensions
     if (model, dimensions) != (now_there.embedding_model, now_there.embedding_dimensions):
-        validation.check_embedding(seen.embedding_provider, model, dimensions)
+        wanted = replace(now_there, embedding_model=model, embedding_dimensions=dimensions)
+        validation.check_embedding(runtime, seen.connection, seen.embedding_provider, wanted)
     if "name" in given:
         vector_tables.rename(session, row, body.name)
     vector_tables.reconfigure(row, columns=columns, embedding_model=model, embedding_dimensions=dimensions)

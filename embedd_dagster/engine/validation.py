@@ -20,7 +20,6 @@ from embedd_dagster.catalog.connections import ConnectionStatus
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors import registry
-from embedd_dagster.connectors.spec import StoreCapabilities
 from embedd_dagster.core.models import PROVIDER_HOSTS, ProviderKind, check_model
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, check_columns
 from embedd_dagster.engine.runtime import Runtime
@@ -95,8 +94,8 @@ def validate_vector_table(runtime: Runtime, environment_id: str, new: NewVectorT
             f"mode: the vector table is in {new.mode} mode, connection {connection.name!r} is in {connection.mode} mode.",
             resolution="Use a connection of the same mode.",
         )
+    check_embedding(runtime, connection, provider, configuration)
     limits = runtime.store_capabilities(new.mode, connection)
-    _check_embedding(limits, connection, provider, configuration)
     checked = _check_source(runtime, connection, configuration, check_key=True, sync_mode=new.sync_mode)
     name = _platform_name(runtime, connection) if new.mode is Mode.PLATFORM else None
     _check_prefixes(runtime, connection, checked.columns)
@@ -117,7 +116,7 @@ def admit_change(
     if new.columns != old.columns:
         check_columns(new.columns)
     if (new.embedding_model, new.embedding_dimensions) != (old.embedding_model, old.embedding_dimensions):
-        _check_embedding(runtime.store_capabilities(Mode(connection.mode), connection), connection, provider, new)
+        check_embedding(runtime, connection, provider, new)
     is_moved = new.source_table != old.source_table
     if new.columns == old.columns and not is_moved:
         return new
@@ -133,14 +132,15 @@ def source_key_type(runtime: Runtime, connection: Connection, configuration: Vec
         return source.reader(selection).key_type
 
 
-def _check_embedding(
-    store: StoreCapabilities,
+def check_embedding(
+    runtime: Runtime,
     connection: Connection,
     provider: EmbeddingProvider | None,
     configuration: VectorConfiguration,
 ) -> None:
     """Returns when the model gives these dimensions, and the store can hold them. Raises ValidationFailed."""
     model, dimensions = configuration.embedding_model, configuration.embedding_dimensions
+    store = runtime.store_capabilities(Mode(connection.mode), connection)
     if not 1 <= dimensions <= store.max_dimensions:
         raise ValidationFailed(f"embedding_dimensions: a number from 1 to {store.max_dimensions} is accepted.")
     if provider is None:

@@ -31,6 +31,8 @@ ONE_STORE = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, i
 """Of what has nothing to do with stores."""
 INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
 
+PUBLIC = partial(platform_vector_ref, "public")
+
 
 class RunningFollower:
     """Follows one connection while the block lasts; what kept it from following is raised at the end."""
@@ -193,6 +195,6 @@ def another_table(product: Product, source_table: str) -> Product:
             configuration,
             product.mode,
             SyncMode.CDC,
-            platform_name=partial(platform_vector_ref, "public"),
+            platform_name=PUBLIC,
         )
         return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)
