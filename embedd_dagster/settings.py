@@ -25,6 +25,7 @@ class Settings(BaseSettings):
     encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         description="Keys for stored credentials: base64 of 32 bytes each, comma-separated. The first one encrypts, all decrypt"
     )
+    managed_store: str = Field(default="qdrant", description="The connector that stores the vectors of managed tables")
     qdrant_url: str = Field(description="The Qdrant server that stores the vectors of managed tables")
     qdrant_api_key: SecretStr | None = Field(default=None, description="API key of that Qdrant server")
     dagster_url: str | None = Field(

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Query
 from embedd_dagster.catalog import connections
 from embedd_dagster.catalog.pages import Page
 from embedd_dagster.catalog.tables import Connection
-from embedd_dagster.connectors import sources
+from embedd_dagster.connectors import registry
 from embedd_dagster.engine import validation
 from embedd_dagster.errors import (
     EmbeddError,
@@ -90,7 +90,7 @@ def create_unsupported_connection(
 ) -> None:
     """What is answered for every provider that has no endpoint of its own."""
     raise ValidationFailed(
-        f"provider: {provider!r} is not supported in this installation; supported: {', '.join(sources.PROVIDERS)}.",
+        f"provider: {provider!r} is not supported in this installation; supported: {', '.join(registry.sources())}.",
         resolution="Use a supported provider, or a version of embedd that has this one.",
     )
 

@@ -10,8 +10,8 @@ from fastapi import APIRouter
 
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.network import AddressForbidden, NameUnknown, vetted_addresses
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
 from embedd_dagster.engine.question import embed_question
 from embedd_dagster.errors import (

@@ -17,6 +17,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
 from embedd_dagster.engine import validation
 from embedd_dagster.engine.estimate import estimate
+from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, ValidationFailed
 
 from ..auth import Caller, Reader, Writer
@@ -152,7 +153,7 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         if key_type is not None:
             moved_tables.move(session, row, checked.source_table, key_type)
-        _change(session, row, body, seen, checked)
+        _change(caller.state.runtime, session, row, body, seen, checked)
         return _answer(session, row)
 
 
@@ -180,7 +181,12 @@ def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfigur
 
 
 def _change(
-    session: Session, row: VectorTable, body: VectorTableUpdate, seen: Endpoints, checked: VectorConfiguration
+    runtime: Runtime,
+    session: Session,
+    row: VectorTable,
+    body: VectorTableUpdate,
+    seen: Endpoints,
+    checked: VectorConfiguration,
 ) -> None:
     """Writes the change to the locked row, which another request may have changed since `seen` was read."""
     given = body.model_fields_set
@@ -192,7 +198,8 @@ def _change(
     model = body.embedding_model if "embedding_model" in given else current.embedding_model
     dimensions = body.embedding_dimensions if "embedding_dimensions" in given else current.embedding_dimensions
     if (model, dimensions) != (current.embedding_model, current.embedding_dimensions):
-        validation.check_embedding(seen.embedding_provider, model, dimensions)
+        wanted = replace(current, embedding_model=model, embedding_dimensions=dimensions)
+        validation.check_embedding(runtime, seen.connection, seen.embedding_provider, wanted)
     if "name" in given:
         vector_tables.rename(session, row, body.name)
     vector_tables.reconfigure(row, columns=columns, embedding_model=model, embedding_dimensions=dimensions)

@@ -8,7 +8,8 @@ from pydantic import AfterValidator, Field, StringConstraints
 
 from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import VectorTable
-from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
+from embedd_dagster.connectors.registry import MAX_DIMENSIONS
+from embedd_dagster.core.vector_table import MAX_COLUMNS, Column, ColumnRole, FilterType, Mode
 
 from ..pagination import ListAnswer
 from ..schemas.base import Answer, Body, Name, Timestamp, unset, valid_id

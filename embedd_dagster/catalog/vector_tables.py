@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -27,8 +27,7 @@ from embedd_dagster.core.status import LIVE_TASK_STATUSES, StatusFacts, SyncStat
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 
-_ALIAS_LENGTH = 255  # of Qdrant
-_PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
+_MAX_NAME_LENGTH = 255
 _ID_ATTEMPTS = 20
 _LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
 _NAME_CONSTRAINTS = ("uq_vector_tables_storage_name", "uq_vector_tables_partition_key")
@@ -56,8 +55,10 @@ class NewVectorTable:
     sync_mode: SyncMode
     sync_schedule: str | None = None
     sync_interval_seconds: int | None = None
-    platform_schema: str | None = None
-    """Where the platform table's public name will stand, in platform mode."""
+    platform_name: Callable[[str], str] | None = None
+    """In platform mode: makes the name that users query from the name that the vector table is stored under."""
+    max_name_length: int = _MAX_NAME_LENGTH
+    """Of the name that it is stored under, in its store."""
 
 
 def create(session: Session, environment: Environment, new: NewVectorTable) -> VectorTable:
@@ -78,8 +79,7 @@ def create(session: Session, environment: Environment, new: NewVectorTable) -> V
 
 def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str) -> VectorTable:
     configuration = new.configuration
-    longest = _PLATFORM_NAME_LENGTH if new.mode is Mode.PLATFORM else _ALIAS_LENGTH
-    public_name = storage_name(vector_table_id, new.name, max_length=longest)
+    public_name = storage_name(vector_table_id, new.name, max_length=new.max_name_length)
     return VectorTable(
         id=vector_table_id,
         org_id=environment.org_id,
@@ -98,8 +98,8 @@ def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str
         sync_interval_seconds=new.sync_interval_seconds,
         config_version=1,
         storage_name=public_name,
-        partition_key=storage_name(vector_table_id, new.name, max_length=_ALIAS_LENGTH),
-        platform_vector_ref=f"{new.platform_schema}.embedd_{public_name}" if new.platform_schema else None,
+        partition_key=storage_name(vector_table_id, new.name, max_length=_MAX_NAME_LENGTH),
+        platform_vector_ref=new.platform_name(public_name) if new.platform_name else None,
         sync_status=SyncStatus.PENDING.value,
         paused=False,
         has_failed=False,
@@ -347,10 +347,10 @@ def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
 
 
 def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, str]:
-    """Where each is stored: by the id of its connection what lies in the source's database, all else in one Qdrant."""
+    """Where each is stored: by the id of its connection what lies in the source's database, all else in one managed store."""
     statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
     found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
-    return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
+    return {key: connection_id if mode == Mode.PLATFORM.value else "managed" for key, mode, connection_id in found}
 
 
 def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]:

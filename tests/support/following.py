@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
@@ -16,6 +17,7 @@ import pytest
 from embedd_dagster.catalog import cdc, environments, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.cdc.consumer import follow
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 ONE_STORE = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
 """Of what has nothing to do with stores."""
 INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
+
+PUBLIC = partial(platform_vector_ref, "public")
 
 
 class RunningFollower:
@@ -186,6 +190,11 @@ def another_table(product: Product, source_table: str) -> Product:
         configuration = replace(table.configuration, source_table=source_table)
         environment = environments.get(session, table.org_id, table.environment_id)
         new = NewVectorTable(
-            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+            source_table,
+            table.connection_id,
+            configuration,
+            product.mode,
+            SyncMode.CDC,
+            platform_name=PUBLIC,
         )
         return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)

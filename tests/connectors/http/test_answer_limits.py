@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingUnavailable
 
 _MEGABYTE = b" " * 2**20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url, with_path
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingRejected
 
 UNUSABLE = [

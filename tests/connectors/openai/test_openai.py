@@ -11,10 +11,10 @@ import numpy as np
 import orjson
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.retry_after import parse_duration, retry_after_seconds
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
 from embedd_dagster.connectors.openai.tokenizer import cut_at_tokens
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.core.text_cutting import cut_at_bytes
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (

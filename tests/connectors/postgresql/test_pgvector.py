@@ -15,7 +15,7 @@ from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_in
 from embedd_dagster.connectors.postgresql.pgvector.filters import compile_filter
 from embedd_dagster.connectors.postgresql.pgvector.objects import Place
 from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref, table_name
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, VectorSet

@@ -18,7 +18,7 @@ from psycopg import errors as psycopg_errors
 
 from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.connectors.postgresql.errors import translate
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.embedded_text import render_value
 from embedd_dagster.core.json_text import JsonNumber
 from embedd_dagster.core.keys import Key, decode_key, encode_key

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (

@@ -399,7 +399,7 @@ def test_there_is_no_wait_without_a_limit() -> None:
 
 def test_many_threads_finish_against_a_provider_that_refuses_every_third_request() -> None:
     with running_openai_server(default_dimensions=64, refuse_every=3, latency_seconds=0.002) as server:
-        from embedd_dagster.connectors.embedders import open_embedder
+        from embedd_dagster.connectors.registry import open_embedder
 
         credentials = {"base_url": server.base_url}
         with open_embedder("openai", credentials=credentials, model="m", dimensions=64) as embedder:

@@ -19,7 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from embedd_dagster.connectors.postgresql.cdc import pgoutput
 from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.slot import Slot, lsn_text, parse_lsn
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import (
     CdcPositionLost,
     SourceRejected,

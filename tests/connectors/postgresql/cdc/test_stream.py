@@ -16,7 +16,7 @@ from psycopg import sql
 
 from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.slot import parse_lsn
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import (
