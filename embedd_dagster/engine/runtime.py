@@ -13,6 +13,7 @@ from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.connectors import registry
 from embedd_dagster.connectors.spec import StoreCapabilities
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.embedder import Embedder
 from embedd_dagster.protocols.source import Source
