@@ -23,6 +23,12 @@ class Settings(BaseSettings):
         description="Comma-separated base64 of 32 bytes each; the first encrypts, all decrypt"
     )
     qdrant_url: str = Field(description="Where managed vectors live")
+    qdrant_grpc_port: int | None = Field(
+        default=6334,
+        ge=0,
+        le=65_535,
+        description="Qdrant's gRPC port at the same host, for bulk writes; 0 or empty = off",
+    )
     qdrant_api_key: SecretStr | None = None
     dagster_url: str | None = Field(default=None, description="Dagster's webserver; unset, the sensor launches alone")
 
@@ -98,7 +104,9 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "dagster_token", "api_url", mode="before")
+    @field_validator(
+        "redis_url", "qdrant_api_key", "qdrant_grpc_port", "dagster_url", "dagster_token", "api_url", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         # compose files pass variables that are not set as ""

@@ -12,14 +12,23 @@ from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.store import PlatformStore, Store
 
 
-def open_qdrant(url: str, api_key: str | None = None, *, read_timeout_seconds: float | None = None) -> Store:
+def open_qdrant(
+    url: str, api_key: str | None = None, *, grpc_port: int | None = None, read_timeout_seconds: float | None = None
+) -> Store:
     """Our own Qdrant (managed mode), which is connected to when it is first used; to be closed.
 
-    A search waits `read_timeout_seconds`, half a minute where that is not given. Raises ConfigurationError for what is no URL.
+    Args:
+        url: Its REST interface.
+        api_key: For REST and gRPC.
+        grpc_port: Its gRPC port at the same host, for bulk writes; None or 0: REST alone.
+        read_timeout_seconds: The timeout of a search, half a minute by default.
+
+    Raises:
+        ConfigurationError: `url` is not a URL.
     """
     from embedd_dagster.connectors.qdrant.store import QdrantStore
 
-    return QdrantStore(url, api_key, read_timeout_seconds=read_timeout_seconds)
+    return QdrantStore(url, api_key, grpc_port=grpc_port, read_timeout_seconds=read_timeout_seconds)
 
 
 def open_platform_store(

@@ -52,6 +52,7 @@ class Runtime:
         return stores.open_qdrant(
             self.settings.qdrant_url,
             api_key.get_secret_value() if api_key else None,
+            grpc_port=self.settings.qdrant_grpc_port,
             read_timeout_seconds=read_timeout_seconds,
         )
 
