@@ -26,6 +26,7 @@ ORDER = (
     "embedding_requests",
     "safety",
     "api_before_after",
+    "qdrant_transport",
 )
 
 

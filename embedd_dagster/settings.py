@@ -27,6 +27,12 @@ class Settings(BaseSettings):
     )
     managed_store: str = Field(default="qdrant", description="The connector that stores the vectors of managed tables")
     qdrant_url: str = Field(description="The Qdrant server that stores the vectors of managed tables")
+    qdrant_grpc_port: int | None = Field(
+        default=6334,
+        ge=0,
+        le=65_535,
+        description="Qdrant's gRPC port on the same host, for bulk writes; 0 or empty = REST only",
+    )
     qdrant_api_key: SecretStr | None = Field(default=None, description="API key of that Qdrant server")
     dagster_url: str | None = Field(
         default=None,
@@ -123,7 +129,9 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "dagster_token", "api_url", mode="before")
+    @field_validator(
+        "redis_url", "qdrant_api_key", "qdrant_grpc_port", "dagster_url", "dagster_token", "api_url", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
         # Compose passes a variable that is not set as ""

@@ -81,14 +81,21 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def qdrant_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Qdrant engine behind Qdrant's REST protocol, of this test session alone."""
+def qdrant_grpc_port() -> int:
+    """The gRPC port of the Qdrant behind `qdrant_url`."""
+    return int(os.environ.get("TEST_QDRANT_GRPC_PORT") or (6334 if "TEST_QDRANT_URL" in os.environ else _free_port()))
+
+
+@pytest.fixture(scope="session")
+def qdrant_url(tmp_path_factory: pytest.TempPathFactory, qdrant_grpc_port: int) -> Iterator[str]:
+    """A running Qdrant engine behind Qdrant's REST and gRPC protocols, of this test session alone."""
     if external := os.environ.get("TEST_QDRANT_URL"):
         yield external
         return
     folder: Path = tmp_path_factory.mktemp("qdrant")
     port = _free_port()
     command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server", "--data", str(folder), "--port", str(port)]
+    command += ["--grpc-port", str(qdrant_grpc_port)]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

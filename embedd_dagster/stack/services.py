@@ -64,6 +64,7 @@ def _qdrant(services: Services) -> ChildSpec:
     port = services.ports["qdrant"]
     data = services.state_dir / "qdrant"
     command = ["embedd_dagster.stack.qdrant.server", "--data", str(data), "--port", str(port), "--host", LOOPBACK]
+    command += ["--grpc-port", str(services.ports["qdrant-grpc"])]
     return _python(services, "qdrant", command, is_ready=lambda: answers(port, "/readyz") == 200)
 
 

@@ -33,10 +33,11 @@ HOSTILE_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["qdrant", "pgvector"])
+@pytest.fixture(params=["qdrant", "qdrant over grpc", "pgvector"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    if request.param == "qdrant":
-        opened: Store = QdrantStore(request.getfixturevalue("qdrant_url"))
+    if request.param != "pgvector":
+        port = request.getfixturevalue("qdrant_grpc_port") if "grpc" in request.param else None
+        opened: Store = QdrantStore(request.getfixturevalue("qdrant_url"), grpc_port=port)
     else:
         opened = open_platform_store("postgresql", credentials_of(request.getfixturevalue("database_url")))
     with opened:

@@ -11,7 +11,9 @@ def _open(settings: Settings, read_timeout_seconds: float | None) -> Store:
     from embedd_dagster.connectors.qdrant.store import QdrantStore
 
     key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
-    return QdrantStore(settings.qdrant_url, key, read_timeout_seconds=read_timeout_seconds)
+    return QdrantStore(
+        settings.qdrant_url, key, grpc_port=settings.qdrant_grpc_port, read_timeout_seconds=read_timeout_seconds
+    )
 
 
 SPEC = ConnectorSpec(
