@@ -18,6 +18,7 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.sync import sync
 from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import EmbeddError, RunCancelled, RunSuperseded, TransientError
+from embedd_dagster.protocols.store import SearchRequest
 
 _CATALOG_PATIENCE_SECONDS = 120.0
 _SAMPLE_ROWS = 3
@@ -189,7 +190,9 @@ def _sample(work: Work, version: int) -> list[dict[str, Any]]:
         first = next(iter(work.store.fingerprints(vector_set, 0, None)), None)
         # not by its key: there is a numeric one, NaN, that does not equal itself
         found = [] if first is None else list(work.store.vectors(vector_set, [first.key]).values())
-        hits = [hit for _hash, vector in found for hit in work.store.search(vector_set, vector, limit=_SAMPLE_ROWS)]
+        hits = [
+            hit for _hash, vector in found for hit in work.store.search(vector_set, SearchRequest(vector, _SAMPLE_ROWS))
+        ]
     except EmbeddError as error:
         work.log(f"No sample: {error}")
         return []

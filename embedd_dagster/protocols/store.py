@@ -8,6 +8,7 @@ Stores raise only: VectorStoreUnavailable (try again), VectorStoreRejected, Sour
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -21,6 +22,20 @@ ReportIndexed = Callable[[int, int], None]
 
 def ignore_report(indexed: int, total: int) -> None:
     """Does nothing with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """What is searched for in one vector set."""
+
+    vector: Vectors
+    """The question's vector, of shape (dimensions,)."""
+    limit: int
+    text: str | None = None
+    """The question's text, for stores that also search by words; the others ignore it."""
+    filter: Filter | None = None
+    minimum_score: float | None = None
+    """The least cosine similarity of a hit."""
 
 
 class Store(Protocol):
@@ -38,22 +53,22 @@ class Store(Protocol):
         ...
 
     def upsert(self, vector_set: VectorSet, points: PointBatch) -> None:
-        """Writes the points, whole, durably; a point of the same key is replaced. All or nothing is not promised.
+        """Writes the points durably; a point of the same key and ordinal is replaced. All or nothing is not promised.
 
-        Raises PointsRejected where it can hold all but some of them: the others are written then.
+        Raises PointsRejected if the store cannot hold some of them: the others are written then.
         """
         ...
 
     def delete(self, vector_set: VectorSet, keys: Sequence[Key]) -> None:
-        """Removes the points of these keys; keys without a point are ignored."""
+        """Removes every point of these keys; keys without a point are ignored."""
         ...
 
     def fingerprints(self, vector_set: VectorSet, bits: int, buckets: Sequence[int] | None) -> Iterator[Fingerprint]:
-        """The fingerprint of every point whose `bits`-bit bucket is among `buckets` (None: of every point)."""
+        """The fingerprint of every row with points whose `bits`-bit bucket is among `buckets` (None: of every such row)."""
         ...
 
     def vectors(self, vector_set: VectorSet, keys: Sequence[Key]) -> dict[Key, tuple[int, Vectors]]:
-        """For each of these keys that has a point: its text hash and its vector, shape (dimensions,)."""
+        """For each of these keys that has a point: text hash and vector of its first (ordinal 0), shape (dimensions,)."""
         ...
 
     def index_buckets(self, vector_set: VectorSet) -> None:
@@ -68,21 +83,13 @@ class Store(Protocol):
         ...
 
     def count(self, vector_set: VectorSet) -> int:
-        """The exact number of points; 0 where the set does not exist."""
+        """The exact number of rows that have points, however many each has; 0 if the set does not exist."""
         ...
 
-    def search(
-        self,
-        vector_set: VectorSet,
-        vector: Vectors,
-        *,
-        limit: int,
-        min_similarity_score: float | None = None,
-        filters: Filter | None = None,
-    ) -> list[Hit]:
-        """The nearest points by cosine, highest first, among exactly those the filter matches; `vector` is (dimensions,).
+    def search(self, vector_set: VectorSet, request: SearchRequest) -> list[Hit]:
+        """The nearest points by cosine, highest first, among exactly those that the filter matches.
 
-        As many as `limit` where so many match. A vector of zeros has no direction: none is found, and it finds none.
+        As many as the limit, if so many match. A vector of zeros has no direction: none is found, and it finds none.
         Raises VectorStoreUnavailable where the set is not there: another one has most likely replaced it just now.
         """
         ...

@@ -78,7 +78,8 @@ def upsert_body(vector_set: VectorSet, points: PointBatch, part: slice) -> bytes
             strict=True,
         )
     ]
-    ids = point_ids(vector_set.vector_table_id, keys)
+    ordinals = None if points.ordinals is None else points.ordinals[part]
+    ids = point_ids(vector_set.vector_table_id, keys, ordinals)
     body = {"batch": {"ids": ids, "vectors": vectors, "payloads": payloads}}
     try:
         return orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
