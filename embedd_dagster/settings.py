@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, TypeVar
 
@@ -11,6 +12,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from embedd_dagster.errors import ConfigurationError
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+class ShardPoolKind(StrEnum):
+    """Where the shards of a backfill run."""
+
+    THREADS = "threads"
+    PROCESSES = "processes"
 
 
 class Settings(BaseSettings):
@@ -55,6 +63,10 @@ class Settings(BaseSettings):
     max_failed_rows_percent: float = Field(default=5.0, ge=0, le=100)
     max_task_attempts: int = Field(default=3, ge=1, le=20)
     shard_count: int = Field(default=2, ge=1, le=64, description="Key ranges of one table that are read at once")
+    shard_pool: ShardPoolKind = Field(
+        default=ShardPoolKind.THREADS,
+        description="Where they are loaded: threads of the run's process, or processes of their own",
+    )
     heartbeat_seconds: float = Field(default=5.0, gt=0)
     stale_after_seconds: float = Field(default=30.0, gt=0, description="A run without a heartbeat for so long is dead")
     retired_set_grace_seconds: float = Field(

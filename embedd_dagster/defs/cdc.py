@@ -24,8 +24,8 @@ from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import told_to_stop
 from embedd_dagster.defs.tags import CONNECTION_TAG
 from embedd_dagster.defs.tick_logs import tick_log
-from embedd_dagster.engine.cdc.consumer import follow
-from embedd_dagster.engine.cdc.report import FollowReport
+from embedd_dagster.engine.cdc.consumer import run_consumer
+from embedd_dagster.engine.cdc.report import CdcReport
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError
 
@@ -52,7 +52,7 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
     try:
         opened = runtime.open()
 
-        def report(done: FollowReport) -> None:
+        def report(done: CdcReport) -> None:
             context.log_event(
                 dg.AssetMaterialization(
                     asset_key="vector_table",
@@ -63,7 +63,7 @@ def follow_changes(context: dg.OpExecutionContext, config: FollowConfig, runtime
             )
 
         with heartbeat(opened, context.run_id, context.log.info), told_to_stop() as should_stop:
-            reason = follow(
+            reason = run_consumer(
                 opened,
                 config.connection_id,
                 context.run_id,
