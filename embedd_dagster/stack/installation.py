@@ -106,7 +106,7 @@ def sibling_database_url(url: str, database: str) -> str:
 def open_dagster_home(state_dir: Path) -> Path:
     """Dagster's home, with the project's `dagster.yaml` as it is now."""
     home = state_dir / "dagster_home"
-    files.write_private(home / "dagster.yaml", find_deployment_file("deploy/dagster.yaml").read_text(encoding="utf-8"))
+    files.write_private(home / "dagster.yaml", find_deployment_file("dagster.yaml").read_text(encoding="utf-8"))
     return home
 
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
-from dagster import DagsterInstance
-from dagster._core.instance.ref import InstanceRef
 
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.stack import installation
@@ -342,13 +340,6 @@ def test_ones_own_parts_take_the_place_of_the_embedded_ones(state_dir, monkeypat
         with psycopg.connect(own.url("dagster")) as connection:
             assert connection.execute("SELECT to_regclass('runs')").fetchone() != (None,)
     assert not (state_dir / "encryption_keys").exists()
-
-
-def test_dagster_dev_in_the_root_needs_no_database(tmp_path):
-    # It reads a dagster.yaml in the working directory even for its temporary instance.
-    reference = InstanceRef.from_dir(str(tmp_path), config_dir=str(installation.PROJECT_ROOT))
-    with DagsterInstance.from_ref(reference) as instance:
-        assert instance.get_runs() == []
 
 
 def test_a_deep_state_directory_gets_a_socket_elsewhere(tmp_path):
