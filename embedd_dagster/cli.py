@@ -68,7 +68,7 @@ def up(
     state_dir: StateDir = _DEFAULT_STATE_DIR,
     *,
     code_location: Annotated[
-        str, typer.Option(help="The module of Dagster's definitions; your own has embedd's in it (docs/operations).")
+        str, typer.Option(help="The module of Dagster's definitions; your own has embedd's in it (docs/how-to).")
     ] = "embedd_dagster.definitions",
 ) -> None:
     """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant where you name none of your own."""
