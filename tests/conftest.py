@@ -1,4 +1,4 @@
-"""Fixtures for every test: a real PostgreSQL and a real Qdrant engine, started once per session; and which tests are unit tests."""
+"""Fixtures for every test: a real PostgreSQL and a real Qdrant engine, started once per session; and the list of unit tests."""
 
 from __future__ import annotations
 
