@@ -17,7 +17,7 @@ import pytest
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.stack import installation
 from embedd_dagster.stack.postgres import open_temporary_postgres
-from embedd_dagster.stack.postgres_location import known_root, remove_place
+from embedd_dagster.stack.postgres_location import known_root, remove_location
 from embedd_dagster.stack.process import marked_processes, working_in
 from embedd_dagster.stack.stack import Stack, StackAlreadyRunning, down, running_stack, status
 from embedd_dagster.stack.supervisor import ChildFailed
@@ -67,7 +67,7 @@ def new_state_dir():
 
 def discard(directory):
     down(directory)
-    remove_place(directory / "postgres")
+    remove_location(directory / "postgres")
     shutil.rmtree(directory, ignore_errors=True)
 
 
