@@ -1,4 +1,4 @@
-# Two commands do everything: `make demo` and `make test`. The rest is for working on the code.
+# `make demo` shows the product, `make test` tests it. The rest is for working on the code.
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,14 +8,14 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test check fuzz lint format docs lock audit bench bench-sync bench-follow bench-api clean
+.PHONY: help setup demo up down unit test check fuzz lint format docs lock audit bench bench-sync bench-follow bench-api clean
 
-help:  ## what there is
+help:  ## the list of targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-setup: $(VENV)/.ready  ## everything that is needed, into .venv
+setup: $(VENV)/.ready  ## install everything that is needed into .venv
 
-# with uv where it is there, else with pip; pinned by requirements.lock, compiled so that Dagster starts fast
+# with uv if it is installed, otherwise with pip; pinned by requirements.lock, compiled so that Dagster starts fast
 $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) scripts/setup.py $(VENV)
 	@touch $@
@@ -29,7 +29,10 @@ up: setup  ## the stack, until Ctrl-C
 down: setup  ## stop what `make up` started
 	@$(BIN)/embedd down
 
-# a file's tests stay together, for the servers they share; each process has a PostgreSQL and a Qdrant of its own
+unit: setup  ## tests that need no server
+	@$(BIN)/pytest -q -m unit
+
+# the tests of one file stay together, because they share servers; each process has its own PostgreSQL and Qdrant
 test: setup  ## every test
 	@$(BIN)/pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
@@ -40,13 +43,14 @@ fuzz: setup  ## property tests with other examples than make test has, then ten 
 		tests/engine/test_model.py tests/engine/cdc/test_model.py tests/stack/qdrant/test_server.py tests/api/test_fuzz.py
 	@TEST_EXAMPLES=other FUZZ_EXAMPLES=200 FUZZ_RESULT=benchmarks/results/schemathesis.md $(BIN)/pytest -q --timeout 3600 tests/api/test_schemathesis.py
 
-lint: setup  ## style, types, import contracts
+lint: setup  ## style, types, import contracts, words
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
+	@$(BIN)/python scripts/check_words.py
 
-format: setup  ## put the code into its form
+format: setup  ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
@@ -59,21 +63,21 @@ lock:  ## pin what pyproject.toml asks for, for development and for the image (n
 	@uv pip compile --quiet pyproject.toml --extra redis --extra tokenizer --universal --python-version 3.11 \
 		--constraint requirements.lock --no-emit-index-url --no-header --generate-hashes --output-file deploy/requirements.lock
 
-audit:  ## known vulnerabilities of what requirements.lock pins (needs uv, and PyPI itself: a plain mirror knows of none)
+audit:  ## known vulnerabilities of what requirements.lock pins (needs uv and PyPI itself: mirrors do not list them)
 	@uv tool run pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
-bench: setup  ## ours against the barest script and against peers; recorded in benchmarks/results/ (long)
+bench: setup  ## the engine against the barest script and against peers; recorded in benchmarks/results/ (long)
 	@$(BIN)/python -m benchmarks.engine --peers
 
-bench-sync: setup  ## what a sync costs, up to a million rows; recorded too
+bench-sync: setup  ## the cost of a sync, up to a million rows; recorded
 	@$(BIN)/python -m benchmarks.sync
 
-bench-follow: setup  ## from a commit in the source until the row is found, and how many changes a second; recorded too
+bench-follow: setup  ## from a commit in the source until the row is found, and changes per second; recorded
 	@$(BIN)/python -m benchmarks.follow
 
 bench-api: setup  ## what the API adds to a query, and how it does with ten thousand tables (six minutes; needs wrk)
 	@$(BIN)/python -m benchmarks.api
 
-clean:  ## remove what setup and up made
+clean:  ## remove what setup and up made, except .env
 	@test ! -x $(BIN)/embedd || $(BIN)/embedd down --remove-state
-	rm -rf $(VENV)
+	rm -rf $(VENV) .dagster

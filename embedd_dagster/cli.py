@@ -68,10 +68,10 @@ def up(
     state_dir: StateDir = _DEFAULT_STATE_DIR,
     *,
     code_location: Annotated[
-        str, typer.Option(help="The module of Dagster's definitions; your own has embedd's in it (docs/operations).")
+        str, typer.Option(help="The module of Dagster's definitions; your own contains embedd's (docs/how-to).")
     ] = "embedd_dagster.definitions",
 ) -> None:
-    """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant where you name none of your own."""
+    """Run the whole stack until Ctrl-C: API, Dagster, and PostgreSQL and Qdrant unless you name your own."""
     from embedd_dagster.stack.control import Endpoints
     from embedd_dagster.stack.stack import Stack, StackSettings
 
@@ -111,7 +111,7 @@ def down(
 @app.command()
 @_explained
 def status(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
-    """Show what of the stack runs, and where."""
+    """Show which parts of the stack run, and where."""
     from embedd_dagster.stack import control
 
     found = control.status(state_dir)
@@ -153,7 +153,7 @@ def migrate() -> None:
 @_explained
 def create_key(
     environment: Annotated[
-        str | None, typer.Option(help="Make the key good for this environment alone; else it is for all of them.")
+        str | None, typer.Option(help="Restrict the key to this environment; otherwise it is for all of them.")
     ] = None,
     *,
     read_only: Annotated[bool, typer.Option("--read-only", help="Only GETs and queries.")] = False,
@@ -197,7 +197,7 @@ def rotate_encryption(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
     """Re-encrypt all stored credentials under the first encryption key, while the service runs.
 
     Put the new key before the old one (in EMBEDD_ENCRYPTION_KEYS, or for the embedded catalog in .embedd/encryption_keys),
-    restart the services, run this, then take the old key away.
+    restart the services, run this, then remove the old key.
     """
     from embedd_dagster.catalog.database import Catalog
     from embedd_dagster.catalog.rotation import rotate_encryption as rotate
@@ -215,7 +215,7 @@ def rotate_encryption(state_dir: StateDir = _DEFAULT_STATE_DIR) -> None:
 
 
 def _catalog_url(state_dir: Path) -> str:
-    """The catalog's URL: of the running stack, else of the environment."""
+    """The catalog's URL: of the running stack, otherwise of the environment."""
     from embedd_dagster.settings import read_settings
     from embedd_dagster.stack import control
 

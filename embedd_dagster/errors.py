@@ -1,17 +1,17 @@
-"""Every exception that the product raises, by what is to be done about it.
+"""Every exception that the product raises, by what has to be done about it.
 
 ::
 
     EmbeddError
     ├── TransientError                 try again, not before `retry_after_seconds`
     │   ├── SourceUnavailable          the source database does not answer
-    │   ├── CdcPositionLost             the source keeps its log for us no more: begin anew, and compare
+    │   ├── CdcPositionLost             the source no longer keeps its log from our position: compare
     │   ├── VectorStoreUnavailable     Qdrant or the platform database does not answer
     │   ├── EmbeddingUnavailable       the provider answers 5xx, or not at all
     │   │   └── EmbeddingRateLimited   the provider answers 429
     │   ├── OrchestratorUnavailable    Dagster does not answer
-    │   └── CatalogUnavailable         our own control database does not answer
-    ├── PermanentError                 stop, tell the user what to do
+    │   └── CatalogUnavailable         embedd's own database does not answer
+    ├── PermanentError                 stop, and say what to do
     │   ├── ConfigurationError         a setting of the installation is wrong
     │   ├── SecretUnreadable           stored credentials do not decrypt with the present keys
     │   ├── SourceAccessDenied         the source refuses to let us read (or, in platform mode, write)
@@ -37,8 +37,8 @@
         ├── Unauthorized               `code` tells a revoked key
         └── NotReady                   `code` says what is not
 
-An error holds a message for people, a resolution (what to do), and a `code` of the contract (SPEC §1). It never holds a
-secret or a row's content, and it survives pickling. The HTTP status of a code is in `api/error_codes.py`, nowhere else.
+An error holds a message for people, a resolution (what to do), and a `code` of the API's contract. It never holds a
+secret or a row's content, and it survives pickling. Only `api/error_codes.py` maps codes to HTTP statuses.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def _rebuild(kind: type[EmbeddError], state: dict[str, Any]) -> EmbeddError:
 class TransientError(EmbeddError):
     """An outside system failed in a way that passes by itself."""
 
-    default_resolution = "Nothing to do: it is tried again."
+    default_resolution = "No action needed; the operation is retried automatically."
     is_attempt: ClassVar[bool] = True
-    """Whether a run that ends by it has tried what it was to do."""
+    """Whether a run that ends by it counts as an attempt of its task."""
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None, **kwargs: Any) -> None:
         super().__init__(message, **kwargs)
@@ -95,10 +95,10 @@ class SourceUnavailable(TransientError):
 
 
 class CdcPositionLost(TransientError):
-    """The source does not keep its log from our position any more: what is followed has to be compared instead."""
+    """The source no longer keeps its log from our position: its cdc tables have to be compared instead."""
 
     default_code = "source_unavailable"
-    default_resolution = "Nothing to do: the tables are compared with the source, and followed again."
+    default_resolution = "No action needed; the tables are compared with the source, then read from the log again."
 
 
 class VectorStoreUnavailable(TransientError):
@@ -129,14 +129,14 @@ class OrchestratorUnavailable(TransientError):
 
 
 class CatalogUnavailable(TransientError):
-    """The control database does not answer."""
+    """The catalog does not answer."""
 
     default_code = "catalog_unavailable"
     default_resolution = "Check that PostgreSQL behind EMBEDD_DATABASE_URL is up, then try again."
 
 
 class PermanentError(EmbeddError):
-    """Trying again changes nothing: somebody has to act."""
+    """Retrying does not help: somebody has to change something first."""
 
 
 class ConfigurationError(PermanentError):
@@ -149,7 +149,7 @@ class SecretUnreadable(PermanentError):
     """Stored credentials do not decrypt with the present encryption keys."""
 
     default_resolution = (
-        "Put the key they were encrypted with into EMBEDD_ENCRYPTION_KEYS, or enter the credentials anew."
+        "Put the key they were encrypted with into EMBEDD_ENCRYPTION_KEYS, or enter the credentials again."
     )
 
 
@@ -235,7 +235,7 @@ class RowNotStorable(RowError):
 
 
 class MetadataTooLarge(RowError):
-    """More metadata than a row may have: no store takes in what is without bound."""
+    """More metadata than a row may have."""
 
     default_code = "metadata_too_large"
 
@@ -247,7 +247,7 @@ class RunSuperseded(EmbeddError):
 class RunCancelled(EmbeddError):
     """Somebody asked this run to end."""
 
-    default_resolution = "Start it again when it is wanted; a build goes on where it was."
+    default_resolution = "Start it again when you want it; a build continues where it was."
 
 
 class RequestError(EmbeddError):

@@ -1,4 +1,4 @@
-"""Log lines that are dropped when they cannot be written: a full disk or a closed pipe must not fail the work they tell of."""
+"""Log lines that are dropped when they cannot be written: a full disk or a closed pipe must not fail the work that logs."""
 
 from __future__ import annotations
 

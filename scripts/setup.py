@@ -1,6 +1,6 @@
 """Makes the virtual environment of this checkout: exactly requirements.lock, and the project itself, editable.
 
-Needs nothing but Python 3.11 or newer: uses uv where it is found, else the standard library's venv and pip.
+Needs only Python 3.11 or newer. Uses uv if it is installed, otherwise the standard library's venv and pip.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def main() -> None:
     """Sets up the environment named on the command line."""
-    if sys.version_info < (3, 11):  # noqa: UP036 - it is run by whatever `python3` is
+    if sys.version_info < (3, 11):  # noqa: UP036 - any `python3` may run this
         sys.exit(f"embedd needs Python 3.11 or newer; this is {sys.version.split()[0]}. Try: make PYTHON=python3.12 …")
     target = Path(sys.argv[1]).resolve()
     python = target / "bin" / "python"
@@ -35,17 +35,33 @@ def main() -> None:
             _say("  making the virtual environment")
             _run(sys.executable, "-m", "venv", "--clear", target)
         elif not _works(python, "-m", "pip", "--version"):
-            # uv made it, and has gone since
+            # uv made the environment and is no longer installed
             _run(python, "-m", "ensurepip")
         pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
         _say(_what_is_installed())
         _run(*pip, "--require-hashes", "--no-deps", "--requirement", ROOT / "requirements.lock")
         _run(*pip, "--no-deps", "--no-build-isolation", "--editable", ROOT)
         _say("  compiling them, so that Dagster starts faster")
-        # pip compiles by itself unless PYTHONDONTWRITEBYTECODE says otherwise; Dagster starts twice as fast compiled
+        # pip skips this if PYTHONDONTWRITEBYTECODE is set; compiled, Dagster starts twice as fast
         _run(python, "-m", "compileall", "-q", "-j", "0", target / "lib")
     _run(python, "-m", "compileall", "-q", ROOT / "embedd_dagster", ROOT / "api")
+    write_dagster_home(ROOT)
     _say("  ready")
+
+
+def write_dagster_home(root: Path) -> None:
+    """Makes `.dagster/` and names it in `.env`, so that `dagster dev` does not read the root's dagster.yaml.
+
+    Dagster lets `.env` override the environment, so the line keeps a DAGSTER_HOME that is already set: the services of
+    `embedd up` have one. Other lines of an existing `.env` stay.
+    """
+    home = root / ".dagster"
+    home.mkdir(exist_ok=True)
+    (home / "dagster.yaml").write_text("telemetry:\n  enabled: false\n", encoding="utf-8")
+    path = root / ".env"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else ["# for `dagster dev`"]
+    others = [line for line in lines if not line.startswith("DAGSTER_HOME=")]
+    path.write_text("\n".join([*others, f'DAGSTER_HOME="${{DAGSTER_HOME:-{home}}}"']) + "\n", encoding="utf-8")
 
 
 def _what_is_installed() -> str:
@@ -62,7 +78,7 @@ def _say(text: str) -> None:
 
 
 def _works(python: Path, *arguments: str) -> bool:
-    """Whether this interpreter is there and answers: that of a moved or half-made environment does not."""
+    """Whether this interpreter exists and runs: in an environment that was moved or half made it does not."""
     if not python.exists():
         return False
     return subprocess.run([str(python), *(arguments or ("-c", ""))], check=False, capture_output=True).returncode == 0

@@ -1,4 +1,4 @@
-"""Fixtures that every test may use: a real PostgreSQL and a real Qdrant engine, started once a session."""
+"""Fixtures for every test: a real PostgreSQL and a real Qdrant engine, started once per session; and the list of unit tests."""
 
 from __future__ import annotations
 
@@ -22,12 +22,38 @@ from embedd_dagster.stack.postgres import EmbeddedPostgres, open_temporary_postg
 
 pytest_plugins = ["tests.support.synchronous_standby"]
 
-# The same examples in every run: what fails for one fails for all, and whoever runs the tests first does not find what others
-# did not. `make fuzz` draws others. The machine may be as slow as it is.
+# The same examples in every run, so that a failure is everybody's failure. `make fuzz` draws others. No limit on the time of one.
 _ANY_SPEED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, print_blob=True, **_ANY_SPEED)
 settings.register_profile("other", print_blob=True, **_ANY_SPEED)
 settings.load_profile(os.environ.get("TEST_EXAMPLES", "same"))
+
+
+_TESTS = Path(__file__).parent
+UNIT_TESTS = [
+    _TESTS / path
+    for path in (
+        "core",
+        "connectors/http/test_base_url.py",
+        "connectors/http/test_refusals.py",
+        "connectors/test_network.py",
+        "connectors/postgresql/cdc/test_pgoutput.py",
+        "defs/test_reconcile.py",
+        "docs/test_links.py",
+        "docs/test_words.py",
+        "engine/pacing/test_pacing.py",
+        "engine/cdc/test_report.py",
+        "test_cli.py",
+        "test_errors.py",
+        "webserver/test_guard.py",
+    )
+]
+"""Files and folders whose tests need no server: `make unit` runs them."""
+_SERVERS = {"postgres", "database_url", "qdrant_url", "stack"}
+
+
+def _is_unit(path: Path) -> bool:
+    return any(path.is_relative_to(unit) for unit in UNIT_TESTS)
 
 
 class _ByServers(LoadFileScheduling):
@@ -38,20 +64,37 @@ class _ByServers(LoadFileScheduling):
         return "tests/e2e" if path.startswith("tests/e2e/") else path
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m unit`, files without unit tests are not even imported: that would take most of the time."""
+    if config.option.markexpr != "unit" or collection_path.is_dir():
+        return None
+    return None if _is_unit(collection_path) else True
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In parallel, those of `tests/e2e` begin first: they take one process the longest, and mostly wait."""
+    """Marks the unit tests, and rejects one that uses a server.
+
+    In parallel, `tests/e2e` begins first: it takes one process the longest, and mostly waits.
+    """
+    if gone := [str(path) for path in UNIT_TESTS if not path.exists()]:
+        raise pytest.UsageError(f"UNIT_TESTS in tests/conftest.py names what is not there: {', '.join(gone)}")
+    for item in items:
+        if _is_unit(item.path):
+            item.add_marker("unit")
+            if used := _SERVERS & set(getattr(item, "fixturenames", ())):
+                raise pytest.UsageError(f"{item.nodeid} is a unit test and uses {', '.join(used)}: see UNIT_TESTS.")
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: not item.nodeid.startswith("tests/e2e/"))
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
-    """How pytest-xdist hands out the tests, whatever `--dist` says."""
+    """How pytest-xdist hands out the tests; overrides `--dist`."""
     return _ByServers(config, log)
 
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of the developer's shell reaches a test."""
+    """Settings of the developer's shell do not reach the tests."""
     for name in list(os.environ):
         if name.startswith(("EMBEDD_", "DAGSTER_")):
             monkeypatch.delenv(name)
@@ -59,14 +102,14 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """A running PostgreSQL 18 with pgvector, of this test session alone."""
+    """A running PostgreSQL 18 with pgvector, for this test session."""
     with open_temporary_postgres(fsync="off") as server:
         yield server
 
 
 @pytest.fixture
 def database_url(postgres: EmbeddedPostgres) -> Iterator[str]:
-    """An empty database of this test alone, as `postgresql://user:password@host:port/name`."""
+    """An empty database for one test, as `postgresql://user:password@host:port/name`."""
     name = f"test_{uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')
@@ -88,7 +131,7 @@ def qdrant_grpc_port() -> int:
 
 @pytest.fixture(scope="session")
 def qdrant_url(tmp_path_factory: pytest.TempPathFactory, qdrant_grpc_port: int) -> Iterator[str]:
-    """A running Qdrant engine behind Qdrant's REST and gRPC protocols, of this test session alone."""
+    """A running Qdrant engine behind Qdrant's REST and gRPC protocols, for this test session."""
     if external := os.environ.get("TEST_QDRANT_URL"):
         yield external
         return

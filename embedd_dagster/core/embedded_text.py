@@ -102,7 +102,7 @@ def _render_interval(value: timedelta) -> str:
 def compose_text(columns: Sequence[Column], values: Sequence[Any]) -> str:
     """The text of a row: each value behind its `name_prefix`, joined by newlines; "" where there is nothing to embed.
 
-    `columns` are the embedding columns in their order (`VectorConfiguration.embedding_columns`), `values` stand beside
+    `columns` are the embedding columns in their order (`VectorConfiguration.embedding_columns`), `values` correspond to
     them. Null and blank values are left out with their prefix.
     """
     parts = []
@@ -156,7 +156,7 @@ def _finite_number(value: Any) -> float | None:
     try:
         number = float(value)
     except ValueError:
-        raise ValueOutOfRange("A value is no number, as filter_type `float` requires.") from None
+        raise ValueOutOfRange("A value is not a number, as filter_type `float` requires.") from None
     return kept_float(number) if math.isfinite(number) else None
 
 
@@ -165,7 +165,7 @@ def _whole_number(value: Any) -> int | None:
         return None
     whole = int(value) if isinstance(value, int | float | Decimal) else None
     if whole is None or whole != value or not -MAX_INTEGER - 1 <= whole <= MAX_INTEGER:
-        raise ValueOutOfRange("A value is no whole number of at most 64 bits, as filter_type `integer` requires.")
+        raise ValueOutOfRange("A value is not a whole number of at most 64 bits, as filter_type `integer` requires.")
     return whole
 
 

@@ -1,6 +1,6 @@
 """How runs share the slots: two lanes, so that short work never waits for long work, and tags by which Dagster limits each.
 
-The limits for these tags are in `deploy/dagster.yaml`. A run from Dagster's UI has none of them; only the pool limits it.
+The limits for these tags are in `dagster.yaml`. A run from Dagster's UI has none of them; only the pool limits it.
 """
 
 from __future__ import annotations

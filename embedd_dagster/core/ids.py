@@ -14,7 +14,7 @@ _RANDOM_LENGTH: Final = 20  # 100 bits
 def new_id(prefix: str, seconds: int) -> str:
     """A new id such as `vt_1q3k8zc…`: unguessable, and in text order by creation second.
 
-    Only 6 characters carry the time, so that the first 8 (the seed's short form) already differ within a second, by one
+    Only 6 characters carry the time, so that the first 8 (the short form of an id) already differ within a second, by one
     in a thousand; where they do not, the catalog takes another id.
     """
     time_part = "".join(

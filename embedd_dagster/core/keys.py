@@ -18,7 +18,7 @@ _POINT_NAMESPACE: Final = UUID("8b0f6a52-3a5e-5f0e-9a34-6d1f6f6e6264")
 def encode_key(key: Key) -> str:
     """The key as type-tagged text: `i:42`, `s:abc`. Equal keys of the source have equal texts, others never."""
     if isinstance(key, bool):
-        raise TypeError("a boolean is no primary key")
+        raise TypeError("a boolean cannot be a primary key")
     if isinstance(key, int):
         return f"i:{key}"
     if isinstance(key, str):
@@ -31,7 +31,7 @@ def encode_key(key: Key) -> str:
         return f"t:{key.isoformat()}"
     if isinstance(key, date):
         return f"d:{key.isoformat()}"
-    raise TypeError(f"{type(key).__name__} is no primary key type")
+    raise TypeError(f"{type(key).__name__} cannot be a primary key type")
 
 
 def _plain(key: Decimal) -> str:
@@ -70,7 +70,7 @@ def decode_key(text: str) -> Key:
 
 
 def render_key(key: Key) -> int | float | str:
-    """The key as a JSON value: a number where JSON can hold it exactly, else its text."""
+    """The key as a JSON value: a number if JSON can hold it exactly, otherwise its text."""
     if isinstance(key, int | str):
         return key
     if isinstance(key, Decimal):
@@ -96,7 +96,10 @@ def _point_name(encoded_key: str, ordinal: int) -> str:
 
 
 def point_ids(vector_table_id: str, encoded_keys: Iterable[str], ordinals: Iterable[int] | None = None) -> list[str]:
-    """The text of each point's `point_id`, in a third of the time. Without ordinals: of the first point of each row."""
+    """The text of each point's `point_id`, in a third of the time: without a UUID object per row.
+
+    Without ordinals: of the first point of each row.
+    """
     table = sha1(_POINT_NAMESPACE.bytes + f"{vector_table_id}/".encode(), usedforsecurity=False)
     names = encoded_keys if ordinals is None else map(_point_name, encoded_keys, ordinals)
     ids = []

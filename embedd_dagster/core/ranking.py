@@ -1,4 +1,4 @@
-"""What every store does alike: the order of hits, and bucket numbers as ranges."""
+"""What every store does in the same way: the order of hits, and bucket numbers as ranges."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from embedd_dagster.core.rows import Hit
 
 
 def rank(hits: Iterable[Hit], limit: int, min_similarity_score: float | None) -> list[Hit]:
-    """The best hits, highest first, equal ones by key; scores within -1 … 1, none below the least wanted."""
+    """The best hits, highest first, equal ones by key; scores within -1 … 1, none below the minimum."""
     clipped = (replace(hit, similarity_score=max(-1.0, min(1.0, hit.similarity_score))) for hit in hits)
     wanted = (hit for hit in clipped if min_similarity_score is None or hit.similarity_score >= min_similarity_score)
     return sorted(wanted, key=lambda hit: (-hit.similarity_score, encode_key(hit.key)))[:limit]

@@ -66,7 +66,7 @@ class VectorTableConfig(dg.Config):
     kinds=STORE_KINDS,
     tags={"domain": "vector-search"},
     code_version="1",
-    pool=partitions.vector_tables.name,  # `deploy/dagster.yaml` says how many of its runs there may be at once
+    pool=partitions.vector_tables.name,  # `dagster.yaml` says how many of its runs there may be at once
     output_required=False,  # a run that finds its task done elsewhere materializes nothing, and has not failed
     description=(
         "The vectors of one source table, searchable by meaning. A partition is a vector table of the API, under the name "

@@ -100,7 +100,7 @@ def down(state_dir: Path = DEFAULT_STATE_DIR) -> bool:
 def discard(state_dir: Path = DEFAULT_STATE_DIR) -> None:
     """Nothing of the stack runs, and nothing of it is left on the disk, also not what had to lie elsewhere.
 
-    Where another user may not enter the state directory, PostgreSQL's data lies in one of its own (see `postgres_place`).
+    Where another user may not enter the state directory, PostgreSQL's data lies in one of its own (see `postgres_location`).
     """
     down(state_dir)
     EmbeddedPostgres(state_dir.resolve()).remove()
@@ -236,7 +236,7 @@ def _acquire_soon(lock: files.OwnerLock) -> bool:
 
 
 def describe_running(state_dir: Path) -> str:
-    """A sentence for whoever wanted to start it."""
+    """A sentence for a person who tried to start it again."""
     present = status(state_dir)
     where = (
         "it is starting"

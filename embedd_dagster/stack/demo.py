@@ -38,7 +38,7 @@ _POLL_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Something to ask, and what must be among the first three answers (None: whatever the filter allows)."""
+    """Something to ask, and what must be among the first three answers (None: any that the filter allows)."""
 
     text: str
     filters: dict[str, Any]
@@ -238,7 +238,7 @@ def _backfill(console: Console, client: httpx.Client, vector_table_id: str) -> N
 
 
 class StallClock:
-    """Tells when what is watched has been the same for too long."""
+    """Detects that an observed value has not changed for too long."""
 
     def __init__(self, limit_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit_seconds = limit_seconds
@@ -247,7 +247,7 @@ class StallClock:
         self._since = clock()
 
     def has_run_out(self, seen: object) -> bool:
-        """Whether this has been seen, and nothing else, for the whole limit."""
+        """Whether the value has been the same for the whole limit."""
         if seen != self._last:
             self._last, self._since = seen, self._clock()
         return self._clock() - self._since >= self._limit_seconds

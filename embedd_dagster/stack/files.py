@@ -42,7 +42,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The file's text without the space around it; empty where there is no file, or none that is text."""
+    """The file's text without the space around it; empty if there is no file, or it is not text."""
     try:
         return path.read_text(encoding="utf-8").strip()
     except (FileNotFoundError, UnicodeDecodeError):
@@ -50,7 +50,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in the file; empty where there is no file, or none that can be read as an object."""
+    """The object in the file; empty if there is no file, or it is not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):  # ValueError: not JSON, or not UTF-8
@@ -98,7 +98,7 @@ class OwnerLock:
             self.release()  # the file was removed between opening and locking it
 
     def release(self) -> None:
-        """Free for the next one; the file stays, for to remove it would let two hold it."""
+        """Free for the next one; the file stays: removing it would let two processes hold the lock."""
         if self._file is not None:
             self._file.close()
             self._file = None

@@ -1,7 +1,7 @@
 """What the stack's children are given: where things are, under which key, in which variables.
 
 These variables are the contract with the services, which read them through `settings.py`. They are read here too,
-for each one that is set takes the place of an embedded part.
+because each one that is set replaces an embedded part.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def find_qdrant_api_key(state_dir: Path, external: External) -> str:
 def find_dagster_token(state_dir: Path, external: External) -> str:
     """What opens Dagster's UI; generated at the first start, and the same until its file is removed.
 
-    Raises ConfigurationError where the environment's own one is too weak.
+    Raises ConfigurationError if the environment's own one is too weak.
     """
     if external.dagster_token:
         return read_webserver_settings().dagster_token.get_secret_value()
@@ -106,7 +106,7 @@ def sibling_database_url(url: str, database: str) -> str:
 def open_dagster_home(state_dir: Path) -> Path:
     """Dagster's home, with the project's `dagster.yaml` as it is now."""
     home = state_dir / "dagster_home"
-    files.write_private(home / "dagster.yaml", find_deployment_file("deploy/dagster.yaml").read_text(encoding="utf-8"))
+    files.write_private(home / "dagster.yaml", find_deployment_file("dagster.yaml").read_text(encoding="utf-8"))
     return home
 
 
@@ -125,7 +125,7 @@ def find_code_socket(state_dir: Path) -> Path:
     """A path that a socket can have, in a directory that only this user can enter."""
     directory = state_dir / "run"
     if len(str(directory / "code.sock")) > _SOCKET_PATH_LIMIT:
-        # The user's id in the name, for another user's directory would be refused below.
+        # The user's id is in the name, because another user's directory is rejected below.
         digest = hashlib.sha256(str(state_dir).encode()).hexdigest()[:12]
         directory = Path(tempfile.gettempdir()) / f"embedd-{os.getuid()}-{digest}"
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -156,5 +156,5 @@ def child_environment(
         "EMBEDD_DAGSTER_CODE_SOCKET": str(code_socket),
         "DAGSTER_HOME": str(dagster_home),
         "DAGSTER_DISABLE_TELEMETRY": "yes",
-        "PYTHONUNBUFFERED": "1",  # a child that crashes leaves its last words in the log
+        "PYTHONUNBUFFERED": "1",  # a child that crashes leaves its last lines in the log
     }

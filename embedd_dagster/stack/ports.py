@@ -1,4 +1,4 @@
-"""Loopback ports that stay the same from start to start, as far as others leave them free."""
+"""Loopback ports that stay the same from start to start, unless another program uses them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ports:
         self._path = path
 
     def claim(self, name: str) -> int:
-        """A port that is free now: last time's if it can be, else a new one, remembered from here on."""
+        """A port that is free now: the remembered one if possible, otherwise a new one, which is remembered."""
         remembered = self._read()
         port = remembered.get(name)
         if port is None or not is_free(port):
@@ -41,7 +41,7 @@ class Ports:
         return any(not is_free(port) for port in self._read().values())
 
     def _read(self) -> dict[str, int]:
-        """What is no port, in a damaged file, is left out: another one is chosen for it."""
+        """Entries of a damaged file that are not ports are left out; new ones are chosen."""
         content = files.read_json(self._path)
         return {name: port for name, port in content.items() if type(port) is int and 1024 <= port < 65_536}
 

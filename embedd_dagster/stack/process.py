@@ -101,7 +101,7 @@ def find_supervisors(state_dir: Path) -> list[psutil.Process]:
 
 
 def is_alive(pid: int, create_time: float) -> bool:
-    """Whether this very process lives: a pid alone may by now be somebody else's."""
+    """Whether this process is alive: its pid alone may belong to another one."""
     try:
         process = psutil.Process(pid)
         return bool(pid > 0 and abs(process.create_time() - create_time) < 1 and _runs(process))
@@ -158,7 +158,7 @@ def send(processes: Iterable[psutil.Process], signal_number: signal.Signals) -> 
 
 
 def wait_until_gone(processes: Iterable[psutil.Process], timeout_seconds: float) -> list[psutil.Process]:
-    """Those that are still alive after the timeout; a zombie counts as gone, whoever has to reap it."""
+    """Those that are still alive after the timeout; a zombie counts as gone, even if its parent has not reaped it."""
     deadline = time.monotonic() + timeout_seconds
     remaining = list(processes)
     while True:

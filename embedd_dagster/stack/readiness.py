@@ -1,4 +1,4 @@
-"""How to tell that a service does its work, cheaply enough to ask ten times a second while it starts."""
+"""Whether a service works, checked cheaply enough to ask every 0.1 seconds while it starts."""
 
 from __future__ import annotations
 

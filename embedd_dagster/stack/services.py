@@ -52,7 +52,7 @@ def _postgres(postgres: EmbeddedPostgres) -> ChildSpec:
         directory=Path("/"),
         is_ready=postgres.is_ready,
         before_start=postgres.prepare,
-        account=postgres.place.account,
+        account=postgres.location.account,
         stop_signal=signal.SIGINT,  # "fast": cuts open connections, which SIGTERM would wait for
         death_signal=signal.SIGINT,
         ends_its_own_children=True,

@@ -72,7 +72,7 @@ def _ignore(_text: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class StackSettings:
-    """What a test or a demo may want otherwise."""
+    """What a test or a demo may change."""
 
     code_location_module: str = "embedd_dagster.definitions"
     extra_env: Mapping[str, str] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class StackSettings:
     migrate: Callable[[str], None] | None = None
     """Called with the catalog's URL instead of the catalog's own migration."""
     tell: Callable[[str], None] = _ignore
-    """Called with each step of the start, in words for a person."""
+    """Called with each step of the start, in words for people."""
 
 
 class Stack:
@@ -141,7 +141,7 @@ class Stack:
                 finally:
                     self.stop()
             except EmbeddError:
-                if not self._stop_asked.is_set():  # else the interruption is what was asked for
+                if not self._stop_asked.is_set():  # otherwise the interruption was requested
                     raise
         if self._failure is not None:
             raise self._failure
@@ -156,7 +156,7 @@ class Stack:
         try:
             return self._start()
         except ChildFailed:
-            # between the choice of a port and its use, somebody else may take it: then others are chosen, once
+            # another program may take a port between its choice and its use: then others are chosen, once
             if not Ports(self.state_dir / "ports.json").any_taken():
                 raise
         return self._start()
@@ -192,7 +192,7 @@ class Stack:
         return self.endpoints
 
     def stop(self) -> None:
-        """Everything is gone, in reverse order, also what the children started. Does nothing where nothing runs."""
+        """Stops everything in reverse order, including what the children started. Does nothing if nothing runs."""
         with self._stop_lock:
             if not self._lock.held:
                 return
@@ -215,7 +215,7 @@ class Stack:
             self._lock.release()
 
     def _guard(self, stopped: threading.Event) -> None:
-        """Ends a stack that cannot go on, and writes its files again where they are missing, damaged or out of date."""
+        """Ends a stack that cannot go on, and writes its files again if they are missing, damaged or out of date."""
         while not stopped.wait(_GUARD_SECONDS):
             if self._failure is None and (reason := self._why_it_cannot_go_on()):
                 _log.error("stack_ends", reason=reason)
@@ -316,7 +316,7 @@ class Stack:
         self._run(service_specs(services))
 
     def _run(self, specs: Mapping[str, ChildSpec]) -> None:
-        """In the order of who needs whom, and side by side where nobody does."""
+        """Starts children after those they need, and independent ones in parallel."""
         self._children = list(specs)
         for spec in specs.values():
             self._supervisor.add(spec)

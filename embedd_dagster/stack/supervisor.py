@@ -76,7 +76,7 @@ class ChildSpec:
     death_signal: signal.Signals = signal.SIGKILL
     """What it gets when the supervisor is killed."""
     ends_its_own_children: bool = False
-    """Then only the child itself is asked to stop; else all that descends from it."""
+    """Then only the child itself is asked to stop; otherwise all its descendants too."""
     ready_timeout_seconds: float = 120.0
     grace_seconds: float = 10.0
 
@@ -112,14 +112,14 @@ class Supervisor:
         self._thread: threading.Thread | None = None
 
     def add(self, spec: ChildSpec) -> None:
-        """Known, and not started yet."""
+        """Registers a child without starting it."""
         log_dir = self._state_dir / "logs"
         log_dir.mkdir(parents=True, exist_ok=True)
         with self._lock:
             self._children[spec.name] = _Child(spec, log_dir / f"{spec.name}.log")
 
     def start(self, *names: str) -> None:
-        """Wanted from now on; returns at once. A child that was given up gets a new chance."""
+        """Starts them; returns at once. A child that was given up is tried again."""
         with self._lock:
             for name in names:
                 child = self._children[name]
@@ -193,7 +193,7 @@ class Supervisor:
         return popen.pid if popen is not None and popen.poll() is None else None
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """What is to be known about each child, as JSON."""
+        """The state of each child, as JSON."""
         with self._lock:
             return {
                 name: {
@@ -225,7 +225,7 @@ class Supervisor:
     def _report_change(self) -> None:
         try:
             self._on_change()
-        except OSError as error:  # a disk that is full, for one: no reason to leave the children alone
+        except OSError as error:  # such as a full disk: the children are still supervised
             _log.error("change_not_reported", error=str(error))
 
     def _advance(self, child: _Child) -> bool:
@@ -257,7 +257,7 @@ class Supervisor:
         problem: Exception | None = None
         try:
             child.spec.before_start()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other children must go on
+        except Exception as error:  # noqa: BLE001 - the other children must continue
             problem = error
         with self._lock:
             if child.state is not before:  # stopped meanwhile
@@ -299,7 +299,7 @@ class Supervisor:
             self._crashed(child, f"was not ready within {child.spec.ready_timeout_seconds:.0f} s")
 
     def _crashed(self, child: _Child, what: str) -> None:
-        # Its run workers and the like must not go on beside those of the next life.
+        # Its descendants, such as run workers, must not run next to those of the restarted child.
         process.end(self._descendants(child), grace_seconds=2)
         if child.popen is not None:
             if child.popen.poll() is None:

@@ -1,4 +1,4 @@
-"""Dagster's own webserver, mounted behind the guard in this process: there is no port on which it stands alone."""
+"""Dagster's own webserver, mounted behind the guard in this process: it listens on no other port."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _POLL_MILLISECONDS = 2_000
 
 
 def main() -> None:
-    """Serves until it is told to end."""
+    """Serves until it is stopped."""
     parser = argparse.ArgumentParser(prog="python -m embedd_dagster.webserver", description=main.__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=3000)

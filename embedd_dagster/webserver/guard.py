@@ -4,7 +4,7 @@ What passes, in the order in which it is asked:
 
 - the `Host` is a loopback name or one that was configured: against DNS rebinding
 - what changes something is a POST of JSON: a form, an image or a link cannot be one. `/graphql` is never read by GET
-- a request that a page of another origin caused is refused, but for opening a page of ours in a tab of its own
+- a request caused by a page of another origin is rejected, except opening our page as a page of its own
 - the session's cookie, or the token itself as `Authorization: Bearer …`, for programs; for every path, files too
 - a WebSocket that comes by cookie names our own origin
 """
@@ -38,7 +38,7 @@ _SECURITY_HEADERS: Final = {
 
 
 class Refused(Exception):
-    """The request does not pass; the message is for whoever sent it."""
+    """The request does not pass; the message is for its sender."""
 
     def __init__(self, status_code: int, code: str, message: str) -> None:
         super().__init__(message)
@@ -52,7 +52,7 @@ class Guard:
     def __init__(
         self, app: ASGIApp, *, token: str, hosts: Collection[str] = (), now: Callable[[], float] = time.time
     ) -> None:
-        """`hosts` are the names, beside the loopback ones, under which browsers and programs reach it."""
+        """`hosts` are the names, besides the loopback ones, under which browsers and programs reach it."""
         self._app = app
         self._sessions = Sessions(token)
         self._hosts = origins.LOOPBACK_NAMES | {host.lower() for host in hosts}
@@ -68,7 +68,7 @@ class Guard:
             case "lifespan":
                 await self._app(scope, receive, send)
             case other:
-                raise RuntimeError(f"the guard does not know what {other!r} is")
+                raise RuntimeError(f"unknown ASGI scope type {other!r}")
 
     async def _serve_http(self, scope: Scope, receive: Receive, send: Send) -> None:
         send = _with_security_headers(send)
@@ -95,7 +95,7 @@ class Guard:
         await self._app(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response | None:
-        """The guard's own answer; none where the application is to give it. Raises Refused."""
+        """The guard's own answer; None if the application gives it. Raises Refused."""
         headers, path = request.headers, str(request.scope["path"])
         self._check_host(headers)
         if path == HEALTH_PATH:
@@ -200,7 +200,7 @@ async def _read_form(request: Request) -> dict[str, str]:
 
 
 def _own_path(path: str) -> str:
-    """The path if it leads nowhere but here, else the root."""
+    """The path if it stays on this server, otherwise the root."""
     is_own = path.startswith("/") and not path.startswith("//") and path.isascii() and path.isprintable()
     return path if is_own and "\\" not in path else "/"
 
@@ -224,7 +224,7 @@ def _with_security_headers(send: Send) -> Send:
         if message["type"] == "http.response.start":
             headers = MutableHeaders(scope=message)
             headers.update(_SECURITY_HEADERS)
-            # beside the application's own policy: a browser obeys both
+            # in addition to the application's own policy: a browser obeys both
             headers.append("Content-Security-Policy", "frame-ancestors 'none'")
             if headers.get("Referrer-Policy") != "same-origin":
                 headers["Referrer-Policy"] = "no-referrer"

@@ -1,4 +1,4 @@
-"""Who may enter: whoever shows the token, or a cookie that was signed with it. No state on the server."""
+"""Who may enter: a client with the token, or with a cookie signed with it. No state on the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The limits of `deploy/dagster.yaml`, as the queue daemon of Dagster applies them to the tags of our runs."""
+"""The limits of `dagster.yaml`, as the queue daemon of Dagster applies them to the tags of our runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.definitions import defs
 from tests.defs.conftest import ORIGIN
 
-CONFIGURATION = Path(__file__).parents[2] / "deploy" / "dagster.yaml"
+CONFIGURATION = Path(__file__).parents[2] / "dagster.yaml"
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ VECTOR_TABLE_JOB = defs.resolve_job_def("vector_table_job")
 
 @pytest.fixture
 def instance(postgres: EmbeddedPostgres, tmp_path: Path) -> Iterator[dg.DagsterInstance]:
-    """An instance as `deploy/dagster.yaml` makes it: PostgreSQL and files."""
+    """An instance as `dagster.yaml` makes it: PostgreSQL and files."""
     name = f"dagster_{uuid4().hex[:12]}"
     with psycopg.connect(postgres.url("postgres"), autocommit=True) as connection:
         connection.execute(f'CREATE DATABASE "{name}"')

@@ -1,4 +1,4 @@
-"""The code of docs/operations/your-own-schedules.md, taken from there and run: schedules, sensors and conditions that sync."""
+"""The code of docs/how-to/your-own-schedules.md, taken from there and run: schedules, sensors and conditions that sync."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from embedd_dagster.defs.tags import OUTCOME_TAG
 from embedd_dagster.settings import get_settings
 from tests.engine.conftest import Product
 
-DOCUMENT = Path(__file__).parents[2] / "docs/operations/your-own-schedules.md"
+DOCUMENT = Path(__file__).parents[2] / "docs/how-to/your-own-schedules.md"
 pytestmark = pytest.mark.parametrize("product", [Mode.PLATFORM], ids=["pgvector"], indirect=True)
 
 

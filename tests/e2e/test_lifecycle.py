@@ -1,4 +1,4 @@
-"""Lifecycle honesty: statuses, counts, tasks and Dagster's runs agree, whatever dies."""
+"""Statuses, counts, tasks and Dagster's runs agree, also after a process was killed."""
 
 from __future__ import annotations
 

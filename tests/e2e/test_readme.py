@@ -1,4 +1,4 @@
-"""The README's commands work when they are pasted, in the order given; and the demo does what it says."""
+"""The commands of the README and the tutorial work when they are pasted in their order; and the demo does what it says."""
 
 from __future__ import annotations
 
@@ -48,6 +48,20 @@ def test_the_tour_with_curl(stack: Stack, tmp_path: Path) -> None:
     assert [result["metadata"]["vegan"] for result in found[0]["results"]] == [True, True]
     assert found[0]["results"][0]["embedded_text"].startswith("title: Mango sorbet")
     assert '"task_id"' in answers[-1]
+
+
+def test_the_tutorial(stack: Stack, tmp_path: Path) -> None:
+    start, *rest = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), flags=re.DOTALL)
+    assert start.strip() == "make up", "the stack that runs for these tests stands in for it"
+    (tmp_path / ".venv").symlink_to(Path(sys.prefix))
+    (tmp_path / ".embedd").symlink_to(stack.state_dir)
+    command = ["bash", "-c", "set -eo pipefail\n" + "\n".join(rest)]
+    pasted = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600)
+    assert pasted.returncode == 0, pasted.stdout + pasted.stderr
+    found = re.findall(r'"embedded_text": ?"([^"\\]*)', pasted.stdout)
+    assert found[0].startswith("Walden")
+    assert found[-2].startswith("Moby-Dick")
+    assert found[-1].startswith("Dracula")
 
 
 def test_every_make_target_that_is_named_is_there() -> None:

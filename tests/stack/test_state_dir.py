@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from embedd_dagster.errors import ConfigurationError
-from embedd_dagster.stack import files
-from embedd_dagster.stack import postgres_location as postgres_place
+from embedd_dagster.stack import files, postgres_location
 from embedd_dagster.stack.ports import Ports
 from embedd_dagster.stack.state_dir import kept_encryption_keys, kept_secret, open_state_dir
 
@@ -71,8 +70,8 @@ def test_a_damaged_pointer_never_leads_a_removal_elsewhere(tmp_path, content):
     directory = tmp_path / "postgres"
     directory.mkdir()
     (directory / "location").write_text(content)
-    assert postgres_place.known_root(directory) == directory
-    postgres_place.remove_place(directory)
+    assert postgres_location.known_root(directory) == directory
+    postgres_location.remove_location(directory)
     assert not directory.exists()
 
 

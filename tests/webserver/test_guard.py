@@ -250,7 +250,7 @@ def test_only_json_changes_anything(signed_in, dagster, content_type, path):
     assert dagster.reached == []
 
 
-@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "WHATEVER"])
+@pytest.mark.parametrize("method", ["PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "UNKNOWN"])
 def test_other_methods_are_none(signed_in, dagster, method):
     response = signed_in.request(method, "/graphql", json=MUTATION, headers={"Origin": ORIGIN})
     assert response.status_code == 405

@@ -166,7 +166,7 @@ def test_no_page_of_another_origin_reaches_dagster(tab, dagster, ports, hostile_
 
 
 @hostile_names
-def test_nor_by_leaving_its_own_page(tab, dagster, ports, hostile_name):
+def test_a_page_cannot_act_by_leaving_its_own_page(tab, dagster, ports, hostile_name):
     graphql = f"http://127.0.0.1:{ports['guarded']}/graphql"
     dagster.reached.clear()
     for path, url in (("leave", f"{graphql}?query={quote(MUTATION)}"), ("submit", graphql)):
@@ -175,7 +175,7 @@ def test_nor_by_leaving_its_own_page(tab, dagster, ports, hostile_name):
     assert dagster.reached == []
 
 
-def test_nor_under_a_name_that_was_rebound_to_us(tab, dagster, ports):
+def test_a_page_cannot_act_under_a_name_that_was_rebound_to_us(tab, dagster, ports):
     dagster.reached.clear()
     for path in ("/", f"/graphql?query={quote(MUTATION)}", f"/login?token={TOKEN}"):
         tab.open(f"http://rebound.test:{ports['guarded']}{path}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from embedd_dagster.catalog import tasks, shard_checkpoints
+from embedd_dagster.catalog import shard_checkpoints, tasks, vector_sets
 from embedd_dagster.core.counts import RowCounts
 from embedd_dagster.core.rows import digest_bits
 from embedd_dagster.core.shards import KeyRange

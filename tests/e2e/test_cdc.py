@@ -1,4 +1,4 @@
-"""Change capture on the real stack: the sensor's run follows, and is followed by another when it dies."""
+"""CDC on the real stack: the sensor launches a consumer, and another one when it dies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.support.e2e import Embedd, worker_of
 
 pytestmark = pytest.mark.e2e
 
-FOLLOWERS = """query($status: [RunStatus!]) {
+CONSUMERS = """query($status: [RunStatus!]) {
     runsOrError(filter: {pipelineName: "follow_job", statuses: $status}) {
         ... on Runs { results { runId status tags { key value } } } } }"""
 MATERIALIZATIONS = """query($partition: String!) { assetOrError(assetKey: {path: ["vector_table"]}) {
@@ -27,7 +27,7 @@ MATERIALIZATIONS = """query($partition: String!) { assetOrError(assetKey: {path:
 
 def _followers(embedd: Embedd, *statuses: str) -> list[str]:
     """The runs that follow one of this customer's connections."""
-    runs = embedd.graphql(FOLLOWERS, status=list(statuses) or ["STARTED"])["runsOrError"]["results"]
+    runs = embedd.graphql(CONSUMERS, status=list(statuses) or ["STARTED"])["runsOrError"]["results"]
     mine = set(embedd.connection_ids.values())
     return [run["runId"] for run in runs if mine & {tag["value"] for tag in run["tags"]}]
 
