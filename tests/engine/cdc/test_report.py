@@ -40,8 +40,8 @@ class _Lease:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     instant = [1000.0]
-    monkeypatch.setattr(cdc_report.vector_sets, "count_failures", lambda *_args: 0)
-    monkeypatch.setattr(cdc_report.vector_tables, "note_counts", lambda *_args: None)
+    monkeypatch.setattr(cdc_report.failed_rows, "count", lambda *_args: 0)
+    monkeypatch.setattr(cdc_report.vector_tables, "record_counts", lambda *_args: None)
     return instant
 
 
