@@ -477,8 +477,8 @@ def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: An
 def test_without_settings_the_ticks_skip_and_say_why(instance: dg.DagsterInstance) -> None:
     get_settings.cache_clear()
     resources._process_runtime.cache_clear()
-    for sensor in (reconcile_sensor, cleanup_sensor):
-        assert "EMBEDD_DATABASE_URL" in evaluate(sensor, instance).skip_message
+    for one in (reconcile_sensor, cleanup_sensor):
+        assert "EMBEDD_DATABASE_URL" in evaluate(one, instance).skip_message
     skipped = schedule_syncs(RuntimeResource().open, now(), print)
     assert "EMBEDD_DATABASE_URL" in (skipped.skip_message or "")
 
