@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= $(shell $(PYTHON) -c "import os; print(min(4, (os.cpu_count() or 1) + 1))")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down unit test check fuzz lint format lock audit bench bench-sync bench-follow bench-api clean
+.PHONY: help setup demo up down unit test check fuzz lint format docs lock audit bench bench-sync bench-follow bench-api clean
 
 help:  ## the list of targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,10 +54,13 @@ format: setup  ## format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+docs: setup  ## the pages of docs/reference/, from the code
+	@$(BIN)/python -m scripts.reference
+
 lock:  ## pin what pyproject.toml asks for, for development and for the image (needs uv)
 	@uv pip compile --quiet pyproject.toml --extra dev --universal --python-version 3.11 \
 		--no-emit-index-url --no-header --generate-hashes --output-file requirements.lock
-	@uv pip compile --quiet pyproject.toml --extra openai --extra redis --universal --python-version 3.11 \
+	@uv pip compile --quiet pyproject.toml --extra redis --extra tokenizer --universal --python-version 3.11 \
 		--constraint requirements.lock --no-emit-index-url --no-header --generate-hashes --output-file deploy/requirements.lock
 
 audit:  ## known vulnerabilities of what requirements.lock pins (needs uv and PyPI itself: mirrors do not list them)

@@ -1,1 +1,1 @@
-"""The REST API: turns calls into catalog writes and run launches, and answers queries. Imports no Dagster."""
+"""The REST API: writes requests into the catalog, launches runs, and answers queries. Does not import Dagster."""

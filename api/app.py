@@ -1,4 +1,4 @@
-"""The application: `uvicorn api.app:create_app --factory --http api.http_limits:LimitedHttp`."""
+"""The application: `uvicorn embedd_api.app:create_app --factory --http embedd_api.http_limits:LimitedHttp`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI
 
-from api import docs, errors, idempotency, logs
-from api.http_facts import STATE, HttpFacts
-from api.middleware import BodyLimit, RequestContext
-from api.parameters import KNOWN_PARAMETERS, KNOWN_PARAMETERS_WITHOUT_KEY
-from api.routers import (
+from embedd_dagster import __version__
+from embedd_dagster.settings import Settings, get_settings
+
+from . import docs, errors, idempotency, logs
+from .http_facts import STATE, HttpFacts
+from .middleware import BodyLimit, RequestContext
+from .parameters import KNOWN_PARAMETERS, KNOWN_PARAMETERS_WITHOUT_KEY
+from .routers import (
     api_keys,
     connections,
     embedding_models,
@@ -25,20 +28,18 @@ from api.routers import (
     vector_table_sync,
     vector_tables,
 )
-from api.state import ApiState
-from api.strict_json import StrictRoute
-from embedd_dagster import __version__
-from embedd_dagster.settings import Settings, get_settings
+from .state import ApiState
+from .strict_json import StrictRoute
 
 _DESCRIPTION = """Keeps tables of your database searchable by meaning.
 
-Every request but `/health`, `/ready` and `/metrics` carries `Authorization: Bearer sk_…` (`embedd keys create` makes one), and is
-made in the environment of `X-Environment-Id`, or the one named `prod`. Every answer that is not 2xx is an error envelope; its
-codes are listed at [/docs/errors](/docs/errors). A POST that creates or starts something takes an `Idempotency-Key`."""
+Every request except `/health`, `/ready` and `/metrics` needs `Authorization: Bearer sk_…` (`embedd keys create` makes a key).
+`X-Environment-Id` selects its environment; the default is `prod`. The body of every response that is not 2xx is an error
+envelope; [/docs/errors](/docs/errors) lists the codes. A POST that creates or starts something takes an `Idempotency-Key`."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application by these settings, or by the environment's; it opens its Runtime when it starts."""
+    """The application with these settings, by default those of the environment. It opens its connections when it starts."""
     settings = settings or get_settings()
     logs.configure()
 
@@ -64,10 +65,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.router.route_class = StrictRoute
     errors.install(app)
     idempotency.install(app)
-    # the one added last is the outermost
+    # the last one added is the outermost
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext)
-    # first, as routes are tried in turn, and there is none that is asked for as often
+    # first: routes are matched in order, and most requests are queries
     app.include_router(queries.router, prefix="/v1")
     app.include_router(health.router, dependencies=KNOWN_PARAMETERS_WITHOUT_KEY)
     app.include_router(metrics.router, dependencies=KNOWN_PARAMETERS_WITHOUT_KEY)

@@ -1,107 +1,112 @@
-"""Who asks, in which environment, and whether they may."""
+"""Authentication: the API key of a request, its environment, its rate limit, and its permission.
+
+`find_caller_access` and `admit` are the only implementation. The dependencies below call them for FastAPI's routes,
+`query_route.py` calls them for queries.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 from fastapi import Depends, Header, Request, Security
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from sqlalchemy.orm import Session
+from fastapi.security import HTTPBearer
+from fastapi.security.utils import get_authorization_scheme_param
+from starlette.datastructures import Headers
 
-from api.state import ApiState
-from embedd_dagster.catalog import api_keys, environments
-from embedd_dagster.catalog.api_keys import Permission
+from embedd_dagster.catalog import api_keys
+from embedd_dagster.catalog.api_keys import AuthenticatedKey, Permission
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
-from embedd_dagster.catalog.tables import ApiKey, Environment
+from embedd_dagster.catalog.live_tables import Access, RequestEnvironment, find_access
+from embedd_dagster.catalog.tables import Environment
 from embedd_dagster.errors import NotFound, PermissionDenied, Unauthorized
 
+from .state import ApiState
+
 _KEY: Final = re.compile(r"sk_[A-Za-z0-9_-]{20,100}")
-MAX_SHOWN: Final = 64
+_MAX_SHOWN: Final = 64
 
 _bearer = HTTPBearer(auto_error=False, scheme_name="ApiKey", description="An API key, `sk_…`")
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A known key, and the environment that its request is made in."""
+    """A valid API key, and the environment of its request."""
 
     state: ApiState
-    key: ApiKey
+    key: AuthenticatedKey
     environment: Environment
 
     @property
     def org_id(self) -> str:
-        """The organization, outside of which nothing is ever seen."""
+        """The organization of the key. The request sees nothing of other organizations."""
         return self.key.org_id
 
     @property
     def only_environment_id(self) -> str | None:
-        """The one environment that the key is good for; None where it is good for all of its organization."""
+        """The only environment in which the key is valid; None: all environments of its organization."""
         return self.key.environment_id
 
 
-def check_key_form(raw_key: str | None) -> str:
-    """The key, if it may be one. Raises Unauthorized."""
-    if raw_key is None:
-        raise Unauthorized("There is no API key in the request.")
+def find_caller_access(state: ApiState, headers: Headers, environment: str | None, vector_table_id: str = "") -> Access:
+    """What the catalog has for the request's key and environment, and for the vector table if one is given.
+
+    Every request reads it again: a revoked key is rejected at once. Raises Unauthorized, CatalogUnavailable.
+    """
+    scheme, raw_key = get_authorization_scheme_param(headers.get("authorization"))
+    if scheme.lower() != "bearer" or not raw_key:
+        raise Unauthorized("The request has no API key.")
     if not _KEY.fullmatch(raw_key):
         raise api_keys.unknown_key()
-    return raw_key
+    return find_access(state.runtime.catalog, raw_key, EnvironmentWanted.read(environment), vector_table_id)
+
+
+def admit(
+    state: ApiState, request_state: dict[str, Any], access: Access, environment: str | None
+) -> RequestEnvironment:
+    """Counts the request against the rate limit, and returns its environment.
+
+    Leaves in `request_state` what the log and the response headers say. Raises RateLimitExceeded, and NotFound if the
+    environment does not exist or the key is not valid in it.
+    """
+    request_state["key_prefix"] = access.key.prefix
+    request_state["rate_limit"], exceeded = state.rate_limiter.hit(access.key.rate_limit_key_id)
+    if exceeded is not None:
+        raise exceeded
+    if access.environment is None:
+        raise NotFound("environment", (environment or access.key.environment_id or DEFAULT_ENVIRONMENT)[:_MAX_SHOWN])
+    return access.environment
 
 
 def authenticate(
     request: Request,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_bearer)],
+    _scheme: Annotated[object, Security(_bearer)],  # for the OpenAPI document
     x_environment_id: Annotated[
         str | None,
         Header(
-            description="The environment of the request, by its id or its name; left out, the key's own, or else the one "
-            "named `prod`",
+            description="The environment of the request, by its id or its name. Default: the environment of the key, or "
+            "`prod` if the key is valid in all environments",
             examples=["env_1q3k8zc0v5tq9n2m4x7wb6dhpa"],
         ),
     ] = None,
 ) -> Caller:
-    """The caller, asked of the catalog at every request, so that a revoked key stops at once.
-
-    Raises Unauthorized, RateLimitExceeded, NotFound for an environment that is not the key's.
-    """
-    raw_key = check_key_form(credentials.credentials if credentials else None)
+    """The caller. Raises as `find_caller_access` and `admit` do."""
     state: ApiState = request.app.state.embedd
-    with state.runtime.catalog.transaction() as session:
-        key = api_keys.authenticate(session, raw_key)
-        request.state.key_prefix = key.prefix
-        environment = _find_environment(session, key, x_environment_id)
-    # not within the transaction: a Redis that hangs must not keep the catalog's connections
-    standing, excess = state.rate_limiter.hit(key.counted_as)
-    request.state.rate_limit = standing
-    if excess is not None:
-        raise excess
-    if isinstance(environment, NotFound):
-        raise environment
-    return Caller(state, key, environment)
-
-
-def _find_environment(session: Session, key: ApiKey, wanted: str | None) -> Environment | NotFound:
-    by = EnvironmentWanted.read(wanted if wanted is not None else key.environment_id or DEFAULT_ENVIRONMENT)
-    if by.name is None:
-        found = environments.find(session, key.org_id, by.id or "")
-    else:
-        found = environments.find_by_name(session, key.org_id, by.name)
-    if found is None or key.environment_id not in (None, found.id):
-        return NotFound("environment", (wanted or key.environment_id or DEFAULT_ENVIRONMENT)[:MAX_SHOWN])
-    return found
+    access = find_caller_access(state, request.headers, x_environment_id)
+    # outside of any transaction: a Redis that hangs must not block connections to the catalog
+    found = admit(state, request.scope["state"], access, x_environment_id)
+    return Caller(state, access.key, Environment(**found._asdict(), org_id=access.key.org_id))
 
 
 Reader = Annotated[Caller, Depends(authenticate)]
-"""Any key: for what changes nothing."""
+"""Any valid key: for operations that change nothing."""
 
 
 def require_full(caller: Reader) -> Caller:
-    """The caller, if the key may change something. Raises PermissionDenied."""
+    """The caller, if its key may change something. Raises PermissionDenied."""
     if caller.key.permission != Permission.FULL:
-        raise PermissionDenied("The key is read_only: it may send GET requests and queries.")
+        raise PermissionDenied("The key is read_only: it may only send GET requests and queries.")
     return caller
 
 

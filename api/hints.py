@@ -1,4 +1,4 @@
-"""What a request with a wrong path or method may have meant."""
+"""Suggests an operation for a request with an unknown path or method."""
 
 from __future__ import annotations
 
@@ -7,57 +7,57 @@ from collections.abc import Mapping
 from difflib import SequenceMatcher
 from typing import Any, Final
 
-_LIKE: Final = 0.6
-_WORDS: Final = {
+_MIN_SIMILARITY: Final = 0.6
+_SYNONYMS: Final = {
     "keys": "api-keys",
     "models": "embedding-models",
     "jobs": "tasks",
     "search": "query",
     "envs": "environments",
 }
-_ELSEWHERE: Final = {("POST", "/v1/connections"): "POST /v1/providers/postgresql/connections"}
+_OTHER_PATHS: Final = {("POST", "/v1/connections"): "POST /v1/providers/postgresql/connections"}
 _METHODS: Final = {"PATCH": "PUT"}
 
 
 def nearest_operation(paths: Mapping[str, Any], method: str, path: str) -> str | None:
-    """The operation, such as `GET /v1/tasks`, that was most likely meant; None if nothing is like it.
+    """The most similar operation, such as `GET /v1/tasks`; None if no path is similar.
 
-    `paths` are those of the OpenAPI document.
+    `paths` is the part of the OpenAPI document with this name.
     """
     wanted = _segments(path)
-    elsewhere = _ELSEWHERE.get((method, "/" + "/".join(wanted)))
-    if elsewhere is not None:
-        return elsewhere
+    other = _OTHER_PATHS.get((method, "/" + "/".join(wanted)))
+    if other is not None:
+        return other
     wanted_method = _METHODS.get(method, method)
     best: tuple[float, bool] = (0.0, False)
     found = None
     for template, operations in paths.items():
-        likeness = _likeness(wanted, template.strip("/").split("/"))
-        if likeness is None:
+        similarity = _similarity(wanted, template.strip("/").split("/"))
+        if similarity is None:
             continue
-        for its_method in operations:
-            rank = (likeness, its_method.upper() == wanted_method)
+        for own_method in operations:
+            rank = (similarity, own_method.upper() == wanted_method)
             if rank > best:
-                best, found = rank, f"{its_method.upper()} {template}"
+                best, found = rank, f"{own_method.upper()} {template}"
     return found
 
 
 def _segments(path: str) -> list[str]:
-    """The path's parts as they are spelled here: small, with hyphens, under `v1`."""
+    """The parts of the path in this API's spelling: lower case, with hyphens, under `v1`."""
     parts = [re.sub(r"(?<=[a-z])(?=[A-Z])", "-", part) for part in path.split("/") if part]
     parts = [part.lower().replace("_", "-") if "-" in part or part.isalpha() or "_" in part else part for part in parts]
-    parts = [_WORDS.get(part, part) for part in parts if part != "api"]
+    parts = [_SYNONYMS.get(part, part) for part in parts if part != "api"]
     return parts if parts[:1] == ["v1"] else ["v1", *parts]
 
 
-def _likeness(wanted: list[str], template: list[str]) -> float | None:
-    """How like the path the template is, up to 1; None if not at all."""
+def _similarity(wanted: list[str], template: list[str]) -> float | None:
+    """The similarity of the path and the template, up to 1; None if they are not similar."""
     if len(wanted) != len(template):
         return None
     total = 0.0
     for given, own in zip(wanted, template, strict=True):
-        likeness = 0.9 if own.startswith("{") else SequenceMatcher(None, given, own).ratio()
-        if likeness < _LIKE:
+        similarity = 0.9 if own.startswith("{") else SequenceMatcher(None, given, own).ratio()
+        if similarity < _MIN_SIMILARITY:
             return None
-        total += likeness
+        total += similarity
     return total / len(template)

@@ -1,11 +1,11 @@
-"""What the application tells the HTTP protocol below it, by the state of its lifespan."""
+"""What the application passes to the HTTP protocol below it, through the state of its lifespan."""
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
 STATE: Final = "http"
-"""Under which name it stands in the state."""
+"""The name of `HttpFacts` in the lifespan state."""
 
 
 class HttpFacts(NamedTuple):

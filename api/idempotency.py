@@ -1,10 +1,9 @@
-"""`Idempotency-Key`: a request that creates or starts something may be sent twice, and takes effect once.
+"""`Idempotency-Key`: a request that creates or starts something may be sent twice and takes effect once.
 
-The key is good for one method and path in one environment, and for callers of the same reach. What is compared is the
-body, byte for byte. Remembered for 24 hours is what the operation itself decided: its 2xx, and its 404, 409 and 422.
-What was refused before it began (401, 403, 413, 429, a body that its schema does not accept) or failed on the way (403
-of a source, 5xx) is not: the same key may be sent again. See `catalog/idempotency.py` for how the answer and the effect
-are kept together.
+A key counts for one method and path in one environment, and for callers with the same access. The second request must have the
+same body, byte for byte. The result of the operation is kept for 24 hours: its 2xx, and its 404, 409 and 422. Not kept are
+rejections before the operation began (401, 403, 413, 429, an invalid body) and failures (403 of a source, 5xx): the same key may
+be sent again. `catalog/idempotency.py` explains how the result is stored together with the effect.
 """
 
 from __future__ import annotations
@@ -20,45 +19,47 @@ from fastapi import Depends, FastAPI, Header, Request, Response
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Writer
-from api.errors import ERROR_CODES, answers, response_of
 from embedd_dagster.catalog import idempotency
 from embedd_dagster.catalog.idempotency import Claim
 from embedd_dagster.errors import CatalogUnavailable, EmbeddError
 
+from .auth import Caller, Writer
+from .error_codes import ERROR_CODES, error_responses
+from .errors import response_of
+
 A = TypeVar("A", bound=BaseModel)
 
 REPLAYED: Final = "Idempotency-Replayed"
-_REMEMBERED_REFUSALS: Final = (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY)
-_PARTS: Final = 3  # a request waits for a source, for a store and for a provider, each
+_KEPT_ERRORS: Final = (HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.UNPROCESSABLE_ENTITY)
+_EXTERNAL_SYSTEMS: Final = 3  # a request waits for a source, a store and a provider, each with the request timeout
 _log = structlog.get_logger("embedd.api")
 
 
 class Replay(Exception):
-    """Not a fault: the request was answered before, and this is how."""
+    """Not an error: an earlier request with this key has this answer."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
-        super().__init__("answered before")
+        super().__init__("answered by an earlier request")
         self.answer = answer
 
 
-class Attempt:
-    """One request to an operation that may be sent twice; the operation does its work inside of `with attempt:`.
+class IdempotentRequest:
+    """A request to an operation that takes an Idempotency-Key. The operation does its work inside `with idempotent:`.
 
-    Without the header nothing of this costs anything.
+    A request without the header costs no access to the catalog.
     """
 
     def __init__(self, caller: Caller, request: Request, key: str | None, request_hash: bytes) -> None:
         self._caller = caller
         self._route: Any = request.scope["route"]
-        # and the caller's reach: what an organization's key was given is not for one of a single environment
+        # with the environment of the key: the answer to a key of the organization is not for a key of one environment
         self._operation = f"{request.method} {request.scope['path']} {caller.only_environment_id or ''}".strip()
         self._key = key
         self._request_hash = request_hash
         self._claim: Claim | None = None
 
-    def of_caller_alone(self, caller: Caller) -> Attempt:
-        """The attempt, whose answer no other key gets, because it holds a secret."""
+    def for_one_api_key(self, caller: Caller) -> IdempotentRequest:
+        """This request, whose answer no other API key gets, because it contains a secret."""
         self._operation += f" {caller.key.id}"
         return self
 
@@ -75,17 +76,17 @@ class Attempt:
                 operation=self._operation,
                 key=self._key,
                 request_hash=self._request_hash,
-                lease=timedelta(seconds=_PARTS * self._caller.state.settings.request_timeout_seconds),
+                lease=timedelta(seconds=_EXTERNAL_SYSTEMS * self._caller.state.settings.request_timeout_seconds),
             )
         if not isinstance(found, Claim):
             raise Replay(found)
         self._claim = found
 
-    def answer(self, session: Session, body: A, *, more_follows: bool = False) -> A:
-        """The body, which is kept for the next request with the same key in the transaction that does the work.
+    def remember(self, session: Session, body: A, *, more_follows: bool = False) -> A:
+        """Keeps the body, in the transaction that does the work, for later requests with the same key. Returns it.
 
-        With `more_follows` a better one comes, unless this process dies before. Raises KeyInUse where this has taken so
-        long that another request with the key has taken over: the transaction must not be committed then.
+        With `more_follows`, a later call replaces it, unless this process dies before. Raises KeyInUse if the lease has
+        expired and another request has claimed the key: the transaction must then roll back.
         """
         if self._claim is not None:
             kept = {
@@ -98,24 +99,24 @@ class Attempt:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Keeps a refusal; gives the key back where the work was not done."""
+        """Keeps a 404, 409 or 422; after any other error, releases the key."""
         if self._claim is None or error is None:
             return
         runtime = self._caller.state.runtime
         try:
             with runtime.catalog.transaction() as session:
-                if isinstance(error, EmbeddError) and _is_remembered(error):
+                if isinstance(error, EmbeddError) and _is_kept(error):
                     kept = {"code": error.code, "message": error.message, "resolution": error.resolution}
-                    idempotency.keep_refusal(session, runtime.box, self._claim, kept)
+                    idempotency.keep_error(session, runtime.box, self._claim, kept)
                 else:
-                    idempotency.give_up(session, self._claim)
+                    idempotency.release(session, self._claim)
         except CatalogUnavailable:
-            _log.warning("idempotency key not given back", until="its lease is over")
+            _log.warning("idempotency key not released", until="its lease expires")
 
 
-def _is_remembered(error: EmbeddError) -> bool:
+def _is_kept(error: EmbeddError) -> bool:
     known = ERROR_CODES.get(error.code)
-    return known is not None and known.status in _REMEMBERED_REFUSALS
+    return known is not None and known.status in _KEPT_ERRORS
 
 
 async def _begin(
@@ -127,37 +128,37 @@ async def _begin(
             min_length=1,
             max_length=255,
             pattern=r"^[\x20-\x7e]*[\x21-\x7e][\x20-\x7e]*$",
-            description="Any text that no other request has, such as a UUID. Sent again within 24 hours, the same request is "
-            "not executed again: it gets the first one's answer, with `Idempotency-Replayed: true`. With another body, "
-            "byte for byte, it is a 422; while the first one is under way, a 409.",
+            description="A text that no other request has, such as a UUID. If the same request is sent again within 24 hours, "
+            "it is not executed again: it gets the first answer, with `Idempotency-Replayed: true`. With a different body "
+            "(byte for byte) the answer is a 422; while the first request is in progress, a 409.",
             examples=["8e03978e-40d5-43dd-bc93-6894a57f9324"],
         ),
     ] = None,
-) -> Attempt:
+) -> IdempotentRequest:
     body_hash = b"" if idempotency_key is None else hashlib.sha256(await request.body()).digest()
-    return Attempt(caller, request, idempotency_key, body_hash)
+    return IdempotentRequest(caller, request, idempotency_key, body_hash)
 
 
-Once = Annotated[Attempt, Depends(_begin)]
-"""The attempt of a caller whose key has permission `full`."""
+Idempotent = Annotated[IdempotentRequest, Depends(_begin)]
+"""The request of a caller whose key has permission `full`."""
 
 
-def _for_one_key(caller: Writer, attempt: Once) -> Attempt:
-    return attempt.of_caller_alone(caller)
+def _for_one_api_key(caller: Writer, idempotent: Idempotent) -> IdempotentRequest:
+    return idempotent.for_one_api_key(caller)
 
 
-OncePerKey = Annotated[Attempt, Depends(_for_one_key)]
-"""The same for an answer with a secret in it: the same Idempotency-Key of another API key is another request."""
+IdempotentPerKey = Annotated[IdempotentRequest, Depends(_for_one_api_key)]
+"""For an answer with a secret in it: the same Idempotency-Key with another API key is another request."""
 
 
-def answers_once(status: int, *codes: str) -> dict[int | str, dict[str, Any]]:
-    """As `answers`, of an operation that takes an Idempotency-Key and answers this status when all is well."""
+def idempotent_responses(status: int, *codes: str) -> dict[int | str, dict[str, Any]]:
+    """As `error_responses`, for an operation that takes an Idempotency-Key and answers this status on success."""
     header = {"description": "`true`: this is the answer to an earlier request", "schema": {"type": "string"}}
-    return {status: {"headers": {REPLAYED: header}}, **answers("idempotency_key_in_use", *codes)}
+    return {status: {"headers": {REPLAYED: header}}, **error_responses("idempotency_key_in_use", *codes)}
 
 
 def install(app: FastAPI) -> None:
-    """An answer that is known already leaves the application as it did the first time."""
+    """Registers the handler that sends a kept answer again."""
     app.add_exception_handler(Replay, _on_replay)
 
 

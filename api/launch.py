@@ -1,7 +1,7 @@
-"""Tells Dagster, in the background, to launch or end a run right away; nothing depends on it.
+"""Asks Dagster, in the background, to launch or end a run at once; nothing depends on it.
 
-The task is in the catalog before this is called. Where Dagster is down, the sensor `reconcile` launches it later: a
-failure here is logged, and no more. Plain HTTP, so that the API's process never imports Dagster.
+The task is in the catalog before this is called. If Dagster is down, the sensor `reconcile` launches the run later, so a
+failure here is only logged. Plain HTTP, so that the API's process never imports Dagster.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pydantic import SecretStr
 from embedd_dagster.catalog import partitions, tasks
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.partitions import RunLabel
+from embedd_dagster.core import run_names
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.errors import EmbeddError, OrchestratorUnavailable
@@ -35,8 +36,8 @@ TERMINATE: Final = """mutation TerminateRun($runId: String!) {
 _TIMEOUT_SECONDS: Final = 5.0
 _MAX_WAITING: Final = 200
 _MAX_WAITING_TASKS: Final = 4
-"""An environment with more tasks that wait does not add to Dagster's queue, which is first come, first served: the sensor
-launches them in turn with those of others."""
+"""The tasks of an environment with more pending tasks are left to the sensor, which launches them in turn with those of other
+environments: Dagster's queue is first come, first served."""
 _log = structlog.get_logger("embedd.api")
 
 
@@ -44,7 +45,7 @@ class Launcher:
     """Sends launches and terminations to Dagster's webserver, two at a time."""
 
     def __init__(self, catalog: Catalog, dagster_url: str | None, dagster_token: SecretStr | None = None) -> None:
-        """Without an URL nothing is sent: the sensor works alone. The token opens the guard before the webserver."""
+        """Without a URL nothing is sent, and the sensor works alone. The token passes the webserver's login."""
         self._catalog = catalog
         self._url = dagster_url.rstrip("/") if dagster_url else None
         headers = {"Authorization": f"Bearer {dagster_token.get_secret_value()}"} if dagster_token else {}
@@ -53,12 +54,12 @@ class Launcher:
         self._waiting = threading.BoundedSemaphore(_MAX_WAITING)
 
     def launch(self, task_id: str, vector_table_id: str, label: RunLabel, task_type: TaskType) -> None:
-        """Has a run launched for a pending task; returns at once."""
+        """Launches a run for a pending task, in the background."""
         _log.info("task queued", task_id=task_id, vector_table_id=vector_table_id, task_type=task_type.value)
         self._later("launch", task_id, lambda: self._launch(task_id, vector_table_id, label, task_type))
 
     def terminate(self, run_id: str) -> None:
-        """Has a run told to end; returns at once."""
+        """Ends a run, in the background."""
         _log.info("run to be ended", run_id=run_id)
         self._later("terminate", run_id, lambda: self._send(TERMINATE, {"runId": run_id}, "terminateRun"))
 
@@ -90,12 +91,8 @@ class Launcher:
         if waiting > _MAX_WAITING_TASKS:
             _log.info("task left to the sensor", task_id=task_id, waiting=waiting)
             return
-        mode = "sync" if task_type is TaskType.SYNC else "backfill"
         tags = {
-            "dagster/partition": label.partition_key,
-            "embedd/task_id": task_id,
-            "embedd/name": label.name,
-            "embedd/task_type": task_type.value,
+            **run_names.run_tags(task_id, label.partition_key, label.name, task_type),
             **queue_tags(task_type, place),
         }
         answer = self._send(
@@ -103,11 +100,11 @@ class Launcher:
             {
                 "executionParams": {
                     "selector": {
-                        "repositoryLocationName": "embedd",
-                        "repositoryName": "__repository__",
-                        "jobName": "vector_table_job",
+                        "repositoryLocationName": run_names.CODE_LOCATION,
+                        "repositoryName": run_names.REPOSITORY,
+                        "jobName": run_names.JOB_NAME,
                     },
-                    "runConfigData": {"ops": {"vector_table": {"config": {"mode": mode}}}},
+                    "runConfigData": run_names.run_config(task_type),
                     "executionMetadata": {"tags": [{"key": key, "value": value} for key, value in tags.items()]},
                 }
             },
@@ -131,6 +128,6 @@ class Launcher:
         return answer
 
     def close(self) -> None:
-        """Drops what is still waiting; the sensor does it."""
+        """Drops the requests that are still waiting; the sensor takes over."""
         self._workers.shutdown(wait=False, cancel_futures=True)
         self._http.close()

@@ -1,8 +1,7 @@
-"""Logging: one JSON object a line on standard error. Never a secret, a question's text or a row's content.
+"""Logging: one JSON object per line on standard error. Never a secret, the text of a question or the content of a row.
 
-What other libraries log through the standard library (uvicorn, mostly) becomes such a line too, without its stack traces:
-the last line of one may quote a row. Uvicorn's access log is silenced: it tells paths and parameters as they came, and
-every request has a line of ours.
+Records of other libraries (mostly uvicorn) become such lines too, without stack traces, whose last line may quote a row.
+Uvicorn's access log is off: it contains paths and parameters as clients sent them, and `RequestContext` logs every request.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ _TRACE: Final = "Traceback (most recent call last)"
 
 
 def configure() -> None:
-    """Sets structlog and the standard library's logging up, unless the process has done so already."""
+    """Configures structlog and the standard library's logging, unless the process has already done so."""
     if is_set_up():
         return
     structlog.configure(
@@ -31,7 +30,7 @@ def configure() -> None:
             structlog.processors.JSONRenderer(),
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
-        # a line that cannot be written is lost: raised, it would turn a committed request into a 500
+        # a line that cannot be written is dropped: an exception would turn a committed request into a 500
         logger_factory=lambda *_: LossyLogger(sys.stderr),
         cache_logger_on_first_use=False,
     )
@@ -46,7 +45,7 @@ def configure() -> None:
 
 
 class _Forward(logging.Handler):
-    """Gives a record of the standard library to structlog: its message, and of an exception only the type."""
+    """Passes records of the standard library to structlog: the message, and only the type of an exception."""
 
     def emit(self, record: logging.LogRecord) -> None:
         more: dict[str, Any] = {"logger": record.name}
@@ -54,8 +53,8 @@ class _Forward(logging.Handler):
             more["kind"] = record.exc_info[0].__name__
         try:
             message = record.getMessage()
-        except Exception:  # noqa: BLE001 - a log line that cannot be made must not end a request
+        except Exception:  # noqa: BLE001 - a log line that cannot be formatted must not fail a request
             message = str(record.msg)
-        if _TRACE in message:  # Starlette's word on a start that failed: the error itself is enough
+        if _TRACE in message:  # Starlette's report of a failed start: the error itself is enough
             message = message.strip().splitlines()[-1]
         structlog.get_logger("embedd.api").log(record.levelno, message.strip()[:_MAX_MESSAGE], **more)

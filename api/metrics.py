@@ -1,15 +1,15 @@
-"""What Prometheus reads at `/metrics`: what this process has served, and the state of the catalog.
+"""The metrics at `/metrics`, for Prometheus: what this process has served, and the state of the catalog.
 
-Labels are route templates, methods, statuses, stages and kinds: never an id, a name or anything that a caller has sent.
-So they need no key, and their number is bounded.
+Labels are route templates, methods, statuses, stages and kinds, never an id, a name or anything else from a request. So the
+page needs no key, and the number of time series is bounded.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -24,59 +24,104 @@ from embedd_dagster.errors import CatalogUnavailable
 
 _METHODS: Final = frozenset({"GET", "POST", "PUT", "DELETE", "PATCH", "HEAD", "OPTIONS"})
 _SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-_KEPT_SECONDS: Final = 10.0
+_CACHE_SECONDS: Final = 10.0
+_ENDED: Final = "the tasks that were created in the last 24 hours and have ended"
 _log = structlog.get_logger("embedd.api")
 
 
-class Metrics:
-    """Counters of one application. Safe to use from several threads."""
+class MetricSpec(NamedTuple):
+    """The name of a metric as Prometheus shows it, its type, its meaning and its labels."""
 
-    def __init__(self, catalog: Catalog, *, kept_seconds: float = _KEPT_SECONDS) -> None:
-        """`kept_seconds`: the catalog is not asked more often than this, however often somebody scrapes."""
-        self._registry = CollectorRegistry()
-        self._registry.register(_CatalogCollector(catalog, kept_seconds))
-        self._requests = Counter(
-            "embedd_http_requests",
-            "Requests answered, by route template.",
-            ("method", "route", "status"),
-            registry=self._registry,
-        )
-        self._request_seconds = Histogram(
+    name: str
+    type: str
+    description: str
+    labels: tuple[str, ...] = ()
+
+
+METRICS: Final = {
+    spec.name: spec
+    for spec in (
+        MetricSpec(
+            "embedd_http_requests_total", "counter", "Requests, by route template.", ("method", "route", "status")
+        ),
+        MetricSpec(
             "embedd_http_request_duration_seconds",
-            "Time from a request's arrival to the end of its answer.",
+            "histogram",
+            "Time from the arrival of a request to the end of its response.",
             ("method", "route"),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._stage_seconds = Histogram(
+        ),
+        MetricSpec(
             "embedd_query_stage_duration_seconds",
-            "Queries: time in `catalog`, `embed`, `search`, and in all (`total`).",
+            "histogram",
+            "Time that queries spend in `catalog`, `embed` and `search`, and in all (`total`).",
             ("stage",),
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._stages = {stage: self._stage_seconds.labels(stage) for stage in ("catalog", "embed", "search", "total")}
-        self._provider_calls = Counter(
-            "embedd_provider_calls",
-            "Questions sent to embedding providers by this process; outcome is `ok` or an error's code.",
+        ),
+        MetricSpec(
+            "embedd_provider_calls_total",
+            "counter",
+            "Questions that this process sent to embedding providers; outcome is `ok` or an error code.",
             ("provider", "outcome"),
-            registry=self._registry,
-        )
-        self._provider_tokens = Counter(
-            "embedd_provider_tokens",
-            "Tokens of the questions that were embedded, estimated.",
-            ("provider",),
-            registry=self._registry,
-        )
+        ),
+        MetricSpec(
+            "embedd_provider_tokens_total", "counter", "Tokens of the embedded questions, estimated.", ("provider",)
+        ),
+        MetricSpec(
+            "embedd_catalog_up",
+            "gauge",
+            "Whether the catalog answers: 1 or 0. If it is 0, the metrics below are missing.",
+        ),
+        MetricSpec("embedd_vector_tables", "gauge", "Vector tables by sync_status.", ("sync_status",)),
+        MetricSpec("embedd_tasks_live", "gauge", "Tasks that are pending or running.", ("task_type", "status")),
+        MetricSpec(
+            "embedd_sync_staleness_seconds",
+            "gauge",
+            "Seconds since the last sync, over live vector tables that are not paused: quantile 1 is the longest.",
+            ("quantile",),
+        ),
+        MetricSpec(
+            "embedd_change_log_lag_bytes",
+            "gauge",
+            "Log that a source keeps because its changes are not applied yet: of the source that keeps most.",
+        ),
+        MetricSpec("embedd_changes_pending", "gauge", "Changes that were read and are not applied yet."),
+        MetricSpec("embedd_failed_rows", "gauge", "Rows of live sets that have no vector, by step.", ("step",)),
+        MetricSpec("embedd_tasks_ended", "gauge", f"Number of {_ENDED}.", ("task_type", "status")),
+        MetricSpec("embedd_tasks_ended_rows", "gauge", f"Rows of {_ENDED}.", ("task_type", "status", "outcome")),
+        MetricSpec("embedd_tasks_ended_tokens", "gauge", f"Tokens of {_ENDED}.", ("task_type", "status")),
+    )
+}
+"""All metrics. `docs/reference/metrics.md` is generated from them."""
+
+
+class Metrics:
+    """The metrics of one application. Safe to use from several threads."""
+
+    def __init__(self, catalog: Catalog, *, cache_seconds: float = _CACHE_SECONDS) -> None:
+        """However often the metrics are read, the catalog is read once per `cache_seconds`."""
+        self._registry = CollectorRegistry()
+        self._registry.register(_CatalogCollector(catalog, cache_seconds))
+        self._requests = self._counter("embedd_http_requests_total")
+        self._request_seconds = self._histogram("embedd_http_request_duration_seconds")
+        stage_seconds = self._histogram("embedd_query_stage_duration_seconds")
+        self._stages = {stage: stage_seconds.labels(stage) for stage in ("catalog", "embed", "search", "total")}
+        self._provider_calls = self._counter("embedd_provider_calls_total")
+        self._provider_tokens = self._counter("embedd_provider_tokens_total")
+
+    def _counter(self, name: str) -> Counter:
+        return Counter(name, METRICS[name].description, METRICS[name].labels, registry=self._registry)
+
+    def _histogram(self, name: str) -> Histogram:
+        spec = METRICS[name]
+        return Histogram(name, spec.description, spec.labels, buckets=_SECONDS, registry=self._registry)
 
     def request(self, method: str, route: str | None, status: int, seconds: float) -> None:
-        """Counts an answer. `route` is the template; None where none fits."""
+        """Counts a request. `route` is the template of its path; None if no route matches."""
         method, route = (method if method in _METHODS else "other"), route or "unmatched"
         self._requests.labels(method, route, str(status)).inc()
         self._request_seconds.labels(method, route).observe(seconds)
 
     def query(self, stages: StageSeconds, total_seconds: float) -> None:
-        """Counts a query, as far as it came."""
+        """Counts a query, with the stages that it reached."""
         for stage in ("catalog", "embed", "search"):
             if seconds := getattr(stages, stage):
                 self._stages[stage].observe(seconds)
@@ -89,34 +134,34 @@ class Metrics:
             self._provider_tokens.labels(provider).inc(tokens)
 
     def text(self) -> bytes:
-        """All of it, in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
 class _CatalogCollector(Collector):
-    """The state of the catalog. While that is down, only `embedd_catalog_up 0` is told: old numbers would lie."""
+    """The state of the catalog. While it is down, only `embedd_catalog_up 0` is reported: old numbers would mislead."""
 
-    def __init__(self, catalog: Catalog, kept_seconds: float) -> None:
+    def __init__(self, catalog: Catalog, cache_seconds: float) -> None:
         self._catalog = catalog
-        self._kept_seconds = kept_seconds
+        self._cache_seconds = cache_seconds
         self._lock = threading.Lock()
         self._read_at = float("-inf")
         self._last: Statistics | None = None
 
     def describe(self) -> list[Metric]:
-        """Nothing, so that registering asks no catalog."""
+        """Nothing: registering must not read the catalog."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        """Gauges as of the last look."""
-        with self._lock:  # one look at a time: the others wait for it and take its outcome
-            if time.monotonic() - self._read_at >= self._kept_seconds:
+        """Gauges, at most `cache_seconds` old."""
+        with self._lock:  # one read at a time: the others wait for its result
+            if time.monotonic() - self._read_at >= self._cache_seconds:
                 self._last = self._read()
                 self._read_at = time.monotonic()
             found = self._last
-        yield GaugeMetricFamily("embedd_catalog_up", "Whether the catalog answers.", value=int(found is not None))
+        yield _gauge("embedd_catalog_up", [((), int(found is not None))])
         if found is not None:
-            yield from _families(found)
+            yield from _gauges(found)
 
     def _read(self) -> Statistics | None:
         try:
@@ -124,51 +169,29 @@ class _CatalogCollector(Collector):
                 return statistics.read(session)
         except CatalogUnavailable:
             return None
-        except Exception as error:  # noqa: BLE001 - the other numbers are still worth telling
-            _log.warning("catalog not measured", kind=type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - the other metrics are still worth reporting
+            _log.warning("catalog metrics failed", kind=type(error).__name__)
             return None
 
 
-def _families(found: Statistics) -> Iterator[Metric]:
-    tables = GaugeMetricFamily("embedd_vector_tables", "Vector tables by sync_status.", labels=["sync_status"])
-    for status, number in found.vector_tables.items():
-        tables.add_metric([status], number)
-    yield tables
-    live = GaugeMetricFamily("embedd_tasks_live", "Tasks that are pending or running.", labels=["task_type", "status"])
-    for (task_type, status), number in found.live_tasks.items():
-        live.add_metric([task_type, status], number)
-    yield live
-    lag = GaugeMetricFamily(
-        "embedd_sync_staleness_seconds",
-        "Seconds since the last sync, over live vector tables that are not paused: quantile 1 is the stalest.",
-        labels=["quantile"],
-    )
-    for quantile, seconds in found.staleness_seconds.items():
-        lag.add_metric([quantile], seconds)
-    yield lag
-    yield GaugeMetricFamily(
-        "embedd_change_log_lag_bytes",
-        "How much of its log a source keeps for changes that are not applied: of the source that keeps most.",
-        value=found.log_lag_bytes,
-    )
-    yield GaugeMetricFamily(
-        "embedd_changes_pending", "Captured changes that are not applied yet.", value=found.changes_pending
-    )
-    failed = GaugeMetricFamily("embedd_failed_rows", "Rows of live sets that have no vector, by step.", labels=["step"])
-    for step, number in found.failed_rows.items():
-        failed.add_metric([step], number)
-    yield failed
-    yield from _ended(found)
+def _gauge(name: str, samples: Iterable[tuple[Sequence[str], float]]) -> Metric:
+    """The gauge with these samples: the values of its labels, and the value."""
+    family = GaugeMetricFamily(name, METRICS[name].description, labels=METRICS[name].labels)
+    for labels, value in samples:
+        family.add_metric(labels, value)
+    return family
 
 
-def _ended(found: Statistics) -> Iterator[Metric]:
-    window = "of tasks that were made in the last 24 hours and have ended"
-    ended = GaugeMetricFamily("embedd_tasks_ended", f"The number {window}.", labels=["task_type", "status"])
-    rows = GaugeMetricFamily("embedd_tasks_ended_rows", f"Rows {window}.", labels=["task_type", "status", "outcome"])
-    tokens = GaugeMetricFamily("embedd_tasks_ended_tokens", f"Tokens {window}.", labels=["task_type", "status"])
-    for (task_type, status), sums in found.ended_tasks.items():
-        ended.add_metric([task_type, status], sums.tasks)
-        rows.add_metric([task_type, status, "processed"], sums.rows_processed - sums.rows_failed)
-        rows.add_metric([task_type, status, "failed"], sums.rows_failed)
-        tokens.add_metric([task_type, status], sums.tokens)
-    yield from (ended, rows, tokens)
+def _gauges(found: Statistics) -> Iterator[Metric]:
+    yield _gauge("embedd_vector_tables", (([status], number) for status, number in found.vector_tables.items()))
+    yield _gauge("embedd_tasks_live", found.live_tasks.items())
+    yield _gauge("embedd_sync_staleness_seconds", (([q], seconds) for q, seconds in found.staleness_seconds.items()))
+    yield _gauge("embedd_change_log_lag_bytes", [((), found.log_lag_bytes)])
+    yield _gauge("embedd_changes_pending", [((), found.changes_pending)])
+    yield _gauge("embedd_failed_rows", (([step], number) for step, number in found.failed_rows.items()))
+    ended = found.ended_tasks.items()
+    yield _gauge("embedd_tasks_ended", ((kind, sums.tasks) for kind, sums in ended))
+    processed = (((*kind, "processed"), sums.rows_processed - sums.rows_failed) for kind, sums in ended)
+    failed = (((*kind, "failed"), sums.rows_failed) for kind, sums in ended)
+    yield _gauge("embedd_tasks_ended_rows", (*processed, *failed))
+    yield _gauge("embedd_tasks_ended_tokens", ((kind, sums.tokens) for kind, sums in ended))

@@ -1,4 +1,4 @@
-"""What happens to every request around its endpoint: an id, a log line, a bounded body, and never a bare exception."""
+"""What every request gets around its endpoint: an id, a log line, a limited body, and an envelope for any exception."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.errors import error_response, internal_error_response
-from api.rate_limit import RateLimit
 from embedd_dagster.catalog.clock import new_id
+from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.search import StageSeconds
-from embedd_dagster.postgresql import deadline
 
-_SANE_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from .errors import error_response, internal_error_response
+from .rate_limit import RateLimit
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _GRACE_SECONDS: Final = 1.0
-_SMALL_BODY: Final = 64 * 2**10  # as much as the server itself takes in before anybody reads
+_SMALL_BODY: Final = 64 * 2**10  # as much as the server itself buffers
 _ALL_BODIES_BYTES: Final = 64 * 2**20
-_ALL_BODIES_LARGEST: Final = 4
+_ALL_BODIES_MIN_COUNT: Final = 4
 _DISCARD_BYTES: Final = 16 * 2**20
 _DISCARD_SECONDS: Final = 2.0
 _log = structlog.get_logger("embedd.api")
 
 
 class RequestContext:
-    """Gives the request its id, every response its headers, the log its line, and a fault its envelope."""
+    """Gives every request an id, a deadline and a log line, and every response its headers."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,7 +42,7 @@ class RequestContext:
             return
         begun = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if _SANE_REQUEST_ID.fullmatch(given) else new_id("req")
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_id("req")
         state: dict[str, Any] = scope.setdefault("state", {})
         state["request_id"] = request_id
         status = 0
@@ -53,9 +54,9 @@ class RequestContext:
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-Id"] = request_id
                 headers["X-Content-Type-Options"] = "nosniff"
-                standing = state.get("rate_limit")
-                if isinstance(standing, RateLimit):
-                    headers.update(standing.headers)
+                used = state.get("rate_limit")
+                if isinstance(used, RateLimit):
+                    headers.update(used.headers)
                 stages = state.get("stages")
                 if isinstance(stages, StageSeconds):
                     headers["Server-Timing"] = _server_timing(stages, time.perf_counter() - begun)
@@ -64,12 +65,12 @@ class RequestContext:
         timeout = scope["app"].state.embedd.settings.request_timeout_seconds
         with (
             structlog.contextvars.bound_contextvars(request_id=request_id),
-            # a little more, so that a server that can still say itself what is wrong says it
+            # a little more, so that the timeout of a server comes first, with its own message
             deadline(timeout + _GRACE_SECONDS),
         ):
             try:
                 await self._app(scope, receive, send_with_headers)
-            except Exception as error:  # noqa: BLE001 - the last stop before the server, which would log a stack trace
+            except Exception as error:  # noqa: BLE001 - the server would log a stack trace
                 response = internal_error_response(scope, error)
                 if status == 0:
                     await response(scope, receive, send_with_headers)
@@ -79,7 +80,7 @@ class RequestContext:
                 _log.info(
                     "request",
                     method=scope["method"],
-                    # the operation's name, as a path may hold anything
+                    # the name of the operation: a path may contain anything
                     operation=getattr(scope.get("route"), "name", None),
                     status=status,
                     duration_ms=round(seconds * 1000, 1),
@@ -88,14 +89,14 @@ class RequestContext:
 
 
 def _server_timing(stages: StageSeconds, total: float) -> str:
-    """Where a query's time went, in milliseconds. What is left of the total beside the stages is ours."""
+    """The time of each stage of a query, in milliseconds. The rest of the total is the API's."""
     parts = {"catalog": stages.catalog, "embed": stages.embed, "search": stages.search, "total": total}
     return ", ".join(f"{name};dur={seconds * 1000:.2f}" for name, seconds in parts.items())
 
 
 def _measure(scope: Scope, status: int, seconds: float) -> None:
     template = getattr(scope.get("route"), "path", None)
-    # some versions of FastAPI leave out what the route's router was included under
+    # some versions of FastAPI leave out the prefix that the router was included with
     if template is not None and scope["path"].startswith("/v1/") and not template.startswith("/v1/"):
         template = f"/v1{template}"
     scope["app"].state.embedd.metrics.request(scope["method"], template, status, seconds)
@@ -103,35 +104,35 @@ def _measure(scope: Scope, status: int, seconds: float) -> None:
 
 @dataclass(slots=True)
 class BodyBudget:
-    """How many bytes of all bodies together may be in memory, beyond the first 64 KiB of each."""
+    """Bytes of all bodies together that may be in memory, not counting the first 64 KiB of each."""
 
     left: int
 
 
 class BodyShare:
-    """What one request holds of the budget."""
+    """The part of the budget that one request uses."""
 
     def __init__(self, budget: BodyBudget) -> None:
         self._budget = budget
-        self._held = 0
+        self._used = 0
 
     def grow(self, size: int) -> bool:
-        """Holds what a body of this size needs; False where not so much is left."""
-        more = max(0, size - _SMALL_BODY) - self._held
+        """Reserves what a body of this size needs; False if the budget does not have it."""
+        more = max(0, size - _SMALL_BODY) - self._used
         if more > self._budget.left:
             return False
         self._budget.left -= more
-        self._held += more
+        self._used += more
         return True
 
-    def give_back(self) -> None:
-        """Holds nothing any more. Idempotent."""
-        self._budget.left += self._held
-        self._held = 0
+    def release(self) -> None:
+        """Returns everything to the budget. Idempotent."""
+        self._budget.left += self._used
+        self._used = 0
 
 
 async def _discard(receive: Receive) -> None:
-    """Throws away what its client still sends, for a moment: a client that cannot send does not read the answer."""
+    """Reads and discards the rest of a body, up to a limit: a client that is still sending does not read the response."""
     seen = 0
     with anyio.move_on_after(_DISCARD_SECONDS):
         while seen < _DISCARD_BYTES:
@@ -142,15 +143,15 @@ async def _discard(receive: Receive) -> None:
 
 
 class BodyLimit:
-    """Reads the body before the application is called, and refuses a large one, by its announced or its true size.
+    """Reads the body before it calls the application. Rejects a body that is too large, by its announced or real size.
 
-    All bodies together are bounded as well: what one more large one would take beyond that is refused for now.
+    All bodies together are limited too: a large body that exceeds that limit gets a 503.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
         self._max_bytes = max_bytes
-        self._budget = BodyBudget(max(_ALL_BODIES_BYTES, _ALL_BODIES_LARGEST * max_bytes))
+        self._budget = BodyBudget(max(_ALL_BODIES_BYTES, _ALL_BODIES_MIN_COUNT * max_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -159,18 +160,18 @@ class BodyLimit:
             return
         announced = Headers(scope=scope).get("content-length", "0")
         if announced.isdecimal() and int(announced[:18]) > self._max_bytes:
-            await self._refuse(scope, receive, send)
+            await self._reject(scope, receive, send)
             return
         share = BodyShare(self._budget)
         try:
             body = await self._read(scope, receive, send, share)
             if body is not None:
-                await self._pass_on(bytes(body), scope, receive, send)
+                await self._call_application(bytes(body), scope, receive, send)
         finally:
-            share.give_back()
+            share.release()
 
     async def _read(self, scope: Scope, receive: Receive, send: Send, share: BodyShare) -> bytearray | None:
-        """The whole body; None where it was refused, or its client is gone."""
+        """The whole body; None if it was rejected or the client has disconnected."""
         body = bytearray()
         while True:
             message = await receive()
@@ -178,15 +179,15 @@ class BodyLimit:
                 return None
             body += message.get("body", b"")
             if len(body) > self._max_bytes:
-                await self._refuse(scope, receive, send)
+                await self._reject(scope, receive, send)
                 return None
             if not share.grow(len(body)):
-                await self._refuse_for_now(scope, receive, send)
+                await self._reject_as_busy(scope, receive, send)
                 return None
             if not message.get("more_body", False):
                 return body
 
-    async def _pass_on(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _call_application(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         delivered = False
 
         async def receive_again() -> Message:
@@ -198,17 +199,17 @@ class BodyLimit:
 
         await self._app(scope, receive_again, send)
 
-    async def _refuse_for_now(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _reject_as_busy(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = error_response(
             scope,
             "server_busy",
-            "Too many large bodies are being received.",
+            "The service is receiving too many large bodies.",
             "Wait as long as Retry-After says.",
             headers={"Connection": "close", "Retry-After": "1"},
         )
         await response(scope, receive, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _reject(self, scope: Scope, receive: Receive, send: Send) -> None:
         await _discard(receive)
         response = error_response(
             scope,

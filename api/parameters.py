@@ -1,4 +1,4 @@
-"""Query parameters: none that the operation does not know, and none twice, as a typing error must not widen a request."""
+"""Rejects unknown and repeated query parameters: a misspelled filter must not widen a request."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from urllib.parse import parse_qsl
 from fastapi import Depends, Request
 from starlette.types import Scope
 
-from api.auth import Reader
 from embedd_dagster.errors import ValidationFailed
+
+from .auth import Reader
 
 _MAX_SHOWN: Final = 64
 
 
-def refuse_unknown_parameters(scope: Scope) -> None:
-    """Returns if the operation knows every query parameter. Raises ValidationFailed that names those that it accepts."""
+def reject_unknown_parameters(scope: Scope) -> None:
+    """Returns if the operation knows every query parameter. Otherwise raises ValidationFailed that lists the known ones."""
     if not scope["query_string"]:
         return
     given = Counter(name for name, _ in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True))
@@ -31,24 +32,24 @@ def refuse_unknown_parameters(scope: Scope) -> None:
 
 
 def _known(scope: Scope) -> list[str]:
-    """The query parameters of the operation, by what the OpenAPI document says of it."""
+    """The query parameters of the operation, from the OpenAPI document."""
     paths: dict[str, Any] = scope["app"].openapi()["paths"]
     template = scope["route"].path_format
-    # some versions of FastAPI leave out what the route's router was included under
+    # some versions of FastAPI leave out the prefix that the router was included with
     operations = paths.get(template) or paths.get(f"/v1{template}") or {}
     parameters = operations.get(scope["method"].lower(), {}).get("parameters", ())
     return [found["name"] for found in parameters if found["in"] == "query"]
 
 
-def _after_the_key(request: Request, caller: Reader) -> None:  # noqa: ARG001 - who has no key learns nothing else
-    refuse_unknown_parameters(request.scope)
+def _after_authentication(request: Request, caller: Reader) -> None:  # noqa: ARG001 - without a key, this is not checked
+    reject_unknown_parameters(request.scope)
 
 
-def _at_once(request: Request) -> None:
-    refuse_unknown_parameters(request.scope)
+def _without_authentication(request: Request) -> None:
+    reject_unknown_parameters(request.scope)
 
 
-KNOWN_PARAMETERS: Final = [Depends(_after_the_key)]
-"""The `dependencies` of every operation that takes a key."""
-KNOWN_PARAMETERS_WITHOUT_KEY: Final = [Depends(_at_once)]
-"""The same for an operation that takes none."""
+KNOWN_PARAMETERS: Final = [Depends(_after_authentication)]
+"""The `dependencies` of operations that need a key."""
+KNOWN_PARAMETERS_WITHOUT_KEY: Final = [Depends(_without_authentication)]
+"""The `dependencies` of operations that need no key."""

@@ -1,8 +1,8 @@
-"""The short way of a query through the process: one thread, one question to the catalog, no dependencies to be solved.
+"""Queries take a short path through the process: one thread, one read of the catalog, no dependencies to resolve.
 
-Queries are what there are many of, so their route does by hand what FastAPI does for every other one, in the same order
-and with the same answers: key, rate limit, environment, id, body. Its declaration in `routers/queries.py` is what the
-OpenAPI says of it. They have threads of their own: those that wait for a slow provider hold up nobody but each other.
+Most requests are queries, so their route calls by hand what FastAPI calls for every other route, in the same order: the
+functions of `auth`, `parameters`, `strict_json` and the schema. The declaration in `routers/queries.py` is what the OpenAPI
+document shows.
 """
 
 from __future__ import annotations
@@ -14,54 +14,41 @@ from typing import Any, Final
 import orjson
 from anyio import to_thread
 from fastapi import Response
-from fastapi.security.utils import get_authorization_scheme_param
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from api.auth import MAX_SHOWN, check_key_form
-from api.parameters import refuse_unknown_parameters
-from api.schemas.base import known_form
-from api.schemas.queries import QueryBody
-from api.state import ApiState
-from api.strict_json import StrictRoute, validate_body
-from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
-from embedd_dagster.catalog.live_tables import LiveTable, authorize_query, find_live
+from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.core.keys import render_key
 from embedd_dagster.engine.search import Question, SearchAnswer, StageSeconds
-from embedd_dagster.errors import NotFound, RowError, TransientError, ValidationFailed
+from embedd_dagster.errors import NotFound, RowError, ValidationFailed
 
-_MAX_WAITING: Final = 256
-_check_table_id: Final = known_form("vt", "vector_table")
+from .auth import admit, find_caller_access
+from .parameters import reject_unknown_parameters
+from .schemas.base import valid_id
+from .schemas.queries import QueryBody
+from .state import ApiState
+from .strict_json import StrictRoute, validate_body
 
-
-class TooManyQueries(TransientError):
-    """So many queries wait for a thread that another one would hardly be answered in time."""
-
-    default_code = "too_many_queries"
-    default_resolution = "Wait as long as Retry-After says. If it goes on: more API processes, or a faster provider."
+_check_table_id: Final = valid_id("vt", "vector_table")
 
 
 class QueryRoute(StrictRoute):
-    """Answers a POST by itself; what else comes is FastAPI's."""
+    """Answers a POST itself; FastAPI answers the other methods."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """ASGI. What is raised becomes an envelope further out, as for every route."""
+        """ASGI. As in every route, the application answers an exception with an error envelope."""
         if scope["method"] != "POST":
             await super().handle(scope, receive, send)
             return
         begun = time.perf_counter()
         state: ApiState = scope["app"].state.embedd
-        queries = state.queries
-        if queries.number >= queries.threads.total_tokens + _MAX_WAITING:
-            raise TooManyQueries("Too many queries are under way.", retry_after_seconds=1.0)
-        content = (await receive()).get("body", b"")  # whole: BodyLimit has read it
-        query = _Query(state, scope, content)
-        queries.number += 1
-        try:
-            answer = await to_thread.run_sync(query.answer, limiter=queries.threads)
-        finally:
-            queries.number -= 1
-            state.metrics.query(query.stages, time.perf_counter() - begun)
+        with state.queries:
+            content = (await receive()).get("body", b"")  # all of it: BodyLimit has read it
+            query = _Query(state, scope, content)
+            try:
+                answer = await to_thread.run_sync(query.answer, limiter=state.query_threads)
+            finally:
+                state.metrics.query(query.stages, time.perf_counter() - begun)
         await Response(answer, media_type="application/json")(scope, receive, send)
 
 
@@ -75,55 +62,36 @@ class _Query:
         self.stages = StageSeconds()
 
     def answer(self) -> bytes:
-        """The answer's body. Raises as every route does."""
+        """The body of the response. Raises the same errors as other routes."""
+        state, request_state = self._state, self._scope["state"]
         headers = Headers(scope=self._scope)
-        scheme, key = get_authorization_scheme_param(headers.get("authorization"))
-        raw_key = check_key_form(key if scheme.lower() == "bearer" and key else None)
-        environment_id, vector_table_id, table = self._authorize(raw_key, headers.get("x-environment-id"))
+        vector_table_id: str = self._scope["path_params"]["vector_table_id"]
+        wanted = headers.get("x-environment-id")
+        begun = time.perf_counter()
+        access = find_caller_access(state, headers, wanted, _as_parameter(vector_table_id))
+        self.stages.catalog = time.perf_counter() - begun
+        environment_id = admit(state, request_state, access, wanted).id
+        reject_unknown_parameters(self._scope)
+        _check_table_id(vector_table_id)
         body = validate_body(QueryBody, headers.get("content-type"), self._content)
         question = Question(body.query, body.limit, body.min_similarity_score, body.filters)
 
         def refresh() -> LiveTable:
-            return _found(find_live(self._state.runtime.catalog, environment_id, vector_table_id), vector_table_id)
+            return _found(find_live(state.runtime.catalog, environment_id, vector_table_id), vector_table_id)
 
-        # from here on the answer's headers tell where the time goes
-        self._scope["state"]["stages"] = self.stages
+        request_state["stages"] = self.stages  # for the header Server-Timing
+        table = _found(access.table, vector_table_id)
         try:
-            found = self._state.searcher.search(
-                _found(table, vector_table_id), question, refresh=refresh, stages=self.stages
-            )
+            found = state.searcher.search(table, question, refresh=refresh, stages=self.stages)
         except RowError:
             raise ValidationFailed(
-                "query: the embedding provider refuses this text.", resolution="Ask in other words."
+                "query: the embedding provider rejects this text.", resolution="Use other words."
             ) from None
         return _rendered(body.query, found)
 
-    def _authorize(self, raw_key: str, environment_id: str | None) -> tuple[str, str, LiveTable | None]:
-        """The environment, the table's id, and the table if it is there. Raises as `auth.authenticate` does, and NotFound."""
-        vector_table_id: str = self._scope["path_params"]["vector_table_id"]
-        begun = time.perf_counter()
-        access = authorize_query(
-            self._state.runtime.catalog,
-            raw_key,
-            EnvironmentWanted.read(environment_id),
-            _as_parameter(vector_table_id),
-        )
-        self.stages.catalog = time.perf_counter() - begun
-        request_state = self._scope["state"]
-        request_state["key_prefix"] = access.key_prefix
-        standing, excess = self._state.rate_limiter.hit(access.counted_as)
-        request_state["rate_limit"] = standing
-        if excess is not None:
-            raise excess
-        if access.environment_id is None:
-            wanted = DEFAULT_ENVIRONMENT if environment_id is None else environment_id
-            raise NotFound("environment", wanted[:MAX_SHOWN])
-        refuse_unknown_parameters(self._scope)
-        return access.environment_id, _check_table_id(vector_table_id), access.table
-
 
 def _as_parameter(vector_table_id: str) -> str:
-    # what no database takes as a text, and is no id
+    # a text that is not an id, and that the database may not accept as a parameter
     return "" if "\x00" in vector_table_id or not vector_table_id.isascii() else vector_table_id
 
 
@@ -151,5 +119,5 @@ def _rendered(query: str, found: SearchAnswer) -> bytes:
     }
     try:
         return orjson.dumps(answer)
-    except TypeError:  # a numeric key beyond 64 bits
+    except TypeError:  # a numeric key of more than 64 bits
         return json.dumps(answer).encode()

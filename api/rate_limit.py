@@ -1,4 +1,4 @@
-"""How many requests a key may make in a minute: a moving window, counted in Redis or in the process."""
+"""Rate limits: requests per minute and API key, in a moving window, counted in Redis or in this process."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _log = structlog.get_logger("embedd.api")
 
 
 class RateLimitExceeded(RequestError):
-    """Too many requests with one key."""
+    """Too many requests per minute with one key."""
 
     default_code = "rate_limit_exceeded"
-    default_resolution = "Wait as long as Retry-After says; EMBEDD_RATE_LIMIT_PER_MINUTE sets the limit."
+    default_resolution = "Wait as long as Retry-After says. EMBEDD_RATE_LIMIT_PER_MINUTE sets the limit."
 
     def __init__(self, message: str, *, retry_after_seconds: float) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class RateLimitExceeded(RequestError):
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """Where a key stands in its window."""
+    """How much of its limit a key has used."""
 
     limit: int
     remaining: int
@@ -41,7 +41,7 @@ class RateLimit:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The three headers of an answer."""
+        """The headers of the response."""
         return {
             "X-RateLimit-Limit": str(self.limit),
             "X-RateLimit-Remaining": str(self.remaining),
@@ -50,7 +50,7 @@ class RateLimit:
 
 
 class RateLimiter:
-    """Counts requests. Where the counter itself fails, requests pass: it must not take the service down."""
+    """Counts requests. If counting fails, requests pass: Redis must not stop the service."""
 
     def __init__(self, per_minute: int, storage: Storage) -> None:
         self._per_minute = per_minute
@@ -59,7 +59,7 @@ class RateLimiter:
 
     @classmethod
     def open(cls, settings: Settings) -> RateLimiter:
-        """By the settings. Raises ConfigurationError where Redis is wanted and its client is not installed."""
+        """As the settings say. Raises ConfigurationError if the Redis URL is invalid or the Redis client is not installed."""
         if settings.redis_url is None:
             return cls(settings.rate_limit_per_minute, MemoryStorage())
         try:
@@ -68,25 +68,25 @@ class RateLimiter:
             )
         except LimitsConfigurationError as error:
             raise ConfigurationError(
-                "EMBEDD_REDIS_URL is no Redis URL, or the Redis client is not installed.",
+                "EMBEDD_REDIS_URL is not a Redis URL, or the Redis client is not installed.",
                 resolution="Use redis://host:port/0, and install it with `pip install redis`.",
             ) from error
         return cls(settings.rate_limit_per_minute, storage)  # type: ignore[arg-type]
 
     def hit(self, key_id: str) -> tuple[RateLimit | None, RateLimitExceeded | None]:
-        """Counts a request: where its key stands now (None: unlimited), and the error to raise if that was one too many."""
+        """Counts a request. Returns the state of its key (None: no limit), and the error to raise if it is over the limit."""
         if self._per_minute == 0:
             return None, None
         try:
             passes = self._window.hit(self._item, key_id)
             reset_at, remaining = self._window.get_window_stats(self._item, key_id)
-        except Exception as error:  # noqa: BLE001 - whatever the storage's client raises
+        except Exception as error:  # noqa: BLE001 - the storage's client may raise anything
             _log.warning("rate limit not counted", kind=type(error).__name__)
             return None, None
-        standing = RateLimit(self._per_minute, max(0, remaining), int(reset_at))
+        used = RateLimit(self._per_minute, max(0, remaining), int(reset_at))
         if passes:
-            return standing, None
+            return used, None
         wait = min(max(reset_at - time.time(), 1.0), _WINDOW_SECONDS)
-        return standing, RateLimitExceeded(
-            f"More than {self._per_minute} requests in a minute with this key.", retry_after_seconds=wait
+        return used, RateLimitExceeded(
+            f"More than {self._per_minute} requests per minute with this key.", retry_after_seconds=wait
         )

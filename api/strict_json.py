@@ -1,6 +1,6 @@
-"""JSON bodies, read strictly: no NaN, no name twice, no bottomless nesting, no text that no database can hold.
+"""Strict JSON bodies: no NaN, no repeated names, limited nesting, no text that a database cannot hold.
 
-The body is parsed only when its schema validates it, which is after the caller is known.
+A body is parsed only when its schema validates it, after the request was authenticated.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from embedd_dagster.errors import ValidationFailed
 B = TypeVar("B", bound=BaseModel)
 
 MAX_DEPTH: Final = 32
-_EXACT: Final = 2**53  # beyond, not every whole number is a float
+_MAX_EXACT: Final = 2**53  # not every larger whole number is a float
 _MAX_SHOWN: Final = 64
 _RESOLUTION: Final = "Send one JSON object (RFC 8259) in UTF-8."
 
 
 @dataclass(frozen=True, slots=True)
 class RawBody:
-    """A JSON body that is not parsed yet."""
+    """A JSON body that has not been parsed yet."""
 
     content: bytes
 
 
 class StrictRequest(Request):
-    """A request whose JSON body stays raw until a schema asks for it."""
+    """A request whose JSON body stays unparsed until its schema validates it."""
 
     async def json(self) -> Any:
-        """The body as it came; null is no body."""
+        """The unparsed body; None for `null`, which counts as no body."""
         content = await self.body()
         return None if content.strip() == b"null" else RawBody(content)
 
 
 class StrictRoute(APIRoute):
-    """A route whose bodies are read by `parse_json`."""
+    """A route whose bodies `parse_json` parses."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """FastAPI's handler over a StrictRequest."""
+        """FastAPI's handler, with a StrictRequest."""
         handler = super().get_route_handler()
 
         async def handle(request: Request) -> Response:
@@ -58,7 +58,7 @@ class StrictRoute(APIRoute):
 
 
 def validate_body(model: type[B], content_type: str | None, content: bytes) -> B:
-    """The body as FastAPI would give it to an endpoint. Raises as a StrictRoute does."""
+    """The body as a StrictRoute passes it to an endpoint. Raises the same errors."""
     if not content:
         raise RequestValidationError([{"type": "missing", "loc": ("body",), "msg": "Field required", "input": None}])
     value: Any = content
@@ -80,27 +80,38 @@ def _is_json(content_type: str | None) -> bool:
     return message.get_content_maintype() == "application" and (subtype == "json" or subtype.endswith("+json"))
 
 
+def parse_body(value: Any) -> Any:
+    """The value that a schema validates. Raises ValidationFailed if the body is not JSON."""
+    if isinstance(value, RawBody):
+        return parse_json(value.content)
+    if isinstance(value, bytes):
+        raise ValidationFailed(
+            "Content-Type: `application/json` is expected.", resolution="Send Content-Type: application/json."
+        )
+    return value
+
+
 def parse_json(content: bytes) -> Any:
-    """The value of a JSON text. Raises ValidationFailed that names the place."""
+    """The value of a JSON text. Raises ValidationFailed that names the position or the field."""
     try:
-        value = json.loads(content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_object)
+        value = json.loads(content.decode("utf-8"), parse_constant=_reject_constant, object_pairs_hook=_object)
     except UnicodeDecodeError:
-        raise ValidationFailed("body: it is not UTF-8.", resolution=_RESOLUTION) from None
+        raise ValidationFailed("body: the text is not UTF-8.", resolution=_RESOLUTION) from None
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, column {error.colno}"
         raise ValidationFailed(f"body: malformed JSON at {where}: {error.msg}.", resolution=_RESOLUTION) from None
     except RecursionError:
         raise _too_deep() from None
-    except ValueError:  # a number of thousands of digits
+    except ValueError:  # a number with thousands of digits
         raise ValidationFailed("body: a number is too long.", resolution=_RESOLUTION) from None
     _check(value, [])
     return _whole(value)
 
 
 def _whole(value: Any) -> Any:
-    """The value with 5.0 as 5: to JSON a number is whole where it has no fraction, however it is written."""
+    """The value with 5.0 as 5: in JSON, a number without a fraction is whole, however it is written."""
     if isinstance(value, float):
-        return int(value) if value.is_integer() and abs(value) < _EXACT else value
+        return int(value) if value.is_integer() and abs(value) < _MAX_EXACT else value
     if isinstance(value, dict):
         return {name: _whole(item) for name, item in value.items()}
     if isinstance(value, list):
@@ -108,12 +119,12 @@ def _whole(value: Any) -> Any:
     return value
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def _reject_constant(name: str) -> NoReturn:
     raise ValidationFailed(f"body: {name} is not JSON.", resolution=_RESOLUTION)
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these members. Which of two of one name is meant is not for us to guess."""
+    """The object of these members. Raises ValidationFailed if a name is repeated: either value could be meant."""
     value = dict(members)
     if len(value) < len(members):
         (twice, _), *_ = Counter(name for name, _ in members).most_common(1)
@@ -128,14 +139,14 @@ def _too_deep() -> ValidationFailed:
 
 
 def _check(value: Any, path: list[str | int]) -> None:
-    """Raises ValidationFailed that names the place. `path` leads to the value, and is told only then: bodies are long."""
+    """Raises ValidationFailed that names the field. `path` leads to the value; one list serves the whole body."""
     if len(path) >= MAX_DEPTH:
         raise _too_deep()
     if isinstance(value, str):
         _check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise ValidationFailed(f"{_place(path)}: the number is out of the range of 64-bit floats.")
+            raise ValidationFailed(f"{_field(path)}: the number is out of the range of 64-bit floats.")
     elif isinstance(value, dict | list):
         for step, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(step, str):
@@ -149,12 +160,12 @@ def _check_text(text: str, path: list[str | int]) -> None:
     if text.isascii() and "\x00" not in text:
         return
     if "\x00" in text:
-        raise ValidationFailed(f"{_place(path)}: a text must not contain NUL (U+0000).")
+        raise ValidationFailed(f"{_field(path)}: a text must not contain NUL (U+0000).")
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValidationFailed(f"{_place(path)}: a text must not contain a lone surrogate (\\ud800 to \\udfff).")
+        raise ValidationFailed(f"{_field(path)}: a text must not contain a lone surrogate (\\ud800 to \\udfff).")
 
 
-def _place(path: list[str | int]) -> str:
+def _field(path: list[str | int]) -> str:
     """Such as `columns[2].name`."""
     steps = (f"[{step}]" if isinstance(step, int) else f".{step[:_MAX_SHOWN]}" for step in path)
     return "".join(steps).removeprefix(".") or "body"

@@ -23,7 +23,7 @@ from benchmarks import data
 from benchmarks.ours import Bench
 from benchmarks.results import record, table
 from benchmarks.servers import ROOT, Servers, open_servers
-from embedd_dagster.catalog import change_feeds, resyncs, vector_sets, vector_tables
+from embedd_dagster.catalog import cdc, resyncs, vector_sets, vector_tables
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
@@ -44,11 +44,11 @@ def _following(bench: Bench) -> Iterator[None]:
     try:
         while True:
             with bench.runtime.catalog.transaction() as session:
-                owed = resyncs.owed(session, 1)
+                owed = resyncs.due(session, 1)
                 found = vector_tables.find(session, bench.vector_table_id)
             if owed:
                 bench.run(TaskType.SYNC)
-            elif found is not None and found.followed_since is not None:
+            elif found is not None and found.cdc.subscribed_since is not None:
                 break
             time.sleep(0.2)
         yield
@@ -160,7 +160,7 @@ def measure(servers: Servers, seconds: float, rows: int) -> None:
                 lines.append([_store(mode), how, "", "", "", f"{rate:,.0f}"])
                 print(lines[-1], flush=True)
             with bench.runtime.catalog.transaction() as session:
-                feed = change_feeds.find(session, bench.connection_id)
+                feed = cdc.find(session, bench.connection_id)
                 assert feed is not None
         bench.close()
     heads = ["store", "changes", "p50, ms", "p95, ms", "sampled", "changes a second, sustained"]

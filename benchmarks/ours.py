@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 from uuid import uuid4
 
@@ -19,7 +20,7 @@ from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
-from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref
 from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
@@ -34,6 +35,8 @@ COLUMNS = (
     Column("category", ColumnRole.METADATA, filter_type=FilterType.KEYWORD),
     Column("price", ColumnRole.METADATA, filter_type=FilterType.FLOAT),
 )
+
+PUBLIC = partial(platform_vector_ref, "public")
 
 
 class Run(NamedTuple):
@@ -108,7 +111,14 @@ class Bench:
             self.vector_table_id = vector_tables.create(
                 session,
                 environment,
-                NewVectorTable(name, connection.id, configuration, mode, sync_mode, platform_schema="public"),
+                NewVectorTable(
+                    name,
+                    connection.id,
+                    configuration,
+                    mode,
+                    sync_mode,
+                    platform_name=PUBLIC,
+                ),
             ).id
         self.environment_id = environment.id
         self.connection_id = connection.id

@@ -13,7 +13,21 @@ from statistics import median
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
-ORDER = ("engine", "peers", "peer_scenarios", "scenarios", "scaling", "memory", "sync", "follow", "api")
+ORDER = (
+    "engine",
+    "peers",
+    "peer_scenarios",
+    "scenarios",
+    "scaling",
+    "memory",
+    "sync",
+    "follow",
+    "api",
+    "embedding_requests",
+    "safety",
+    "api_before_after",
+    "qdrant_transport",
+)
 
 
 def spread(values: list[float], digits: int = 0) -> str:

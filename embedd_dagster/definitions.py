@@ -6,13 +6,15 @@ import dagster as dg
 
 from embedd_dagster import logs
 from embedd_dagster.defs.assets import source_table, vector_table
-from embedd_dagster.defs.cdc import follow_job, follower_sensor
+from embedd_dagster.defs.cdc.job import follow_job
+from embedd_dagster.defs.cdc.sensor import follower_sensor
 from embedd_dagster.defs.checks import vector_table_checks
+from embedd_dagster.defs.cleanup import cleanup_sensor
 from embedd_dagster.defs.jobs import vector_table_job
+from embedd_dagster.defs.reconcile.sensor import reconcile_sensor
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_schedule
 from embedd_dagster.defs.schedules import sync_sensor
-from embedd_dagster.defs.sensors import cleanup_sensor, reconcile_sensor
 
 logs.lose_unwritable_lines()
 

@@ -38,7 +38,7 @@
         └── NotReady                   `code` says what is not
 
 An error holds a message for people, a resolution (what to do), and a `code` of the API's contract. It never holds a
-secret or a row's content, and it survives pickling. Only `api/errors.py` maps codes to HTTP statuses.
+secret or a row's content, and it survives pickling. Only `api/error_codes.py` maps codes to HTTP statuses.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""The only reader of the environment: every `EMBEDD_…` variable, its type, its default and its reason."""
+"""The only reader of the environment: every `EMBEDD_…` variable with its type, default and meaning.
+
+`docs/reference/settings.md` is generated from this module: run `make docs` after a change.
+"""
 
 from __future__ import annotations
 
@@ -14,83 +17,111 @@ S = TypeVar("S", bound=BaseSettings)
 
 
 class Settings(BaseSettings):
-    """The installation's settings; `embedd up` sets those of its embedded parts itself."""
+    """The settings of all services. `embedd up` sets those of its embedded parts itself."""
 
     model_config = SettingsConfigDict(env_prefix="EMBEDD_", frozen=True, extra="ignore")
 
-    database_url: SecretStr = Field(description="The catalog: postgresql://user:password@host:port/database")
+    database_url: SecretStr = Field(description="The catalog database: `postgresql://user:password@host:port/database`")
     encryption_keys: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
-        description="Comma-separated base64 of 32 bytes each; the first encrypts, all decrypt"
+        description="Keys for stored credentials: base64 of 32 bytes each, comma-separated. The first one encrypts, all decrypt"
     )
-    qdrant_url: str = Field(description="Where managed vectors live")
-    qdrant_api_key: SecretStr | None = None
-    dagster_url: str | None = Field(default=None, description="Dagster's webserver; unset, the sensor launches alone")
-
-    dagster_token: SecretStr | None = Field(default=None, description="Opens Dagster's UI and its GraphQL to the API")
-
-    api_url: str | None = Field(default=None, description="Where users reach the API; linked from Dagster's metadata")
-    rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests a minute a key; 0 = off")
-    redis_url: SecretStr | None = Field(default=None, description="Counts rate limits across processes")
-    max_body_bytes: int = Field(default=2 * 2**20, ge=1024)
+    managed_store: str = Field(default="qdrant", description="The connector that stores the vectors of managed tables")
+    qdrant_url: str = Field(description="The Qdrant server that stores the vectors of managed tables")
+    qdrant_grpc_port: int | None = Field(
+        default=6334,
+        ge=0,
+        le=65_535,
+        description="Qdrant's gRPC port on the same host, for bulk writes; 0 or empty = REST only",
+    )
+    qdrant_api_key: SecretStr | None = Field(default=None, description="API key of that Qdrant server")
+    dagster_url: str | None = Field(
+        default=None,
+        description="Dagster's webserver. If unset, the API launches no runs itself; the sensor `reconcile` does",
+    )
+    dagster_token: SecretStr | None = Field(
+        default=None, description="Token with which the API logs in to Dagster's webserver"
+    )
+    api_url: str | None = Field(
+        default=None,
+        description="Address at which users reach the API, for links in Dagster's UI and in error messages",
+    )
+    rate_limit_per_minute: int = Field(default=60, ge=0, description="Requests per minute and API key; 0 = no limit")
+    redis_url: SecretStr | None = Field(
+        default=None, description="Redis in which all API processes count rate limits together; needs the extra `redis`"
+    )
+    max_body_bytes: int = Field(default=2 * 2**20, ge=1024, description="Largest body of a request")
     max_connections: int = Field(
         default=1000,
         ge=8,
-        description="Connections to one API process; fewer where its file descriptors do not suffice",
+        description="Open connections to one API process; fewer if the process may not open enough files",
     )
     request_timeout_seconds: float = Field(
-        default=30.0, gt=0, description="How long a request waits for a source, for a store and for a provider, each"
+        default=30.0, gt=0, description="How long a request waits for a source, a store and a provider, each"
     )
-    deny_private_networks: bool = Field(default=False, description="Refuse sources and providers in private networks")
+    deny_private_networks: bool = Field(
+        default=False, description="Reject sources and providers with addresses in private networks"
+    )
     allow_unix_sockets: bool = Field(
         default=False,
-        description="Let a connection's host be the directory of a Unix socket; a password is needed there too",
+        description="Accept the directory of a Unix socket as the host of a connection; a password is still required",
     )
     database_silence_seconds: float = Field(
         default=60.0,
         gt=0,
-        description="After so long without a byte from a user's database, it is asked whether it still works; if it does"
-        " not answer, the read fails and is tried again",
+        description="If a user's database sends nothing for so long, a second connection checks it. If the check fails, the "
+        "read fails and is retried",
     )
 
-    max_failed_rows_percent: float = Field(default=5.0, ge=0, le=100)
-    max_task_attempts: int = Field(default=3, ge=1, le=20)
-    shard_count: int = Field(default=2, ge=1, le=64, description="Key ranges of one table that are read at once")
-    heartbeat_seconds: float = Field(default=5.0, gt=0)
-    stale_after_seconds: float = Field(default=30.0, gt=0, description="A run without a heartbeat for so long is dead")
-    retired_set_grace_seconds: float = Field(
-        default=30.0, ge=0, description="How long a replaced vector set outlives the swap, for queries under way"
+    max_failed_rows_percent: float = Field(
+        default=5.0, ge=0, le=100, description="A backfill with more failed rows than this fails and publishes nothing"
     )
-    sync_schedule: str = Field(default="0 * * * *", description="Cron of batch tables that name none")
+    max_task_attempts: int = Field(default=3, ge=1, le=20, description="Runs that may work on a task before it fails")
+    shard_count: int = Field(
+        default=2, ge=1, le=64, description="Shards (key ranges) of one table that a backfill reads at once"
+    )
+    heartbeat_seconds: float = Field(default=5.0, gt=0, description="Time between two heartbeats of a run")
+    stale_after_seconds: float = Field(
+        default=30.0, gt=0, description="A run without a heartbeat for so long counts as dead"
+    )
+    retired_set_grace_seconds: float = Field(
+        default=30.0, ge=0, description="How long a replaced vector set is kept, for queries in progress"
+    )
+    sync_schedule: str = Field(default="0 * * * *", description="Cron (UTC) of batch tables without a schedule")
     full_sync_every: int = Field(
-        default=24, ge=0, description="Every so-manieth sync compares all rows, whatever the digests say; 0 = never"
+        default=24, ge=0, description="Every Nth sync compares all rows, even if the digests match; 0 = never"
     )
     cdc_sync_schedule: str = Field(
-        default="0 3 * * *", description="Cron (UTC) by which cdc tables are compared with their source all the same"
+        default="0 3 * * *", description="Cron (UTC) of the sync that compares CDC tables with their source"
     )
     follow_poll_seconds: float = Field(
-        default=0.1, gt=0, description="How long a follower waits before it looks for changes again"
+        default=0.1, gt=0, description="How long a CDC consumer waits before it looks for changes again"
     )
     follow_patience_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="How long one table's provider or store may hold up the others of its connection; then a sync is owed",
+        description="How long the provider or store of one table may delay the other tables of a CDC stream. After that the "
+        "consumer goes on without the table, which is resynced",
     )
     follow_renew_seconds: float = Field(
-        default=6 * 3600.0, gt=0, description="After so long a follower's run is replaced, before its event log grows"
+        default=6 * 3600.0,
+        gt=0,
+        description="A CDC consumer's run is replaced after so long, to keep its event log short",
     )
     cdc_max_lag_bytes: int = Field(
-        default=10 * 2**30, ge=0, description="Above so much log kept by a source for us, an alarm is given; 0 = never"
+        default=10 * 2**30,
+        ge=0,
+        description="Report an error when a source keeps more log than this for a CDC stream; 0 = never",
     )
     cdc_drop_above_max_lag: bool = Field(
-        default=False, description="Then let the source forget its log, and compare by a sync instead"
+        default=False, description="Above that limit, drop the slot, so that the source frees its log, and sync instead"
     )
     run_retention_days: int = Field(
         default=30,
         ge=0,
-        description="How long ended runs, with their events and logs, and ended tasks are kept; 0 = for ever",
+        description="How long ended runs, with their events and logs, and ended tasks are kept; 0 = forever",
     )
     outage_patience_seconds: float = Field(
-        default=600.0, ge=0, description="How long a run waits for a source, store or provider that is down"
+        default=600.0, ge=0, description="How long a run retries a source, store or provider that is down"
     )
 
     @field_validator("encryption_keys", mode="before")
@@ -98,21 +129,26 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: object) -> object:
         return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
-    @field_validator("redis_url", "qdrant_api_key", "dagster_url", "dagster_token", "api_url", mode="before")
+    @field_validator(
+        "redis_url", "qdrant_api_key", "qdrant_grpc_port", "dagster_url", "dagster_token", "api_url", mode="before"
+    )
     @classmethod
     def _empty_is_unset(cls, value: object) -> object:
-        # compose files pass variables that are not set as ""
+        # Compose passes a variable that is not set as ""
         return None if value == "" else value
 
 
 class WebserverSettings(BaseSettings):
-    """What Dagster's UI behind its guard needs: neither the catalog nor its keys."""
+    """The settings of Dagster's webserver, which needs neither the catalog nor its encryption keys."""
 
     model_config = SettingsConfigDict(env_prefix="EMBEDD_", frozen=True, extra="ignore", hide_input_in_errors=True)
 
-    dagster_token: SecretStr = Field(description="Whoever has it may do everything in Dagster's UI")
+    dagster_token: SecretStr = Field(
+        description="Password for Dagster's UI, and token of the API; at least 16 characters"
+    )
     dagster_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
-        default=(), description="Comma-separated names, without ports, that reach the UI beside the loopback ones"
+        default=(),
+        description="Host names under which the UI answers, besides loopback: comma-separated, without ports",
     )
 
     @field_validator("dagster_token")
@@ -120,7 +156,7 @@ class WebserverSettings(BaseSettings):
     def _check_token(cls, value: SecretStr) -> SecretStr:
         token = value.get_secret_value()
         if len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token:
-            raise ValueError("at least 16 characters of ASCII without spaces (`openssl rand -hex 32`)")
+            raise ValueError("at least 16 ASCII characters without spaces are needed (`openssl rand -hex 32`)")
         return value
 
     @field_validator("dagster_hosts", mode="before")
@@ -130,17 +166,17 @@ class WebserverSettings(BaseSettings):
             return value
         hosts = tuple(part.strip().lower() for part in value.split(",") if part.strip())
         if any("/" in host or (":" in host and not host.startswith("[")) for host in hosts):
-            raise ValueError("names alone, as in dagster.example.com: no scheme, no port, no path")
+            raise ValueError("only host names are accepted, such as dagster.example.com: no scheme, no port, no path")
         return hosts
 
 
 def read_settings() -> Settings:
-    """The settings of the present environment. Raises ConfigurationError that names each variable at fault."""
+    """The settings from the environment. Raises ConfigurationError that names each missing or invalid variable."""
     return _read(Settings)
 
 
 def read_webserver_settings() -> WebserverSettings:
-    """As `read_settings`, for Dagster's webserver."""
+    """The settings of Dagster's webserver. Raises ConfigurationError as `read_settings` does."""
     return _read(WebserverSettings)
 
 

@@ -20,6 +20,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from embedd_dagster.stack.postgres import EmbeddedPostgres, open_temporary_postgres
 
+pytest_plugins = ["tests.support.synchronous_standby"]
+
 # The same examples in every run, so that a failure is everybody's failure. `make fuzz` draws others. No limit on the time of one.
 _ANY_SPEED: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("same", derandomize=True, print_blob=True, **_ANY_SPEED)
@@ -101,7 +103,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[EmbeddedPostgres]:
     """A running PostgreSQL 18 with pgvector, for this test session."""
-    with open_temporary_postgres() as server:
+    with open_temporary_postgres(fsync="off") as server:
         yield server
 
 
@@ -122,14 +124,21 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="session")
-def qdrant_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A running Qdrant engine behind Qdrant's REST protocol, for this test session."""
+def qdrant_grpc_port() -> int:
+    """The gRPC port of the Qdrant behind `qdrant_url`."""
+    return int(os.environ.get("TEST_QDRANT_GRPC_PORT") or (6334 if "TEST_QDRANT_URL" in os.environ else _free_port()))
+
+
+@pytest.fixture(scope="session")
+def qdrant_url(tmp_path_factory: pytest.TempPathFactory, qdrant_grpc_port: int) -> Iterator[str]:
+    """A running Qdrant engine behind Qdrant's REST and gRPC protocols, for this test session."""
     if external := os.environ.get("TEST_QDRANT_URL"):
         yield external
         return
     folder: Path = tmp_path_factory.mktemp("qdrant")
     port = _free_port()
     command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server", "--data", str(folder), "--port", str(port)]
+    command += ["--grpc-port", str(qdrant_grpc_port)]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(command, stdout=log, stderr=log)
     url = f"http://127.0.0.1:{port}"

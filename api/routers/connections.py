@@ -9,39 +9,10 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Attempt, Once, answers_once
-from api.pagination import (
-    DEFAULT_LIMIT,
-    Cursor,
-    Limit,
-    NameFilter,
-    PageRequest,
-    list_answer,
-    place_at,
-    place_of,
-    text_filter,
-)
-from api.schemas.base import ConnectionId
-from api.schemas.connections import (
-    ConnectionAnswer,
-    ConnectionList,
-    ConnectionUpdate,
-    PostgresqlConnectionCreate,
-    PostgresqlPassword,
-    SourceTableAnswer,
-    SourceTableColumnAnswer,
-    SourceTableColumnList,
-    SourceTableList,
-    TestAnswer,
-)
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import connections
 from embedd_dagster.catalog.pages import Page
 from embedd_dagster.catalog.tables import Connection
-from embedd_dagster.connectors import sources
+from embedd_dagster.connectors import registry
 from embedd_dagster.engine import validation
 from embedd_dagster.errors import (
     EmbeddError,
@@ -53,31 +24,63 @@ from embedd_dagster.errors import (
 )
 from embedd_dagster.protocols.source import Source, SourceColumn, SourceTable
 
+from ..auth import Caller, Reader, Writer
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, IdempotentRequest, idempotent_responses
+from ..limits import EXTERNAL_CALLS
+from ..pagination import (
+    DEFAULT_LIMIT,
+    Cursor,
+    Limit,
+    NameFilter,
+    PageRequest,
+    index_of,
+    list_answer,
+    position_at,
+    text_filter,
+)
+from ..schemas.base import ConnectionId
+from ..schemas.connections import (
+    ConnectionAnswer,
+    ConnectionList,
+    ConnectionUpdate,
+    PostgresqlConnectionCreate,
+    PostgresqlPassword,
+    SourceTableAnswer,
+    SourceTableColumnAnswer,
+    SourceTableColumnList,
+    SourceTableList,
+    TestAnswer,
+)
+from ..strict_json import StrictRoute
+
 router = APIRouter(tags=["Connections"], route_class=StrictRoute)
 
 
 @router.post(
     "/providers/postgresql/connections",
     status_code=201,
-    dependencies=OUTSIDE,
-    responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=idempotent_responses(201, "permission_denied", "name_conflict", "server_busy"),
 )
-def create_postgresql_connection(body: PostgresqlConnectionCreate, caller: Writer, attempt: Once) -> ConnectionAnswer:
+def create_postgresql_connection(
+    body: PostgresqlConnectionCreate, caller: Writer, idempotent: Idempotent
+) -> ConnectionAnswer:
     """Create a connection to a PostgreSQL database. It is tested at once: see `status` and `last_error`."""
-    with attempt:
-        return _create(caller, attempt, "postgresql", body.name, body.mode, body.credentials.model_dump())
+    with idempotent:
+        return _create(caller, idempotent, "postgresql", body.name, body.mode, body.credentials.model_dump())
 
 
 def _create(
-    caller: Caller, attempt: Attempt, provider: str, name: str, mode: str, credentials: dict[str, Any]
+    caller: Caller, idempotent: IdempotentRequest, provider: str, name: str, mode: str, credentials: dict[str, Any]
 ) -> ConnectionAnswer:
     runtime = caller.state.runtime
     with runtime.catalog.transaction() as session:
         row = connections.create(
             session, runtime.box, caller.environment, name=name, provider=provider, mode=mode, credentials=credentials
         )
-        attempt.answer(session, ConnectionAnswer.model_validate(row), more_follows=True)
-    return _test(caller, row, attempt)[1]
+        idempotent.remember(session, ConnectionAnswer.model_validate(row), more_follows=True)
+    return _test(caller, row, idempotent)[1]
 
 
 @router.post("/providers/{provider}/connections", include_in_schema=False)
@@ -87,12 +90,12 @@ def create_unsupported_connection(
 ) -> None:
     """What is answered for every provider that has no endpoint of its own."""
     raise ValidationFailed(
-        f"provider: {provider!r} is not supported in this installation; supported: {', '.join(sources.PROVIDERS)}.",
+        f"provider: {provider!r} is not supported in this installation; supported: {', '.join(registry.sources())}.",
         resolution="Use a supported provider, or a version of embedd that has this one.",
     )
 
 
-@router.get("/connections", responses=answers())
+@router.get("/connections", responses=error_responses())
 def list_connections(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> ConnectionList:
@@ -103,7 +106,7 @@ def list_connections(
     return list_answer(ConnectionList, page, asked, ConnectionAnswer.model_validate)
 
 
-@router.get("/connections/{connection_id}", responses=answers("connection_not_found"))
+@router.get("/connections/{connection_id}", responses=error_responses("connection_not_found"))
 def get_connection(connection_id: ConnectionId, caller: Reader) -> ConnectionAnswer:
     """Get a connection."""
     return ConnectionAnswer.model_validate(_get(caller, connection_id))
@@ -116,8 +119,8 @@ def _get(caller: Caller, connection_id: str) -> Connection:
 
 @router.put(
     "/connections/{connection_id}",
-    dependencies=OUTSIDE,
-    responses=answers("permission_denied", "connection_not_found", "name_conflict", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses("permission_denied", "connection_not_found", "name_conflict", "server_busy"),
 )
 def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, caller: Writer) -> ConnectionAnswer:
     """Rename a connection, or give it other credentials, which are tested at once."""
@@ -136,7 +139,7 @@ def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, calle
 @router.delete(
     "/connections/{connection_id}",
     status_code=204,
-    responses=answers("permission_denied", "connection_not_found", "connection_conflict"),
+    responses=error_responses("permission_denied", "connection_not_found", "connection_conflict"),
 )
 def delete_connection(
     connection_id: ConnectionId,
@@ -152,8 +155,8 @@ def delete_connection(
 
 @router.post(
     "/connections/{connection_id}/test",
-    dependencies=OUTSIDE,
-    responses=answers("permission_denied", "connection_not_found", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses("permission_denied", "connection_not_found", "server_busy"),
 )
 def check_connection(connection_id: ConnectionId, caller: Writer) -> TestAnswer:
     """Test a connection, and keep the outcome as its `status`. A failed test is a 200 with `status: failed`."""
@@ -161,7 +164,7 @@ def check_connection(connection_id: ConnectionId, caller: Writer) -> TestAnswer:
 
 
 def _test(
-    caller: Caller, connection: Connection, attempt: Attempt | None = None
+    caller: Caller, connection: Connection, idempotent: IdempotentRequest | None = None
 ) -> tuple[TestAnswer, ConnectionAnswer]:
     """The outcome, and the connection with it recorded; outside of any transaction, as a source may be slow."""
     begun = time.perf_counter()
@@ -176,15 +179,15 @@ def _test(
         if row.updated_at == connection.updated_at:  # else other credentials came meanwhile, with a test of their own
             connections.record_test(row, fault)
         shown = ConnectionAnswer.model_validate(row)
-        if attempt is not None:
-            attempt.answer(session, shown)
+        if idempotent is not None:
+            idempotent.remember(session, shown)
     return TestAnswer(status="failed" if fault else "ok", latency_ms=latency_ms, error=fault), shown
 
 
 @router.get(
     "/connections/{connection_id}/tables",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "connection_not_found",
         "connection_not_ready",
         "source_table_access_denied",
@@ -230,8 +233,8 @@ def _named(source: Source, name: str) -> list[SourceTable]:
 
 @router.get(
     "/connections/{connection_id}/tables/{table:path}/columns",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "connection_not_found",
         "connection_not_ready",
         "source_table_not_found",
@@ -254,9 +257,9 @@ def list_source_columns(
     asked = PageRequest.read(limit, cursor, table=table, name=name)
     with _open_source(caller, connection_id) as source:
         columns = [column for column in source.describe(table).columns if name in (None, column.name)]
-    begin = place_of(asked.after)
+    begin = index_of(asked.after)
     shown = columns[begin : begin + limit]
-    following = place_at(begin + limit) if begin + limit < len(columns) else None
+    following = position_at(begin + limit) if begin + limit < len(columns) else None
     return list_answer(SourceTableColumnList, Page(shown, following), asked, _shown_column)
 
 

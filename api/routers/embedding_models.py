@@ -1,4 +1,4 @@
-"""The catalog of embedding models."""
+"""The known embedding models."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ from typing import Annotated
 
 from fastapi import APIRouter
 
-from api.auth import Reader
-from api.errors import answers
-from api.pagination import text_filter, whole_list
-from api.schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
-from api.strict_json import StrictRoute
 from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
+
+from ..auth import Reader
+from ..error_codes import error_responses
+from ..pagination import text_filter, whole_list
+from ..schemas.embedding_providers import EmbeddingModelAnswer, EmbeddingModelList
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/embedding-models", tags=["Embedding providers"], route_class=StrictRoute)
 
@@ -29,10 +30,10 @@ def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
     )
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_embedding_models(
-    caller: Reader,  # noqa: ARG001 - a key is needed all the same
-    name: Annotated[str | None, text_filter("Only the models of exactly this name", max_length=200)] = None,
+    caller: Reader,  # noqa: ARG001 - the operation needs a key
+    name: Annotated[str | None, text_filter("Only the models with exactly this name", max_length=200)] = None,
 ) -> EmbeddingModelList:
-    """List the known embedding models: all of them, on one page."""
+    """List the known embedding models, all in one page."""
     return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS if name in (None, model.name)])

@@ -8,14 +8,27 @@ from urllib.parse import urlsplit
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Attempt, Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
-from api.schemas.base import EmbeddingProviderId
-from api.schemas.connections import TestAnswer
-from api.schemas.embedding_providers import (
+from embedd_dagster.catalog import embedding_providers
+from embedd_dagster.catalog.tables import EmbeddingProvider
+from embedd_dagster.connectors.network import AddressForbidden, NameUnknown, vetted_addresses
+from embedd_dagster.connectors.registry import open_embedder
+from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
+from embedd_dagster.engine.question import embed_question
+from embedd_dagster.errors import (
+    EmbeddError,
+    EmbeddingRejected,
+    RowError,
+    ValidationFailed,
+)
+
+from ..auth import Caller, Reader, Writer
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, IdempotentRequest, idempotent_responses
+from ..limits import EXTERNAL_CALLS
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer
+from ..schemas.base import EmbeddingProviderId
+from ..schemas.connections import TestAnswer
+from ..schemas.embedding_providers import (
     EmbeddingCredentials,
     EmbeddingLimits,
     EmbeddingProviderAnswer,
@@ -24,21 +37,7 @@ from api.schemas.embedding_providers import (
     EmbeddingProviderTest,
     EmbeddingProviderUpdate,
 )
-from api.strict_json import StrictRoute
-from embedd_dagster.catalog import embedding_providers
-from embedd_dagster.catalog.tables import EmbeddingProvider
-from embedd_dagster.connectors.embedders import open_embedder
-from embedd_dagster.connectors.postgresql.hosts import allowed_addresses
-from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
-from embedd_dagster.engine.question import embed_question
-from embedd_dagster.errors import (
-    EmbeddError,
-    EmbeddingRejected,
-    RowError,
-    SourceRejected,
-    SourceUnavailable,
-    ValidationFailed,
-)
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/embedding-providers", tags=["Embedding providers"], route_class=StrictRoute)
 
@@ -48,16 +47,18 @@ _TEST_TIMEOUT_SECONDS: Final = 10.0
 @router.post(
     "",
     status_code=201,
-    dependencies=OUTSIDE,
-    responses=answers_once(201, "permission_denied", "name_conflict", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=idempotent_responses(201, "permission_denied", "name_conflict", "server_busy"),
 )
-def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, attempt: Once) -> EmbeddingProviderAnswer:
+def create_embedding_provider(
+    body: EmbeddingProviderCreate, caller: Writer, idempotent: Idempotent
+) -> EmbeddingProviderAnswer:
     """Create an embedding provider: an account, or a server that speaks OpenAI's protocol.
 
     It is tested at once: see `status` and `last_error`.
     """
     runtime = caller.state.runtime
-    with attempt:
+    with idempotent:
         _check_limits(body.provider, body.limits)
         credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
         with runtime.catalog.transaction() as session:
@@ -70,8 +71,8 @@ def create_embedding_provider(body: EmbeddingProviderCreate, caller: Writer, att
                 credentials=credentials,
                 limits=body.limits.model_dump(exclude_none=True),
             )
-            attempt.answer(session, EmbeddingProviderAnswer.model_validate(row), more_follows=True)
-        return _test_by_itself(caller, row, attempt)
+            idempotent.remember(session, EmbeddingProviderAnswer.model_validate(row), more_follows=True)
+        return _test_by_itself(caller, row, idempotent)
 
 
 def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
@@ -104,18 +105,19 @@ def _check_address(caller: Caller, base_url: str) -> None:
     """Refuses addresses that the service must not connect to; a name that does not resolve yet may pass."""
     parts = urlsplit(base_url)
     try:
-        allowed_addresses(
+        vetted_addresses(
             parts.hostname or "",
             parts.port or (443 if parts.scheme == "https" else 80),
             deny_private_networks=caller.state.settings.deny_private_networks,
         )
-    except SourceRejected as error:
-        raise ValidationFailed(f"credentials.base_url: {error.message}", resolution=error.resolution) from None
-    except SourceUnavailable:
+    except AddressForbidden as error:
+        message, resolution = error.for_host(parts.hostname or "")
+        raise ValidationFailed(f"credentials.base_url: {message}", resolution=resolution) from None
+    except NameUnknown:
         return
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_embedding_providers(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EmbeddingProviderList:
@@ -126,7 +128,7 @@ def list_embedding_providers(
     return list_answer(EmbeddingProviderList, page, asked, EmbeddingProviderAnswer.model_validate)
 
 
-@router.get("/{embedding_provider_id}", responses=answers("embedding_provider_not_found"))
+@router.get("/{embedding_provider_id}", responses=error_responses("embedding_provider_not_found"))
 def get_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller: Reader) -> EmbeddingProviderAnswer:
     """Get an embedding provider."""
     return EmbeddingProviderAnswer.model_validate(_get(caller, embedding_provider_id))
@@ -139,8 +141,8 @@ def _get(caller: Caller, embedding_provider_id: str) -> EmbeddingProvider:
 
 @router.put(
     "/{embedding_provider_id}",
-    dependencies=OUTSIDE,
-    responses=answers("permission_denied", "embedding_provider_not_found", "name_conflict", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses("permission_denied", "embedding_provider_not_found", "name_conflict", "server_busy"),
 )
 def update_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, body: EmbeddingProviderUpdate, caller: Writer
@@ -164,7 +166,7 @@ def update_embedding_provider(
 @router.delete(
     "/{embedding_provider_id}",
     status_code=204,
-    responses=answers("permission_denied", "embedding_provider_not_found", "embedding_provider_conflict"),
+    responses=error_responses("permission_denied", "embedding_provider_not_found", "embedding_provider_conflict"),
 )
 def delete_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller: Writer) -> None:
     """Delete an embedding provider that no vector table uses."""
@@ -174,8 +176,8 @@ def delete_embedding_provider(embedding_provider_id: EmbeddingProviderId, caller
 
 @router.post(
     "/{embedding_provider_id}/test",
-    dependencies=OUTSIDE,
-    responses=answers("permission_denied", "embedding_provider_not_found", "server_busy"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses("permission_denied", "embedding_provider_not_found", "server_busy"),
 )
 def check_embedding_provider(
     embedding_provider_id: EmbeddingProviderId, caller: Writer, body: EmbeddingProviderTest | None = None
@@ -194,7 +196,7 @@ def _test(
     model: tuple[str, int],
     *,
     is_model_known: bool,
-    attempt: Attempt | None = None,
+    idempotent: IdempotentRequest | None = None,
 ) -> tuple[TestAnswer, EmbeddingProviderAnswer]:
     """The outcome, and the provider with it recorded; outside of any transaction, as a provider may be slow."""
     begun = time.perf_counter()
@@ -212,8 +214,8 @@ def _test(
         if row_now.updated_at == row.updated_at:  # else other credentials came meanwhile, with a test of their own
             embedding_providers.record_test(row_now, told, is_certain=is_certain)
         shown = EmbeddingProviderAnswer.model_validate(row_now)
-        if attempt is not None:
-            attempt.answer(session, shown)
+        if idempotent is not None:
+            idempotent.remember(session, shown)
     return TestAnswer(status="failed" if told else "ok", latency_ms=latency_ms, error=told), shown
 
 
@@ -232,14 +234,20 @@ def _embed_one_word(caller: Caller, row: EmbeddingProvider, model: str, dimensio
         embed_question(embedder, "test")
 
 
-def _test_by_itself(caller: Caller, row: EmbeddingProvider, attempt: Attempt | None = None) -> EmbeddingProviderAnswer:
+def _test_by_itself(
+    caller: Caller, row: EmbeddingProvider, idempotent: IdempotentRequest | None = None
+) -> EmbeddingProviderAnswer:
     """The provider after the test that follows new credentials."""
     with caller.state.runtime.catalog.transaction() as session:
         used = embedding_providers.find_used_model(session, row.id)
     # a server of the user's own need not have the model that the catalog names first
     is_model_known = used is not None or row.base_url is None
     return _test(
-        caller, row, used or _first_model(ProviderKind(row.provider)), is_model_known=is_model_known, attempt=attempt
+        caller,
+        row,
+        used or _first_model(ProviderKind(row.provider)),
+        is_model_known=is_model_known,
+        idempotent=idempotent,
     )[1]
 
 

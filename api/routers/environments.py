@@ -4,44 +4,45 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
-from api.schemas.base import EnvironmentId
-from api.schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import environments
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT
 from embedd_dagster.catalog.tables import Environment
 from embedd_dagster.errors import Conflict, NotFound, PermissionDenied
 
+from ..auth import Caller, Reader, Writer
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, pagination
+from ..schemas.base import EnvironmentId
+from ..schemas.environments import EnvironmentAnswer, EnvironmentCreate, EnvironmentList
+from ..strict_json import StrictRoute
+
 router = APIRouter(prefix="/environments", tags=["Environments"], route_class=StrictRoute)
 
 
-def _refuse_restricted(caller: Caller) -> None:
+def _reject_restricted(caller: Caller) -> None:
     if caller.only_environment_id is not None:
         raise PermissionDenied(
-            "The key is good for one environment alone: it neither makes nor deletes environments.",
-            resolution="Use a key of the whole organization.",
+            "The key is valid in one environment only: it cannot create or delete environments.",
+            resolution="Use a key that is valid in all environments of the organization.",
         )
 
 
-@router.post("", status_code=201, responses=answers_once(201, "permission_denied", "name_conflict"))
-def create_environment(body: EnvironmentCreate, caller: Writer, attempt: Once) -> EnvironmentAnswer:
+@router.post("", status_code=201, responses=idempotent_responses(201, "permission_denied", "name_conflict"))
+def create_environment(body: EnvironmentCreate, caller: Writer, idempotent: Idempotent) -> EnvironmentAnswer:
     """Create an environment."""
-    _refuse_restricted(caller)
-    with attempt, caller.state.runtime.catalog.transaction() as session:
-        return attempt.answer(
+    _reject_restricted(caller)
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
+        return idempotent.remember(
             session, EnvironmentAnswer.model_validate(environments.create(session, caller.org_id, body.name))
         )
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_environments(
     caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None, name: NameFilter = None
 ) -> EnvironmentList:
-    """List the environments that the key can see."""
+    """List the environments in which the key is valid."""
     asked = PageRequest.read(limit, cursor, name=name)
     if caller.only_environment_id is not None:
         own = [caller.environment] if name in (None, caller.environment.name) else []
@@ -53,7 +54,7 @@ def list_environments(
     return list_answer(EnvironmentList, page, asked, EnvironmentAnswer.model_validate)
 
 
-@router.get("/{environment_id}", responses=answers())
+@router.get("/{environment_id}", responses=error_responses())
 def get_environment(environment_id: EnvironmentId, caller: Reader) -> EnvironmentAnswer:
     """Get an environment."""
     return EnvironmentAnswer.model_validate(_get(caller, environment_id))
@@ -66,16 +67,18 @@ def _get(caller: Caller, environment_id: str) -> Environment:
         return environments.get(session, caller.org_id, environment_id)
 
 
-@router.delete("/{environment_id}", status_code=204, responses=answers("permission_denied", "environment_conflict"))
+@router.delete(
+    "/{environment_id}", status_code=204, responses=error_responses("permission_denied", "environment_conflict")
+)
 def delete_environment(environment_id: EnvironmentId, caller: Writer) -> None:
-    """Delete an empty environment, with the keys that were good for it alone."""
+    """Delete an empty environment, with the keys that are valid only in it."""
     environment = _get(caller, environment_id)
-    _refuse_restricted(caller)
+    _reject_restricted(caller)
     if environment.name == DEFAULT_ENVIRONMENT:
         raise Conflict(
-            f"Environment {DEFAULT_ENVIRONMENT!r} is the one meant by requests without X-Environment-Id; it stays.",
+            f"Environment {DEFAULT_ENVIRONMENT!r} is the default of requests without X-Environment-Id and cannot be deleted.",
             code="environment_conflict",
-            resolution="Delete what is in it instead.",
+            resolution="Delete its content instead.",
         )
     with caller.state.runtime.catalog.transaction() as session:
         environments.delete(session, caller.org_id, environment_id)

@@ -11,13 +11,14 @@ from typing import Annotated, Any, Final, Literal
 import httpx
 from fastapi import APIRouter, Query, Request, Response
 
-from api.errors import ErrorEnvelope, error_response
-from api.schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
-from api.state import ApiState
 from embedd_dagster import __version__
-from embedd_dagster.connectors.stores import open_qdrant
+from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
-from embedd_dagster.settings import Settings
+
+from ..error_codes import ErrorEnvelope
+from ..errors import error_response
+from ..schemas.health import HealthAnswer, NotReadyAnswer, PartAnswer, ReadyAnswer, ServiceAnswer
+from ..state import ApiState
 
 router = APIRouter(tags=["Health"])
 
@@ -25,7 +26,6 @@ _TIMEOUT_SECONDS: Final = 3.0
 _CODES: Final = {
     "catalog": "catalog_unavailable",
     "dagster": "orchestrator_unavailable",
-    "qdrant": "vector_store_unavailable",
 }
 
 
@@ -78,7 +78,7 @@ def get_ready(
     first = down[0]
     response: Response = error_response(
         request.scope,
-        _CODES[first],
+        _CODES.get(first, "vector_store_unavailable"),
         f"Not ready: {', '.join(down)} down. {parts[first].error}",
         "Check that it is up and reachable from here.",
         headers={"Retry-After": "5"},
@@ -96,7 +96,7 @@ def check_parts(state: ApiState, *, without: Set[str] = frozenset()) -> dict[str
         "dagster": _get(f"{state.settings.dagster_url.rstrip('/')}/server_info", dagster_headers)
         if state.settings.dagster_url
         else None,
-        "qdrant": partial(_check_qdrant, state.settings),
+        state.settings.managed_store: partial(_check_store, state.runtime),
     }
     checks = {name: check for name, check in checks.items() if name not in without}
     with ThreadPoolExecutor(len(checks)) as workers:
@@ -111,10 +111,9 @@ def _get(url: str, headers: dict[str, str] | None = None) -> Callable[[], None]:
     return get
 
 
-def _check_qdrant(settings: Settings) -> None:
-    # not /readyz, which answers without a key: a wrong key is not ready
-    key = settings.qdrant_api_key.get_secret_value() if settings.qdrant_api_key else None
-    with open_qdrant(settings.qdrant_url, key, read_timeout_seconds=_TIMEOUT_SECONDS) as store:
+def _check_store(runtime: Runtime) -> None:
+    # by the store's own call, which needs the key: a wrong key is not ready
+    with runtime.open_managed_store(read_timeout_seconds=_TIMEOUT_SECONDS) as store:
         store.check()
 
 

@@ -1,4 +1,4 @@
-"""What Prometheus scrapes; no key is needed."""
+"""Metrics for Prometheus. The operation needs no key."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 
-from api.state import ApiState
+from ..state import ApiState
 
 router = APIRouter(tags=["Health"])
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
 def get_metrics(request: Request) -> Response:
-    """Get counters and gauges in Prometheus' text format: no ids, no names, no key needed."""
+    """Get the metrics in Prometheus' text format. They contain no ids and no names; the operation needs no key."""
     state: ApiState = request.app.state.embedd
     return Response(state.metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

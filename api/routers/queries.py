@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from api.auth import Reader
-from api.errors import answers
-from api.query_route import QueryRoute
-from api.schemas.base import VectorTableId
-from api.schemas.queries import QueryAnswer, QueryBody
+from ..auth import Reader
+from ..error_codes import error_responses
+from ..query_route import QueryRoute
+from ..schemas.base import VectorTableId
+from ..schemas.queries import QueryAnswer, QueryBody
 
 router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Query"], route_class=QueryRoute)
 
 
 @router.post(
     "/query",
-    responses=answers(
+    responses=error_responses(
         "vector_table_not_found",
         "vector_table_not_ready",
         "embedding_failed",
@@ -24,9 +24,9 @@ router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Query"], ro
     ),
 )
 def query_vector_table(vector_table_id: VectorTableId, body: QueryBody, caller: Reader) -> QueryAnswer:
-    """Ask a vector table: the nearest rows to a question by cosine similarity, highest first.
+    """Query a vector table: the rows nearest to a question by cosine similarity, highest first.
 
-    Answers from the live vectors, with their model, also while others are being built. A `read_only` key may query. The
-    header `Server-Timing` says where the time went: `catalog`, `embed`, `search`, and `total`, in milliseconds.
+    The answer comes from the live vectors and their model, also while a backfill builds new ones. A `read_only` key may query.
+    The header `Server-Timing` has the time of each stage in milliseconds: `catalog`, `embed`, `search`, and `total`.
     """
-    raise NotImplementedError("QueryRoute answers")
+    raise NotImplementedError("QueryRoute answers this operation")

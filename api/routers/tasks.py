@@ -6,23 +6,24 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from api.auth import Reader, Writer
-from api.errors import answers
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
-from api.schemas.base import TaskId
-from api.schemas.tasks import TaskAnswer, TaskList, TaskStatusName
-from api.strict_json import StrictRoute
 from embedd_dagster.catalog import tasks
 from embedd_dagster.errors import NotFound
+
+from ..auth import Reader, Writer
+from ..error_codes import error_responses
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer, text_filter
+from ..schemas.base import TaskId
+from ..schemas.tasks import TaskAnswer, TaskList, TaskStatusName
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/tasks", tags=["Tasks"], route_class=StrictRoute)
 
 TargetId = Annotated[str | None, text_filter("Only tasks of this vector table")]
-TargetName = Annotated[str | None, text_filter("Only tasks of the vector table that has this name now")]
-WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks in this state")]
+TargetName = Annotated[str | None, text_filter("Only tasks of the vector table with this name")]
+WantedStatus = Annotated[TaskStatusName | None, Query(description="Only tasks with this status")]
 
 
-@router.get("", responses=answers())
+@router.get("", responses=error_responses())
 def list_tasks(
     caller: Reader,
     limit: Limit = DEFAULT_LIMIT,
@@ -40,18 +41,18 @@ def list_tasks(
     return list_answer(TaskList, page, asked, TaskAnswer.of)
 
 
-@router.get("/{task_id}", responses=answers("task_not_found"))
+@router.get("/{task_id}", responses=error_responses("task_not_found"))
 def get_task(task_id: TaskId, caller: Reader) -> TaskAnswer:
     """Get a task."""
     with caller.state.runtime.catalog.transaction() as session:
         return TaskAnswer.of(tasks.get(session, caller.environment.id, task_id))
 
 
-@router.post("/{task_id}/cancel", responses=answers("permission_denied", "task_not_found"))
+@router.post("/{task_id}/cancel", responses=error_responses("permission_denied", "task_not_found"))
 def cancel_task(task_id: TaskId, caller: Writer) -> TaskAnswer:
-    """Cancel a task: a pending one ends at once, a running one when its run notices; one that has ended stays as it is.
+    """Cancel a task: a pending task ends at once, a running one when its run notices. A task that has ended stays as it is.
 
-    A re-backfill that is cancelled does not begin again by itself: `POST …/backfill` begins it, or a new configuration.
+    A cancelled re-backfill does not start again by itself, only by `POST …/backfill` or by a change of the configuration.
     """
     with caller.state.runtime.catalog.transaction() as session:
         tasks.get(session, caller.environment.id, task_id)

@@ -1,4 +1,4 @@
-"""Sync of vector tables, and the rows that failed."""
+"""Sync of vector tables, and failed rows."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
-from api.schemas.base import VectorTableId
-from api.schemas.vector_table_sync import (
-    FailedRowAnswer,
-    FailedRowList,
-    RetryStartedAnswer,
-    SyncOptions,
-    SyncStartedAnswer,
-    SyncStatusAnswer,
-)
-from api.strict_json import StrictRoute
-from embedd_dagster.catalog import change_feeds, resyncs, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import cdc, failed_rows, resyncs, table_details, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.partitions import RunLabel
 from embedd_dagster.catalog.tables import FailedRow, Task, VectorTable
@@ -30,6 +16,21 @@ from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import SyncMode
 from embedd_dagster.errors import NotReady
 
+from ..auth import Caller, Reader, Writer
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, PageRequest, list_answer
+from ..schemas.base import VectorTableId
+from ..schemas.vector_table_sync import (
+    FailedRowAnswer,
+    FailedRowList,
+    RetryStartedAnswer,
+    SyncOptions,
+    SyncStartedAnswer,
+    SyncStatusAnswer,
+)
+from ..strict_json import StrictRoute
+
 router = APIRouter(prefix="/vector-tables/{vector_table_id}", tags=["Sync"], route_class=StrictRoute)
 
 _STARTS = (
@@ -37,30 +38,31 @@ _STARTS = (
 )  # fmt: skip
 
 
-@router.get("/sync/status", responses=answers("vector_table_not_found"))
+@router.get("/sync/status", responses=error_responses("vector_table_not_found"))
 def get_sync_status(vector_table_id: VectorTableId, caller: Reader) -> SyncStatusAnswer:
-    """Get how true the vectors are to their source."""
+    """Get how current the vectors are compared with their source."""
     with caller.state.runtime.catalog.transaction() as session:
         return _shown(session, vector_tables.get(session, caller.environment.id, vector_table_id))
 
 
 def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     status = SyncStatus(row.sync_status)
-    feed = change_feeds.find(session, row.connection_id) if row.sync_mode == SyncMode.CDC.value else None
-    true_until = change_feeds.true_until(row, feed)
-    pending = row.changes_pending
+    feed = cdc.find(session, row.connection_id) if row.sync_mode == SyncMode.CDC.value else None
+    fresh_as_of = cdc.fresh_as_of(row, feed)
+    pending = row.cdc.changes_pending
     if status in (SyncStatus.PENDING, SyncStatus.BACKFILLING):
-        pending = max(0, row.total_rows - row.synced_rows)
+        shown = table_details.read(session, [row.id])[row.id]
+        pending = max(0, shown.total_rows - shown.synced_rows)
     elif status is SyncStatus.PENDING_REBACKFILL:
         pending = row.total_rows
     error, error_at = row.last_error, row.last_error_at
-    if error is None and feed is not None and not row.paused:  # what holds up all tables of the connection
+    if error is None and feed is not None and not row.paused:  # what stops all tables of the connection
         error, error_at = feed.last_error, feed.last_error_at
-    staleness = None if true_until is None else max(0.0, (now() - true_until).total_seconds())
+    staleness = None if fresh_as_of is None else max(0.0, (now() - fresh_as_of).total_seconds())
     return SyncStatusAnswer(
         vector_table_id=row.id,
         sync_status=status.value,
-        last_sync_at=true_until,
+        last_sync_at=fresh_as_of,
         rows_pending=pending,
         staleness_secs=None if staleness is None else round(staleness, 3),
         log_lag_bytes=None if feed is None else feed.lag_bytes,
@@ -69,37 +71,41 @@ def _shown(session: Session, row: VectorTable) -> SyncStatusAnswer:
     )
 
 
-@router.post("/sync/pause", responses=answers("permission_denied", "vector_table_not_found", "sync_already_paused"))
+@router.post(
+    "/sync/pause", responses=error_responses("permission_denied", "vector_table_not_found", "sync_already_paused")
+)
 def pause_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
-    """Pause: nothing syncs or re-backfills by itself any more; queries go on."""
+    """Pause: no sync or re-backfill starts by itself until the pause ends. Queries still work."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        resyncs.keep_freshness(session, [row.id])
+        resyncs.record_freshness(session, [row.id])
         session.refresh(row)
-        vector_tables.pause(session, row)
+        vector_tables.pause(row)
         return _shown(session, row)
 
 
-@router.post("/sync/resume", responses=answers("permission_denied", "vector_table_not_found", "sync_not_paused"))
+@router.post(
+    "/sync/resume", responses=error_responses("permission_denied", "vector_table_not_found", "sync_not_paused")
+)
 def resume_sync(vector_table_id: VectorTableId, caller: Writer) -> SyncStatusAnswer:
     """End a pause."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
-        vector_tables.resume(session, row)
+        vector_tables.resume(row)
         return _shown(session, row)
 
 
-@router.post("/sync", responses=answers_once(200, *_STARTS))
+@router.post("/sync", responses=idempotent_responses(200, *_STARTS))
 def start_sync(
-    vector_table_id: VectorTableId, caller: Writer, attempt: Once, body: SyncOptions | None = None
+    vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent, body: SyncOptions | None = None
 ) -> SyncStartedAnswer:
-    """Sync now, whatever the schedule says: only what changed is read, embedded and written."""
+    """Sync now, independent of the schedule. Reads, embeds and writes only what has changed."""
     options = {name: True for name, value in (body.model_dump() if body else {}).items() if value}
-    with attempt, caller.state.runtime.catalog.transaction() as session:
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
         task = _create_sync(session, caller, row, options)
-        started = attempt.answer(
+        started = idempotent.remember(
             session, SyncStartedAnswer(vector_table_id=vector_table_id, status="syncing", task_id=task.id)
         )
     caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
@@ -109,7 +115,7 @@ def start_sync(
 def _create_sync(session: Session, caller: Caller, row: VectorTable, options: dict[str, Any]) -> Task:
     if row.live_version is None and tasks.find_live(session, row.id) is None:
         raise NotReady(
-            f"Vector table {row.name!r} has no complete set of vectors yet that could be synced.",
+            f"Vector table {row.name!r} has no live vectors to sync.",
             resolution="Start a backfill with POST /v1/vector-tables/{id}/backfill.",
         )
     return tasks.create(
@@ -122,15 +128,15 @@ def _create_sync(session: Session, caller: Caller, row: VectorTable, options: di
     )
 
 
-@router.get("/failed-rows", responses=answers("vector_table_not_found"))
+@router.get("/failed-rows", responses=error_responses("vector_table_not_found"))
 def list_failed_rows(
     vector_table_id: VectorTableId, caller: Reader, limit: Limit = DEFAULT_LIMIT, cursor: Cursor = None
 ) -> FailedRowList:
-    """List the rows that could not be embedded or written: of the newest build that has any."""
+    """List the rows that could not be embedded or stored, of the newest vector set that has any."""
     asked = PageRequest.read(limit, cursor)
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
-        page = vector_sets.failed_page(session, row.id, limit, asked.after)
+        page = failed_rows.page(session, row.id, limit, asked.after)
     return list_answer(FailedRowList, page, asked, _shown_failure)
 
 
@@ -146,17 +152,17 @@ def _shown_failure(row: FailedRow) -> FailedRowAnswer:
     )
 
 
-@router.post("/failed-rows/retry", responses=answers_once(200, *_STARTS))
-def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> RetryStartedAnswer:
-    """Try the failed rows again, in a sync that starts now."""
-    with attempt, caller.state.runtime.catalog.transaction() as session:
+@router.post("/failed-rows/retry", responses=idempotent_responses(200, *_STARTS))
+def retry_failed_rows(vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent) -> RetryStartedAnswer:
+    """Retry the failed rows, in a sync that starts now."""
+    with idempotent, caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         label = RunLabel.of(row)
         task = _create_sync(session, caller, row, {"retry_failed": True})
-        failed = vector_sets.count_failures(session, row.id, row.live_version) if row.live_version is not None else 0
+        failed = failed_rows.count(session, row.id, row.live_version) if row.live_version is not None else 0
         started = RetryStartedAnswer(
             vector_table_id=vector_table_id, status="syncing", task_id=task.id, failed_rows=failed
         )
-        attempt.answer(session, started)
+        idempotent.remember(session, started)
     caller.state.launcher.launch(task.id, vector_table_id, label, TaskType.SYNC)
     return started

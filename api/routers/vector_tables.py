@@ -8,13 +8,25 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 from sqlalchemy.orm import Session
 
-from api.auth import Caller, Reader, Writer
-from api.errors import answers
-from api.external_calls import OUTSIDE
-from api.idempotency import Once, answers_once
-from api.pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
-from api.schemas.base import VectorTableId
-from api.schemas.vector_tables import (
+from embedd_dagster.catalog import connections, moved_tables, table_details, tasks, vector_tables
+from embedd_dagster.catalog.partitions import RunLabel
+from embedd_dagster.catalog.table_details import TableDetails
+from embedd_dagster.catalog.tables import Connection, VectorTable
+from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
+from embedd_dagster.core.status import TaskType
+from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
+from embedd_dagster.engine import validation
+from embedd_dagster.engine.estimate import estimate
+from embedd_dagster.engine.runtime import Runtime
+from embedd_dagster.errors import NotFound, ValidationFailed
+
+from ..auth import Caller, Reader, Writer
+from ..error_codes import error_responses
+from ..idempotency import Idempotent, idempotent_responses
+from ..limits import EXTERNAL_CALLS
+from ..pagination import DEFAULT_LIMIT, Cursor, Limit, NameFilter, PageRequest, list_answer, text_filter
+from ..schemas.base import VectorTableId
+from ..schemas.vector_tables import (
     BackfillAnswer,
     EstimateAnswer,
     SourceColumnAnswer,
@@ -25,21 +37,11 @@ from api.schemas.vector_tables import (
     VectorTableList,
     VectorTableUpdate,
 )
-from api.strict_json import StrictRoute
-from embedd_dagster.catalog import connections, moved_tables, table_details, tasks, vector_tables
-from embedd_dagster.catalog.partitions import RunLabel
-from embedd_dagster.catalog.table_details import TableDetails
-from embedd_dagster.catalog.tables import Connection, VectorTable
-from embedd_dagster.catalog.vector_tables import Endpoints, NewVectorTable
-from embedd_dagster.core.status import TaskType
-from embedd_dagster.core.vector_table import Mode, SyncMode, VectorConfiguration
-from embedd_dagster.engine import validation
-from embedd_dagster.engine.estimate import estimate
-from embedd_dagster.errors import NotFound, ValidationFailed
+from ..strict_json import StrictRoute
 
 router = APIRouter(prefix="/vector-tables", tags=["Vector tables"], route_class=StrictRoute)
 
-_ADMISSION = (
+_VALIDATION = (
     "permission_denied", "source_table_access_denied", "source_table_not_found", "name_conflict",
     "connection_not_ready", "source_unavailable", "vector_store_unavailable", "server_busy",
 )  # fmt: skip
@@ -49,13 +51,13 @@ _ADMISSION = (
     "",
     status_code=201,
     response_model_exclude_unset=True,
-    dependencies=OUTSIDE,
-    responses=answers_once(201, *_ADMISSION, "connection_not_found", "embedding_provider_not_found"),
+    dependencies=EXTERNAL_CALLS,
+    responses=idempotent_responses(201, *_VALIDATION, "connection_not_found", "embedding_provider_not_found"),
 )
-def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) -> VectorTableAnswer:
+def create_vector_table(body: VectorTableCreate, caller: Writer, idempotent: Idempotent) -> VectorTableAnswer:
     """Create a vector table: link a source table to its vector representation.
 
-    Everything is checked first, in the source too. Nothing is embedded before the first backfill.
+    The configuration is checked first, also against the source. Nothing is embedded before the first backfill.
     """
     wanted = NewVectorTable(
         name=body.name,
@@ -73,26 +75,28 @@ def create_vector_table(body: VectorTableCreate, caller: Writer, attempt: Once) 
         sync_schedule=body.sync_schedule,
         sync_interval_seconds=body.sync_interval_seconds,
     )
-    with attempt:
-        admitted = validation.validate_vector_table(caller.state.runtime, caller.environment.id, wanted)
+    with idempotent:
+        validated = validation.validate_vector_table(caller.state.runtime, caller.environment.id, wanted)
         with caller.state.runtime.catalog.transaction() as session:
-            row = vector_tables.create(session, caller.environment, admitted)
-            return attempt.answer(session, VectorTableAnswer.of(row, TableDetails()))
+            row = vector_tables.create(session, caller.environment, validated)
+            return idempotent.remember(session, VectorTableAnswer.of(row, TableDetails()))
 
 
-@router.get("", response_model_exclude_unset=True, responses=answers())
+@router.get("", response_model_exclude_unset=True, responses=error_responses())
 def list_vector_tables(
     caller: Reader,
     limit: Limit = DEFAULT_LIMIT,
     cursor: Cursor = None,
     name: NameFilter = None,
-    sync_status: Annotated[SyncStatusName | None, Query(description="Only those in this state")] = None,
-    connection_id: Annotated[str | None, text_filter("Only those of this connection")] = None,
+    sync_status: Annotated[
+        SyncStatusName | None, Query(description="Only the vector tables with this sync_status")
+    ] = None,
+    connection_id: Annotated[str | None, text_filter("Only the vector tables of this connection")] = None,
     source_table: Annotated[
-        str | None, text_filter("Only those whose `source_table` is spelled exactly so", max_length=255)
+        str | None, text_filter("Only the vector tables with exactly this `source_table`", max_length=255)
     ] = None,
 ) -> VectorTableList:
-    """List vector tables: those that have all of the values that are asked for."""
+    """List the vector tables that match all given filters."""
     wanted = {
         "name": name,
         "sync_status": sync_status,
@@ -106,7 +110,9 @@ def list_vector_tables(
     return list_answer(VectorTableList, page, asked, lambda row: VectorTableAnswer.of(row, details[row.id]))
 
 
-@router.get("/{vector_table_id}", response_model_exclude_unset=True, responses=answers("vector_table_not_found"))
+@router.get(
+    "/{vector_table_id}", response_model_exclude_unset=True, responses=error_responses("vector_table_not_found")
+)
 def get_vector_table(vector_table_id: VectorTableId, caller: Reader) -> VectorTableAnswer:
     """Get a vector table."""
     with caller.state.runtime.catalog.transaction() as session:
@@ -121,15 +127,15 @@ def _answer(session: Session, row: VectorTable) -> VectorTableAnswer:
 @router.put(
     "/{vector_table_id}",
     response_model_exclude_unset=True,
-    dependencies=OUTSIDE,
-    responses=answers(*_ADMISSION, "vector_table_not_found", "backfill_in_progress"),
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(*_VALIDATION, "vector_table_not_found", "backfill_in_progress"),
 )
 def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate, caller: Writer) -> VectorTableAnswer:
     """Update a vector table.
 
     Changing `columns`, `embedding_model` or `embedding_dimensions` sets `sync_status` to `pending_rebackfill`; the
-    re-backfill builds new vectors beside the live ones and swaps them in atomically. A change that changes nothing does not.
-    Changing `source_table`, as after a rename, starts a sync that compares and embeds only what differs.
+    re-backfill builds new vectors next to the live ones and replaces those atomically. The same values again have no effect.
+    Changing `source_table`, for example after a rename, starts a sync that embeds only what differs.
     """
     runtime = caller.state.runtime
     with runtime.catalog.transaction() as session:
@@ -138,7 +144,7 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
     is_moved = "source_table" in body.model_fields_set and body.source_table != old.source_table
     if is_moved and seen.vector_table.sync_mode == SyncMode.CDC:
         raise ValidationFailed(
-            "source_table: it can be changed of batch tables only.",
+            "source_table: only batch tables can change it.",
             resolution="Rename the table back, or create a new vector table.",
         )
     checked = validation.admit_change(runtime, seen.connection, seen.embedding_provider, old, _merged(old, body))
@@ -147,7 +153,7 @@ def update_vector_table(vector_table_id: VectorTableId, body: VectorTableUpdate,
         row = vector_tables.get(session, caller.environment.id, vector_table_id, lock=True)
         if key_type is not None:
             moved_tables.move(session, row, checked.source_table, key_type)
-        _change(session, row, body, seen, checked)
+        _change(caller.state.runtime, session, row, body, seen, checked)
         return _answer(session, row)
 
 
@@ -160,7 +166,7 @@ def _endpoints(session: Session, caller: Caller, vector_table_id: str) -> Endpoi
 
 
 def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfiguration:
-    """The configuration with what the body gives."""
+    """The configuration with the values of the body."""
     given = body.model_fields_set
     new = old
     if "source_table" in given:
@@ -175,31 +181,39 @@ def _merged(old: VectorConfiguration, body: VectorTableUpdate) -> VectorConfigur
 
 
 def _change(
-    session: Session, row: VectorTable, body: VectorTableUpdate, seen: Endpoints, checked: VectorConfiguration
+    runtime: Runtime,
+    session: Session,
+    row: VectorTable,
+    body: VectorTableUpdate,
+    seen: Endpoints,
+    checked: VectorConfiguration,
 ) -> None:
-    """Writes the change to the locked row, over what another request may have changed since it was seen."""
+    """Writes the change to the locked row, which another request may have changed since `seen` was read."""
     given = body.model_fields_set
     schedule = body.sync_schedule if "sync_schedule" in given else row.sync_schedule
     interval = body.sync_interval_seconds if "sync_interval_seconds" in given else row.sync_interval_seconds
     validation.check_schedule(SyncMode(row.sync_mode), schedule, interval)
-    now_there = row.configuration
-    columns = checked.columns if "columns" in given else now_there.columns
-    model = body.embedding_model if "embedding_model" in given else now_there.embedding_model
-    dimensions = body.embedding_dimensions if "embedding_dimensions" in given else now_there.embedding_dimensions
-    if (model, dimensions) != (now_there.embedding_model, now_there.embedding_dimensions):
-        validation.check_embedding(seen.embedding_provider, model, dimensions)
+    current = row.configuration
+    columns = checked.columns if "columns" in given else current.columns
+    model = body.embedding_model if "embedding_model" in given else current.embedding_model
+    dimensions = body.embedding_dimensions if "embedding_dimensions" in given else current.embedding_dimensions
+    if (model, dimensions) != (current.embedding_model, current.embedding_dimensions):
+        wanted = replace(current, embedding_model=model, embedding_dimensions=dimensions)
+        validation.check_embedding(runtime, seen.connection, seen.embedding_provider, wanted)
     if "name" in given:
         vector_tables.rename(session, row, body.name)
     vector_tables.reconfigure(row, columns=columns, embedding_model=model, embedding_dimensions=dimensions)
     vector_tables.reschedule(row, schedule, interval)
 
 
-@router.delete("/{vector_table_id}", status_code=204, responses=answers("permission_denied", "vector_table_not_found"))
+@router.delete(
+    "/{vector_table_id}", status_code=204, responses=error_responses("permission_denied", "vector_table_not_found")
+)
 def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
-    """Delete a vector table: gone at once; its vector storage is cleaned up in the background."""
+    """Delete a vector table. It disappears at once; its vectors are deleted in the background."""
     with caller.state.runtime.catalog.transaction() as session:
         vector_tables.get(session, caller.environment.id, vector_table_id)
-        # before the vector table, as its run does; a task that begins in between is ended by the reconcile sensor
+        # lock the task before the vector table, as its run does. The reconcile sensor ends a task that starts in between
         live = tasks.find_live(session, vector_table_id, lock=True)
         vector_tables.mark_deleted(vector_tables.get(session, caller.environment.id, vector_table_id, lock=True))
         run_id = live.dagster_run_id if live is not None else None
@@ -211,15 +225,15 @@ def delete_vector_table(vector_table_id: VectorTableId, caller: Writer) -> None:
 
 @router.post(
     "/{vector_table_id}/backfill",
-    responses=answers_once(200, "permission_denied", "vector_table_not_found", "backfill_in_progress"),
+    responses=idempotent_responses(200, "permission_denied", "vector_table_not_found", "backfill_in_progress"),
 )
-def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once) -> BackfillAnswer:
-    """Start an asynchronous backfill: read all rows, embed them, store the vectors, then switch to them.
+def start_backfill(vector_table_id: VectorTableId, caller: Writer, idempotent: Idempotent) -> BackfillAnswer:
+    """Start an asynchronous backfill: read all rows, embed them, store the vectors, then make them live.
 
-    Answers at once; `GET /v1/tasks/{task_id}` tells how it goes.
+    Answers at once; `GET /v1/tasks/{task_id}` shows the progress.
     """
     state = caller.state
-    with attempt:
+    with idempotent:
         with state.runtime.catalog.transaction() as session:
             row = vector_tables.get(session, caller.environment.id, vector_table_id)
             connection = connections.get(session, caller.environment.id, row.connection_id)
@@ -241,15 +255,15 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
                 synced_rows=0,
                 task_id=task.id,
             )
-            attempt.answer(session, started)
+            idempotent.remember(session, started)
     state.launcher.launch(task.id, vector_table_id, label, TaskType.BACKFILL)
     return started
 
 
 @router.get(
     "/{vector_table_id}/schema",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "vector_table_not_found",
         "source_table_not_found",
         "source_table_access_denied",
@@ -258,7 +272,7 @@ def start_backfill(vector_table_id: VectorTableId, caller: Writer, attempt: Once
     ),
 )
 def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceSchemaAnswer:
-    """Get the column schema of the source table, with the source's own type names."""
+    """Get the columns of the source table, with the type names of the source."""
     with caller.state.runtime.catalog.transaction() as session:
         row = vector_tables.get(session, caller.environment.id, vector_table_id)
         connection: Connection = connections.get(session, caller.environment.id, row.connection_id)
@@ -271,8 +285,8 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
 
 @router.post(
     "/{vector_table_id}/estimate",
-    dependencies=OUTSIDE,
-    responses=answers(
+    dependencies=EXTERNAL_CALLS,
+    responses=error_responses(
         "permission_denied",
         "vector_table_not_found",
         "source_table_not_found",
@@ -283,6 +297,6 @@ def get_source_schema(vector_table_id: VectorTableId, caller: Reader) -> SourceS
     ),
 )
 def estimate_backfill(vector_table_id: VectorTableId, caller: Writer) -> EstimateAnswer:
-    """Estimate what a backfill would cost: rows, tokens, money, time, and what it would reuse. Embeds nothing."""
+    """Estimate a backfill: rows, tokens, cost, time, and the vectors it would reuse. Embeds nothing."""
     found = estimate(caller.state.runtime, caller.environment.id, vector_table_id)
     return EstimateAnswer(**asdict(found))

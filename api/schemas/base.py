@@ -1,4 +1,4 @@
-"""What all bodies and answers share: strictness, timestamps, names and ids."""
+"""What all request and response bodies share: strictness, timestamps, names and ids."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from api.strict_json import RawBody, parse_json
-from embedd_dagster.errors import NotFound, ValidationFailed
+from embedd_dagster.errors import NotFound
+
+from ..strict_json import parse_body
 
 _MAX_SHOWN: Final = 64
 _ID: Final = re.compile(r"[a-z]{2,8}_[0-9a-z]{26}")
@@ -37,16 +38,16 @@ def _forbid_nul(described: dict[str, Any]) -> None:
 
 
 class Body(BaseModel):
-    """A request body: strict types, and no field that is not known."""
+    """A request body: strict types, no unknown fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     immutable_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of the resource that cannot be changed: refused with a reason of its own."""
+    """Fields of the resource that cannot be changed: the message says so."""
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema, which says of every text that it must not contain NUL: no database holds that."""
+        """The schema. It says that no text may contain NUL, which no database can hold."""
         found = handler.resolve_ref_schema(handler(schema))
         for described in found.get("properties", {}).values():
             _forbid_nul(described)
@@ -55,18 +56,13 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _read(cls, data: Any) -> Any:
-        if isinstance(data, RawBody):
-            data = parse_json(data.content)
-        elif isinstance(data, bytes):
-            raise ValidationFailed(
-                "Content-Type: `application/json` is expected.", resolution="Send Content-Type: application/json."
-            )
+        data = parse_body(data)
         if isinstance(data, dict):
-            cls._refuse_unknown(data)
+            cls._reject_unknown(data)
         return data
 
     @classmethod
-    def _refuse_unknown(cls, data: dict[str, Any]) -> None:
+    def _reject_unknown(cls, data: dict[str, Any]) -> None:
         for name in data:
             if name in cls.model_fields:
                 continue
@@ -79,7 +75,7 @@ class Body(BaseModel):
 
 
 class Answer(BaseModel):
-    """An answer's body. Made of a row of the catalog by `model_validate`, it has the attributes that are its fields alone."""
+    """A response body. `model_validate` makes it from a row of the catalog, by the attributes with the names of its fields."""
 
     model_config = ConfigDict(extra="forbid", from_attributes=True)
 
@@ -97,8 +93,8 @@ _CONTROLS: Final = r"\u0000-\u001f\u007f-\u009f"
 _NAME_PATTERN: Final = rf"^[^{_CONTROLS}]*[^\s{_CONTROLS}][^{_CONTROLS}]*$"
 
 
-def _as_it_came(value: Any) -> Any:
-    """Refuses before blanks are stripped what the schema does not allow either."""
+def _check_before_stripping(value: Any) -> Any:
+    """Checks the text before blanks are stripped, as the JSON schema does."""
     if isinstance(value, str):
         if any(unicodedata.category(character) == "Cc" for character in value):
             raise PydanticCustomError("control_character", "control characters are not accepted")
@@ -112,19 +108,19 @@ def _as_it_came(value: Any) -> Any:
 Name = Annotated[
     str,
     StringConstraints(strip_whitespace=True, min_length=1, max_length=_MAX_NAME),
-    BeforeValidator(_as_it_came),
+    BeforeValidator(_check_before_stripping),
     Field(json_schema_extra={"pattern": _NAME_PATTERN}),
 ]
-"""A name for people: any characters but controls."""
+"""A name for people: any characters except control characters."""
 
 
 def unset() -> Any:
-    """The default of a field that may be left out but not be null; `model_fields_set` tells whether it was given."""
+    """The default of a field that is optional but not nullable; `model_fields_set` shows whether it was given."""
     return None
 
 
-def known_form(prefix: str, resource: str) -> Callable[[str], str]:
-    """Lets ids of this prefix pass; anything else is a NotFound at once, as no such object can be."""
+def valid_id(prefix: str, resource: str) -> Callable[[str], str]:
+    """A validator for ids with this prefix. Raises NotFound for any other text: no object can have it as its id."""
 
     def check(value: str) -> str:
         if not value.startswith(f"{prefix}_") or not _ID.fullmatch(value):
@@ -138,11 +134,11 @@ def _in_path(prefix: str, noun: str) -> Any:
     return Path(description=f"The {noun}'s id", examples=[f"{prefix}_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
 
 
-EnvironmentId = Annotated[str, _in_path("env", "environment"), AfterValidator(known_form("env", "environment"))]
-ApiKeyId = Annotated[str, _in_path("key", "api key"), AfterValidator(known_form("key", "api_key"))]
-ConnectionId = Annotated[str, _in_path("conn", "connection"), AfterValidator(known_form("conn", "connection"))]
+EnvironmentId = Annotated[str, _in_path("env", "environment"), AfterValidator(valid_id("env", "environment"))]
+ApiKeyId = Annotated[str, _in_path("key", "api key"), AfterValidator(valid_id("key", "api_key"))]
+ConnectionId = Annotated[str, _in_path("conn", "connection"), AfterValidator(valid_id("conn", "connection"))]
 EmbeddingProviderId = Annotated[
-    str, _in_path("ep", "embedding provider"), AfterValidator(known_form("ep", "embedding_provider"))
+    str, _in_path("ep", "embedding provider"), AfterValidator(valid_id("ep", "embedding_provider"))
 ]
-VectorTableId = Annotated[str, _in_path("vt", "vector table"), AfterValidator(known_form("vt", "vector_table"))]
-TaskId = Annotated[str, _in_path("task", "task"), AfterValidator(known_form("task", "task"))]
+VectorTableId = Annotated[str, _in_path("vt", "vector table"), AfterValidator(valid_id("vt", "vector_table"))]
+TaskId = Annotated[str, _in_path("task", "task"), AfterValidator(valid_id("task", "task"))]

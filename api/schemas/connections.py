@@ -8,9 +8,9 @@ from pydantic import AfterValidator, Discriminator, Field, GetJsonSchemaHandler,
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from api.pagination import ListAnswer
-from api.postgresql_url import read_postgresql_url
-from api.schemas.base import Answer, Body, Name, Timestamp, unset
+from ..pagination import ListAnswer
+from ..postgresql_url import read_postgresql_url
+from ..schemas.base import Answer, Body, Name, Timestamp, unset
 
 
 def _one_host(value: str) -> str:

@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Name, Timestamp, unset
 from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url
+
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Name, Timestamp, unset
 
 _MAX_LIMIT = 1_000_000_000
 

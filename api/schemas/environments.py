@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Timestamp
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Timestamp
 
 
 class EnvironmentCreate(Body):
@@ -19,7 +19,7 @@ class EnvironmentCreate(Body):
 
 
 class EnvironmentAnswer(Answer):
-    """A scope within the organization: connections, providers and vector tables are each in one."""
+    """A part of the organization: each connection, provider and vector table belongs to one environment."""
 
     id: str = Field(examples=["env_1q3k8zc0v5tq9n2m4x7wb6dhpa"])
     org_id: str = Field(examples=["org_1q3k8zc0v5tq9n2m4x7wb6dhpa"])

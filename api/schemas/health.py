@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from api.errors import ErrorBody
-from api.schemas.base import Answer
+from ..error_codes import ErrorBody
+from ..schemas.base import Answer
 
 
 class HealthAnswer(Answer):

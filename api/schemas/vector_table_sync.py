@@ -1,4 +1,4 @@
-"""Sync of vector tables, and the rows that failed."""
+"""Sync of vector tables, and failed rows."""
 
 from __future__ import annotations
 
@@ -6,58 +6,56 @@ from typing import Literal
 
 from pydantic import Field
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Timestamp
-from api.schemas.vector_tables import SyncStatusName
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Timestamp
+from ..schemas.vector_tables import SyncStatusName
 
 
 class SyncStatusAnswer(Answer):
-    """How true the vectors are to their source."""
+    """How current the vectors are compared with their source."""
 
     vector_table_id: str
     sync_status: SyncStatusName
     last_sync_at: Timestamp | None = Field(
-        description="The latest time at which the vectors are known to have been equal to the source"
+        description="The latest time at which the vectors are known to have matched the source"
     )
     rows_pending: int = Field(
-        description="Rows that the running or next build still has to write, as far as known; "
-        "of a cdc table, changes that were read and are not yet applied"
+        description="Rows that the running or next backfill still has to write, if known; "
+        "for a cdc table, changes that were read and are not applied yet"
     )
     staleness_secs: float | None = Field(description="Seconds since last_sync_at; null before the first sync")
     log_lag_bytes: int | None = Field(
-        description="cdc tables: how much of its log the source keeps for what is not yet applied (of the slot, "
-        "which all cdc tables of a connection share); null where nothing is followed"
+        description="cdc tables: bytes of log that the source keeps for changes that are not applied yet (one number "
+        "for all cdc tables of a connection); null if there is no CDC stream"
     )
     last_error: str | None = Field(
-        description="The last error; of a cdc table that has none of its own, what holds up all cdc tables of the connection"
+        description="The last error; for a cdc table without one, the error that stops all cdc tables of the connection"
     )
     last_error_at: Timestamp | None
 
 
 class SyncOptions(Body):
-    """How to sync."""
+    """Options of a sync."""
 
     confirm_mass_delete: bool = Field(
-        default=False, description="The source lost most of its rows on purpose: mirror that"
+        default=False, description="Most rows were deleted from the source on purpose: delete their vectors too"
     )
-    full: bool = Field(
-        default=False, description="Compare every row, not only what the source's digests show as changed"
-    )
+    full: bool = Field(default=False, description="Compare all rows, even if the digests match")
 
 
 class SyncStartedAnswer(Answer):
-    """A sync that has been queued."""
+    """A queued sync."""
 
     vector_table_id: str
     status: Literal["syncing"]
-    task_id: str = Field(description="Its progress: GET /v1/tasks/{task_id}")
+    task_id: str = Field(description="GET /v1/tasks/{task_id} shows its progress")
 
 
 class FailedRowAnswer(Answer):
-    """A row that has no vector, and why; never its content."""
+    """A row that has no vector, and the reason. Never its content."""
 
     key: int | float | str = Field(description="Its primary key")
-    step: str = Field(description="Where it failed", examples=["embed"])
+    step: str = Field(description="The step that failed", examples=["embed"])
     error_code: str
     error_message: str
     attempts: int
@@ -70,6 +68,6 @@ class FailedRowList(ListAnswer[FailedRowAnswer]):
 
 
 class RetryStartedAnswer(SyncStartedAnswer):
-    """A sync that tries failed rows again."""
+    """A sync that retries failed rows."""
 
-    failed_rows: int = Field(description="How many there are to try")
+    failed_rows: int = Field(description="Number of failed rows")

@@ -6,11 +6,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StringConstraints
 
-from api.pagination import ListAnswer
-from api.schemas.base import Answer, Body, Name, Timestamp, known_form, unset
 from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.catalog.tables import VectorTable
-from embedd_dagster.core.vector_table import MAX_COLUMNS, MAX_DIMENSIONS, Column, ColumnRole, FilterType, Mode
+from embedd_dagster.connectors.registry import MAX_DIMENSIONS
+from embedd_dagster.core.vector_table import MAX_COLUMNS, Column, ColumnRole, FilterType, Mode
+
+from ..pagination import ListAnswer
+from ..schemas.base import Answer, Body, Name, Timestamp, unset, valid_id
 
 SyncStatusName = Literal["pending", "backfilling", "synced", "pending_rebackfill", "paused", "error"]
 _Identifier = Annotated[str, StringConstraints(min_length=1, max_length=255)]
@@ -18,22 +20,25 @@ _Model = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
 class ColumnBody(Body):
-    """One column: embedded, or kept beside the vector to filter by. A column may stand once in each role."""
+    """A column that is embedded, or stored with the vector as metadata to filter by. A column may have both roles."""
 
     name: _Identifier = Field(description="Column name in the source table", examples=["TITLE"])
     role: Literal["embedding", "metadata"]
     ordinal: int | None = Field(
-        default=None, ge=-1_000_000, le=1_000_000, description="Order in the embedded text; those without come last"
+        default=None,
+        ge=-1_000_000,
+        le=1_000_000,
+        description="Order in the embedded text; columns without an ordinal come last",
     )
     name_prefix: Annotated[str, StringConstraints(max_length=1000)] | None = Field(
-        default=None, description="Stands before the value in the embedded text", examples=["title: "]
+        default=None, description="Text before the value in the embedded text", examples=["title: "]
     )
     filter_type: Literal["keyword", "integer", "float", "boolean"] | None = Field(
-        default=None, description="Required for metadata columns: how the column is compared"
+        default=None, description="Required for metadata columns: how values are compared"
     )
 
     def to_column(self) -> Column:
-        """The column as the core knows it."""
+        """The column as a value of the core."""
         return Column(
             name=self.name,
             role=ColumnRole(self.role),
@@ -44,7 +49,7 @@ class ColumnBody(Body):
 
 
 class ColumnAnswer(Answer):
-    """A configured column; what does not apply to its role is left out."""
+    """A configured column, without the fields that do not apply to its role."""
 
     name: str
     role: Literal["embedding", "metadata"]
@@ -71,41 +76,42 @@ class VectorTableCreate(Body):
     name: Name = Field(
         description="Vector table name, 1 to 100 characters; unique in the environment", examples=["product-search"]
     )
-    connection_id: Annotated[str, AfterValidator(known_form("conn", "connection"))] = Field(
-        description="Source database connection: tested, and of the same mode"
+    connection_id: Annotated[str, AfterValidator(valid_id("conn", "connection"))] = Field(
+        description="Source database connection. It must have passed its test and have the same mode"
     )
-    embedding_provider_id: Annotated[str, AfterValidator(known_form("ep", "embedding_provider"))] | None = Field(
+    embedding_provider_id: Annotated[str, AfterValidator(valid_id("ep", "embedding_provider"))] | None = Field(
         default=None, description="Required in managed mode, and in platform mode with PostgreSQL"
     )
     source_table: _Identifier = Field(
-        description="Source table or view: `table` or `schema.table`, by the database's own rules",
+        description="Source table or view: `table` or `schema.table`, by the name rules of the database",
         examples=["PRODUCTS"],
     )
     primary_key_column: _Identifier = Field(description="A column that is unique and never null", examples=["ID"])
     columns: _Columns = Field(description="At least one embedding column", examples=[_COLUMNS_EXAMPLE])
     embedding_model: _Model = Field(description="See GET /v1/embedding-models", examples=["text-embedding-3-small"])
-    embedding_dimensions: _Dimensions = Field(description="Vector dimensions that the model can give", examples=[1536])
+    embedding_dimensions: _Dimensions = Field(description="Vector dimensions, supported by the model", examples=[1536])
     mode: Literal["managed", "platform"] = Field(
-        default="managed", description="Where the vectors live: `managed` in Qdrant, `platform` in the source database"
+        default="managed",
+        description="Where vectors are stored: `managed` in Qdrant, `platform` in the source database",
     )
     sync_mode: Literal["batch", "cdc"] = Field(
         default="batch",
-        description="How changes of the source are found: `batch` compares digests on a schedule; "
-        "`cdc` follows the source's log (PostgreSQL: logical replication), so that a change is found within a second",
+        description="How changes in the source are found: `batch` compares digests on a schedule; "
+        "`cdc` reads the log of the source (PostgreSQL: logical replication), usually within a second",
     )
     sync_schedule: _Cron | None = Field(
         default=None,
-        description="Batch tables: a cron of five fields, in UTC; null: the default",
+        description="Batch tables: a cron with five fields, in UTC; null: the default",
         examples=["*/15 * * * *"],
     )
     sync_interval_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
         default=None,
-        description="cdc tables: for how long changes are gathered before they are applied; null: not at all",
+        description="cdc tables: how long changes are collected before they are applied; null: they are applied at once",
     )
 
 
 class VectorTableUpdate(Body):
-    """What may be changed of a vector table; what is left out stays."""
+    """Changes of a vector table. Fields that are left out stay as they are."""
 
     immutable_fields = frozenset(
         {
@@ -116,11 +122,10 @@ class VectorTableUpdate(Body):
         }
     )  # fmt: skip
 
-    name: Name = Field(default_factory=unset, description="Updated name; the vectors and where they are stored stay")
+    name: Name = Field(default_factory=unset, description="Updated name; the vectors stay where they are")
     source_table: _Identifier = Field(
         default_factory=unset,
-        description="Batch tables: the table's new name, if it was renamed. Compared by digests; only what differs is "
-        "embedded",
+        description="Batch tables: the new name of the table, if it was renamed. A sync embeds only what differs",
     )
     columns: _Columns = Field(default_factory=unset, description="Updated column configuration (triggers re-backfill)")
     embedding_model: _Model = Field(default_factory=unset, description="New embedding model (triggers re-backfill)")
@@ -154,19 +159,19 @@ class VectorTableAnswer(Answer):
         description="In managed mode: the Qdrant alias of the live vectors", examples=["vt_1q3k8zc0_product-search"]
     )
     platform_vector_ref: str | None = Field(description="In platform mode: the view over the live vectors")
-    total_rows: int = Field(description="Rows of the source, as of the last run")
-    synced_rows: int = Field(description="Rows that have a vector, as of the last run")
+    total_rows: int = Field(description="Rows of the source at the last run")
+    synced_rows: int = Field(description="Rows with a vector at the last run")
     rows_skipped: int = Field(
-        description="Rows without any text in the embedding columns, as of the last run: they have no vector"
+        description="Rows without text in the embedding columns at the last run; they have no vector"
     )
     rows_truncated: int = Field(
-        description="Rows whose text was cut at the model's limit: those of the last backfill, and of each sync since"
+        description="Rows whose text was cut at the model's limit, in the last backfill and each sync since"
     )
     stage: str | None = Field(
-        description="What its live task does, see the task's `progress.stage`; null while nothing is to be done"
+        description="What its pending or running task does, see `progress.stage` of the task; null if there is none"
     )
     dagster_partition: str = Field(
-        description="Its partition of the asset `vector_table` in Dagster; it stays when the vector table is renamed",
+        description="Its partition of the asset `vector_table` in Dagster. It does not change when the vector table is renamed",
         examples=["vt_1q3k8zc0_product-search"],
     )
     sync_schedule: str | None
@@ -176,7 +181,7 @@ class VectorTableAnswer(Answer):
 
     @classmethod
     def of(cls, row: VectorTable, details: TableDetails) -> VectorTableAnswer:
-        """The vector table as callers see it."""
+        """The response for a vector table."""
         return cls(
             id=row.id,
             org_id=row.org_id,
@@ -194,8 +199,8 @@ class VectorTableAnswer(Answer):
             sync_status=row.sync_status,
             qdrant_collection=row.storage_name if row.mode == Mode.MANAGED else None,
             platform_vector_ref=row.platform_vector_ref,
-            total_rows=row.total_rows,
-            synced_rows=row.synced_rows,
+            total_rows=details.total_rows,
+            synced_rows=details.synced_rows,
             rows_skipped=details.rows_skipped,
             rows_truncated=details.rows_truncated,
             stage=details.stage,
@@ -212,20 +217,20 @@ class VectorTableList(ListAnswer[VectorTableAnswer]):
 
 
 class BackfillAnswer(Answer):
-    """A backfill that has been queued."""
+    """A queued backfill."""
 
     vector_table_id: str
     status: Literal["backfilling"]
-    total_rows: int = Field(description="As last counted, or the source's estimate", examples=[10000])
+    total_rows: int = Field(description="As last counted, or as the source estimates", examples=[10000])
     synced_rows: int = Field(examples=[0])
-    task_id: str = Field(description="Its progress: GET /v1/tasks/{task_id}")
+    task_id: str = Field(description="GET /v1/tasks/{task_id} shows its progress")
 
 
 class SourceColumnAnswer(Answer):
     """A column of the source table."""
 
     name: str = Field(examples=["ID"])
-    type: str = Field(description="The source's own type name", examples=["NUMBER"])
+    type: str = Field(description="The type name of the source", examples=["NUMBER"])
     nullable: bool
 
 
@@ -236,13 +241,17 @@ class SourceSchemaAnswer(Answer):
 
 
 class EstimateAnswer(Answer):
-    """What a backfill of the present configuration would take. From a sample; nothing was embedded."""
+    """What a backfill of the current configuration would need, estimated from a sample."""
 
     rows: int = Field(description="Rows of the source table", examples=[10000])
-    sampled_rows: int = Field(description="Rows the estimate is made from", examples=[512])
+    sampled_rows: int = Field(description="Rows in the sample", examples=[512])
     rows_to_embed: int = Field(examples=[9500])
-    rows_reused: int = Field(description="Rows whose vector is in the live set already", examples=[400])
-    rows_skipped: int = Field(description="Rows without any text: they get no vector", examples=[100])
-    tokens: int = Field(description="Reckoned with four bytes a token", examples=[855000])
-    cost_usd: float = Field(description="By list price; 0 for a model without one in the catalog", examples=[0.0171])
-    seconds: float = Field(description="At the provider's configured limits, else at what was measured", examples=[2.0])
+    rows_reused: int = Field(description="Rows whose vector in the live set can be reused", examples=[400])
+    rows_skipped: int = Field(description="Rows without text, which get no vector", examples=[100])
+    tokens: int = Field(description="Estimated with four bytes per token", examples=[855000])
+    cost_usd: float = Field(
+        description="At the list price; 0 if the price of the model is not known", examples=[0.0171]
+    )
+    seconds: float = Field(
+        description="At the configured limits of the provider, otherwise at measured speed", examples=[2.0]
+    )

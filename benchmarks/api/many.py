@@ -24,8 +24,8 @@ from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.defs.reconcile.observe import Memory
+from embedd_dagster.defs.reconcile.sensor import reconcile
 from embedd_dagster.defs.schedules import schedule_syncs
-from embedd_dagster.defs.sensors import reconcile
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.settings import Settings
 from tests.support.many_tables import fill_catalog, vector_table_id

@@ -45,32 +45,40 @@ def measure(servers: Servers, rows: int, seconds: int) -> list[dict[str, Any]]:
     for store, bench in benches.items():
         print(f"{store}: {rows:,} rows in {bench.run().seconds:.0f} s", flush=True)
     first = benches["pgvector"]
-    with first.runtime.catalog.transaction() as session:
-        organization = environments.ensure_defaults(session).org_id
-        key = api_keys.create(session, organization, None, "bench", Permission.READ_ONLY).raw
+    key = make_read_only_key(first)
     sealed_by = ",".join(b.runtime.settings.encryption_keys[0].get_secret_value() for b in benches.values())
     environment = {**first.environment(), "EMBEDD_ENCRYPTION_KEYS": sealed_by}
     results = []
     with running_api(environment, rate_limit_per_minute=0) as api:
         for store, bench in benches.items():
-            _load(api, key, bench.vector_table_id, clients=8, seconds=3)
+            send_queries(api, key, bench.vector_table_id, clients=8, seconds=3)
             for filtered in (False, True):
                 for clients, pace in [*((number, 0) for number in CLIENTS), (_PACED_CLIENTS, _PACED_RATE)]:
-                    found = _load(api, key, bench.vector_table_id, clients, seconds, filtered=filtered, pace=pace)
+                    found = send_queries(
+                        api, key, bench.vector_table_id, clients, seconds, filtered=filtered, pace=pace
+                    )
                     results.append({"store": store, "filter": filtered, "clients": clients, "pace": pace, **found})
                     print(results[-1], flush=True)
     with running_api(environment, rate_limit_per_minute=_UNLIMITED) as api:
-        _load(api, key, first.vector_table_id, clients=8, seconds=3)
-        found = _load(api, key, first.vector_table_id, clients=8, seconds=seconds)
+        send_queries(api, key, first.vector_table_id, clients=8, seconds=3)
+        found = send_queries(api, key, first.vector_table_id, clients=8, seconds=seconds)
         results.append({"store": "pgvector, rate limit counted", "filter": False, "clients": 8, "pace": 0, **found})
     for bench in benches.values():
         bench.close()
     return results
 
 
-def _load(
+def make_read_only_key(bench: Bench) -> str:
+    """A key for the bench's catalog."""
+    with bench.runtime.catalog.transaction() as session:
+        organization = environments.ensure_defaults(session).org_id
+        return api_keys.create(session, organization, None, "bench", Permission.READ_ONLY).raw
+
+
+def send_queries(
     api: ApiProcess, key: str, table_id: str, clients: int, seconds: int, *, filtered: bool = False, pace: int = 0
 ) -> dict[str, Any]:
+    """Queries by so many clients for so long: how many a second, and what their answers report."""
     given = {
         "API_KEY": key,
         "TABLE_ID": table_id,

@@ -1,4 +1,4 @@
-"""API keys: made, shown once, found by their hash, revoked."""
+"""API keys: creating, listing and revoking them. The catalog stores only their hashes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,21 @@ class Permission(StrEnum):
     READ_ONLY = "read_only"
 
 
+class AuthenticatedKey(NamedTuple):
+    """A valid API key that a request came with."""
+
+    id: str
+    org_id: str
+    environment_id: str | None
+    """The only environment in which the key is valid; None: all environments of its organization."""
+    permission: str
+    prefix: str
+    rate_limit_key_id: str
+    """The id of the key whose rate limit the requests count against."""
+
+
 class NewKey(NamedTuple):
-    """A key at the only moment when it is known in clear."""
+    """A new key. `raw` is the key itself, which is not stored."""
 
     raw: str
     api_key: ApiKey
@@ -42,9 +55,9 @@ def create(
     name: str,
     permission: Permission,
     *,
-    made_by: ApiKey | None = None,
+    made_by: AuthenticatedKey | None = None,
 ) -> NewKey:
-    """A new key: `sk_` and 32 random bytes. One that another key has made counts against that one's rate limit."""
+    """A new key: `sk_` and 32 random bytes. Its requests count against the rate limit of the key that made it."""
     raw = "sk_" + base64.urlsafe_b64encode(os.urandom(32)).rstrip(b"=").decode()
     key = ApiKey(
         id=new_id("key"),
@@ -54,7 +67,7 @@ def create(
         permission=permission.value,
         prefix=raw[:PREFIX_LENGTH],
         key_hash=hash_key(raw),
-        rate_limit_key_id=made_by.counted_as if made_by is not None else None,
+        rate_limit_key_id=made_by.rate_limit_key_id if made_by is not None else None,
         created_at=now(),
         revoked_at=None,
     )
@@ -63,23 +76,13 @@ def create(
     return NewKey(raw, key)
 
 
-def authenticate(session: Session, raw: str) -> ApiKey:
-    """The key that this text is. Raises Unauthorized: alike for every unknown key, apart only for a revoked one."""
-    wanted = hash_key(raw)
-    key = session.scalar(select(ApiKey).where(ApiKey.key_hash == wanted))
-    if key is None:
-        raise unknown_key()
-    check(wanted, key.key_hash, key.revoked_at)
-    return key
-
-
 def hash_key(raw: str) -> bytes:
-    """What a key is found by."""
+    """The hash that a key is stored under."""
     return hashlib.sha256(raw.encode("utf-8", "surrogatepass")).digest()
 
 
 def check(wanted: bytes, found: bytes, revoked_at: datetime | None) -> None:
-    """Raises Unauthorized unless the key that was found is the wanted one, by its hash, and was not revoked."""
+    """Raises Unauthorized if the hashes differ or the key was revoked."""
     if not hmac.compare_digest(found, wanted):
         raise unknown_key()
     if revoked_at is not None:
@@ -89,7 +92,7 @@ def check(wanted: bytes, found: bytes, revoked_at: datetime | None) -> None:
 
 
 def unknown_key() -> Unauthorized:
-    """The error for every key that is not known, however it came about."""
+    """The error for every unknown key: always the same, so that it reveals nothing."""
     return Unauthorized("The API key is not known.")
 
 

@@ -13,7 +13,7 @@ from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import mendable, must_be_unused, name_must_be_free
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.secrets import SecretBox
-from embedd_dagster.catalog.tables import ChangeFeed, Connection, Environment, VectorTable
+from embedd_dagster.catalog.tables import CdcStreamRow, Connection, Environment, VectorTable
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.errors import Conflict, NotFound
 
@@ -130,7 +130,7 @@ def delete(session: Session, environment_id: str, connection_id: str, *, force: 
             resolution="Try again in some seconds. Where the database does not come back, delete with ?force=true.",
         )
     must_be_unused(session, "connection", connection, VectorTable.connection_id)
-    feed = session.get(ChangeFeed, connection_id)
+    feed = session.get(CdcStreamRow, connection_id)
     if feed is not None and not force:
         trouble = f" {feed.last_error}" if feed.last_error else ""
         raise Conflict(

@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 from embedd_dagster.catalog.lookups import Lookups
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.errors import CatalogUnavailable
 from embedd_dagster.postgresql import BoundedConnection
 
@@ -30,7 +31,7 @@ def _connect_bounded(
     _dialect: Any, _record: Any, args: Sequence[Any], parameters: Mapping[str, Any]
 ) -> BoundedConnection:
     connection = BoundedConnection.connect(*args, **parameters)
-    connection.longest_silence = _SILENCE_SECONDS
+    connection.longest_silence, connection.current_deadline = _SILENCE_SECONDS, current_deadline
     return connection
 
 

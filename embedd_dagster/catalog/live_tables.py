@@ -1,7 +1,7 @@
-"""What a query of a vector table has to know, in one statement: who asks, in which environment, and what is live.
+"""What a request needs from the catalog, in one statement: its API key, its environment and its live vector table.
 
-Asked anew by every query, and nothing of the answer is kept: so a revoked key stops at once, a deleted table is gone at
-once, and the first query after a swap goes to the new set. All joins are by primary or unique keys.
+Every request asks again and nothing is cached. So a revoked key is rejected at once, a deleted table disappears at once, and
+the first query after a vector set is published uses that set. All joins use primary or unique keys.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 
 from embedd_dagster.catalog import api_keys
+from embedd_dagster.catalog.api_keys import AuthenticatedKey
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.environments import DEFAULT_ENVIRONMENT, EnvironmentWanted
 from embedd_dagster.core.rows import VectorSet
@@ -28,8 +29,9 @@ _TABLE_JOINS: Final = """
     LEFT JOIN connections c ON c.id = t.connection_id
     LEFT JOIN embedding_providers p ON p.id = t.embedding_provider_id"""
 
-_OF_KEY: Final = f"""
-SELECT coalesce(k.rate_limit_key_id, k.id), k.key_hash, k.prefix, k.revoked_at, e.id, {_TABLE_COLUMNS}
+_ACCESS: Final = f"""
+SELECT k.key_hash, k.revoked_at, k.id, k.org_id, k.environment_id, k.permission, k.prefix,
+    coalesce(k.rate_limit_key_id, k.id), e.id, e.name, e.created_at, {_TABLE_COLUMNS}
 FROM api_keys k
     LEFT JOIN environments e ON e.org_id = k.org_id AND (k.environment_id IS NULL OR k.environment_id = e.id)
         AND e.id = coalesce(%s::text, CASE WHEN %s::text IS NULL THEN k.environment_id END, (
@@ -37,9 +39,9 @@ FROM api_keys k
             WHERE d.org_id = k.org_id AND d.name = coalesce(%s::text, '{DEFAULT_ENVIRONMENT}')))
     LEFT JOIN vector_tables t ON t.id = %s::text AND t.environment_id = e.id AND t.deleted_at IS NULL
     {_TABLE_JOINS}
-WHERE k.key_hash = %s::bytea"""  # noqa: S608 - nothing of a caller's is in it
+WHERE k.key_hash = %s::bytea"""  # noqa: S608 - the text has no input of a caller
 
-_OF_ENVIRONMENT: Final = f"""
+_LIVE_TABLE: Final = f"""
 SELECT {_TABLE_COLUMNS}
 FROM vector_tables t {_TABLE_JOINS}
 WHERE t.id = %s::text AND t.environment_id = %s::text AND t.deleted_at IS NULL"""  # noqa: S608 - as above
@@ -47,7 +49,7 @@ WHERE t.id = %s::text AND t.environment_id = %s::text AND t.deleted_at IS NULL""
 
 @dataclass(frozen=True, slots=True)
 class ProviderRef:
-    """The embedding provider of a vector table; its secrets are read when it is opened, once for each `updated_at`."""
+    """The embedding provider of a vector table. Its secrets are read when it is opened, once per `updated_at`."""
 
     id: str
     kind: str
@@ -57,7 +59,7 @@ class ProviderRef:
 
 @dataclass(frozen=True, slots=True)
 class LiveTable:
-    """A vector table as a query sees it; `configuration` and `vector_set` are those of the live set, None before one is."""
+    """A vector table as a query sees it. `configuration` and `vector_set` describe the live set; None before the first."""
 
     id: str
     name: str
@@ -69,38 +71,41 @@ class LiveTable:
     vector_set: VectorSet | None
 
 
-@dataclass(frozen=True, slots=True)
-class QueryAccess:
-    """A known key that was not revoked, with what it has asked for: None where that is not there, or not the key's."""
+class RequestEnvironment(NamedTuple):
+    """The environment of a request."""
 
-    counted_as: str
-    """The id that the request is counted under."""
-    key_prefix: str
-    environment_id: str | None
+    id: str
+    name: str
+    created_at: datetime
+
+
+class Access(NamedTuple):
+    """A valid API key, with the environment and the vector table of its request: None if not found for this key."""
+
+    key: AuthenticatedKey
+    environment: RequestEnvironment | None
     table: LiveTable | None
 
 
-def authorize_query(
-    catalog: Catalog, raw_key: str, environment: EnvironmentWanted, vector_table_id: str
-) -> QueryAccess:
-    """Who asks with this key, and what is live in the table. Without an environment, the key's own is meant, or `prod`.
+def find_access(catalog: Catalog, raw_key: str, environment: EnvironmentWanted, vector_table_id: str = "") -> Access:
+    """The key, its environment, and the vector table of this id. Without an environment: the one of the key, or `prod`.
 
     Raises Unauthorized, CatalogUnavailable.
     """
-    wanted = api_keys.hash_key(raw_key)
+    key_hash = api_keys.hash_key(raw_key)
     row = catalog.lookups.fetch_one(
-        _OF_KEY, (environment.id, environment.name, environment.name, vector_table_id, wanted)
+        _ACCESS, (environment.id, environment.name, environment.name, vector_table_id, key_hash)
     )
     if row is None:
         raise api_keys.unknown_key()
-    counted_as, key_hash, prefix, revoked_at, found_environment_id, *table = row
-    api_keys.check(wanted, key_hash, revoked_at)
-    return QueryAccess(counted_as, prefix, found_environment_id, _live_table(*table))
+    api_keys.check(key_hash, row[0], row[1])
+    found = None if row[8] is None else RequestEnvironment(*row[8:11])
+    return Access(AuthenticatedKey(*row[2:8]), found, _live_table(*row[11:]))
 
 
 def find_live(catalog: Catalog, environment_id: str, vector_table_id: str) -> LiveTable | None:
-    """The vector table as it is now; None where it is not there, or not in this environment."""
-    row = catalog.lookups.fetch_one(_OF_ENVIRONMENT, (vector_table_id, environment_id))
+    """The vector table as it is now; None if the environment does not have it."""
+    row = catalog.lookups.fetch_one(_LIVE_TABLE, (vector_table_id, environment_id))
     return None if row is None else _live_table(*row)
 
 

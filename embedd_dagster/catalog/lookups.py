@@ -1,7 +1,7 @@
-"""Single reads that are made very often: one prepared statement, one round trip, and nothing of the ORM.
+"""Frequent reads of one row: one prepared statement, one round trip, no ORM.
 
-A unit of work belongs into `Catalog.transaction`. A query of a vector table is no unit of work: it asks one question, and
-SQLAlchemy's session, its transaction and the check of its connection cost it four round trips and ten times the CPU.
+Everything else uses `Catalog.transaction`. For a single read, SQLAlchemy's session, its transaction and the check of its
+connection would cost four round trips and ten times the CPU.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import psycopg
 
 from embedd_dagster.errors import CatalogUnavailable
 
-_PATIENCE_SECONDS: Final = 10.0
+_TIMEOUT_SECONDS: Final = 10.0
 
 Cursor = psycopg.Cursor[tuple[Any, ...]]
 
 
 class Lookups:
-    """A few connections in autocommit, opened when they are needed. Safe to use from several threads."""
+    """A few connections in autocommit, opened when needed. Safe to use from several threads."""
 
     def __init__(self, connect: Callable[[], psycopg.Connection[tuple[Any, ...]]], *, size: int) -> None:
-        """`connect` opens a connection in autocommit; no more than `size` of them are open."""
+        """`connect` opens a connection in autocommit; at most `size` are open at once."""
         self._connect = connect
         self._closed = False
-        # the one used last is taken first: those that a burst has opened stay idle
+        # last in, first out: connections that only a burst needed stay idle
         self._slots: queue.LifoQueue[Cursor | None] = queue.LifoQueue()
         for _ in range(size):
             self._slots.put(None)
 
     def fetch_one(self, statement: str, parameters: Sequence[object]) -> tuple[Any, ...] | None:
-        """The first row of a read, or None. Raises CatalogUnavailable.
+        """The first row, or None. Raises CatalogUnavailable.
 
-        A connection that was lost while it was idle is replaced, and the read is made again: it changes nothing.
+        If a connection was lost while it was idle, the read is repeated once on a new one.
         """
         try:
-            cursor = self._slots.get(timeout=_PATIENCE_SECONDS)
+            cursor = self._slots.get(timeout=_TIMEOUT_SECONDS)
         except queue.Empty:
             raise CatalogUnavailable("Every connection to the catalog database is in use.") from None
         try:
@@ -61,7 +61,7 @@ class Lookups:
         self._slots.put(cursor)
 
     def close(self) -> None:
-        """Idle connections are closed now, borrowed ones when they come back. Idempotent."""
+        """Closes idle connections now, and those in use when they are given back. Idempotent."""
         self._closed = True
         for _ in range(self._slots.qsize()):
             try:

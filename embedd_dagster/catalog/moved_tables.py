@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import resyncs
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
-from embedd_dagster.catalog.vector_tables import want_build
+from embedd_dagster.catalog.vector_tables import request_build
 from embedd_dagster.core.status import LIVE_TASK_STATUSES
 from embedd_dagster.errors import Conflict
 
@@ -47,4 +47,4 @@ def move(session: Session, row: VectorTable, source_table: str, key_type: str) -
         resyncs.request(session, [row.id], "its source_table was changed")
         session.refresh(row)
         return
-    want_build(row)
+    request_build(row)

@@ -1,9 +1,9 @@
-"""What an account may use in a minute, kept by the catalog: it holds over all runs and processes that use the provider.
+"""The limits of an account per minute, counted in the catalog for all runs and processes that use the provider.
 
-One row a provider and kind (requests, tokens) holds a leaking bucket: `level` is what is booked and not yet paid off, at
-`updated_at` by the database's clock; it drains at the limit. So nobody's own clock counts, and a limit may be edited
-while runs are under way. A process books more than the one request, by what it used of late, up to a second's worth, and
-has a second to use it: so it costs about one short transaction a second.
+There is one row per provider and kind (requests, tokens), a leaky bucket: `level` is what is booked and not yet paid off at
+`updated_at` by the database's clock. It drains at the rate of the limit. Only the database's clock counts, and a limit may
+be edited during runs. A process books more than one request, by its recent use, up to one second's worth, and has one
+second to use it. This costs about one short transaction per second.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from embedd_dagster.errors import CatalogUnavailable, EmbeddingRateLimited
 _BURST_SECONDS: Final = 1.0
 _LEASE_SECONDS: Final = 1.0
 _RETRY_AFTER_SECONDS: Final = 1.0
-# always in this order: two processes that book both lock the rows alike
+# always in this order: processes that book both lock the rows in the same order
 _KINDS: Final = ("requests", "tokens")
 
 
@@ -34,10 +34,10 @@ def _database_clock() -> ColumnElement[datetime]:
 
 
 class CatalogBudget:
-    """One provider's budget in this process. Safe to use from several threads; as many as one likes may share an account.
+    """One provider's budget in this process. Safe to use from several threads; any number of budgets may share an account.
 
-    Any minute stays within 2/60 of the limit: a second's burst, and what was booked a second before and is used within
-    it. A request above a second's worth is let through when everything before it is paid off.
+    Any minute stays within 2/60 of the limit: the burst of one second, and what was booked one second earlier and is used
+    within it. A request above one second's worth goes out once everything before it is paid off.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CatalogBudget:
 
     @classmethod
     def from_limits(cls, catalog: Catalog, embedding_provider_id: str, limits: Mapping[str, int | None]) -> Self | None:
-        """The budget that a provider's `limits` ask for, or None where they ask for none."""
+        """The budget for a provider's `limits`, or None if they have no number per minute."""
         wanted = {kind: limits.get(f"{kind}_per_minute") for kind in _KINDS}
         given = {kind: number for kind, number in wanted.items() if number}
         return cls(catalog, embedding_provider_id, given) if given else None
@@ -69,7 +69,7 @@ class CatalogBudget:
     def acquire(self, requests: int, tokens: int) -> float:
         """Seconds to wait before a request of this size is sent; it is booked.
 
-        Raises EmbeddingRateLimited while the catalog does not answer: what nobody counts is not sent.
+        Raises EmbeddingRateLimited while the catalog does not answer: a request that cannot be counted is not sent.
         """
         size = {"requests": float(requests), "tokens": float(tokens)}
         with self._lock:
@@ -82,13 +82,13 @@ class CatalogBudget:
             return max(0.0, self._begins_at - self._clock())
 
     def _lease(self, size: Mapping[str, float], *, is_over: bool) -> None:
-        """Books what this request lacks, and as much beside as was used of late."""
+        """Books what this request lacks, and in addition as much as was used recently."""
         if is_over:
-            # not used in its time: lost, or whoever comes back after a pause would come with a burst
+            # unused in its second: lost, because a process that resumes after a pause would send a burst
             self._left = dict.fromkeys(self._rates, 0.0)
         units = {}
         for kind, rate in self._rates.items():
-            # used up before its end: twice as much the next time
+            # used up before its end: twice as much next time
             wanted = min(self._used[kind] * (1 if is_over else 2), rate * _LEASE_SECONDS)
             units[kind] = max(0.0, max(size[kind], wanted) - self._left[kind])
         try:
@@ -107,7 +107,7 @@ class CatalogBudget:
         self._used = dict.fromkeys(self._rates, 0.0)
 
     def _book(self, session: Session, kind: str, units: float) -> float:
-        """Seconds until the bucket has room for these units, or is empty where they are more than it holds."""
+        """Seconds until the bucket has room for these units, or is empty if they exceed its size."""
         rate = self._rates[kind]
         level = _add(session, self._embedding_provider_id, kind, units, rate, self._database_clock())
         return (level - units + min(units, rate * _BURST_SECONDS)) / rate - _BURST_SECONDS
@@ -116,10 +116,10 @@ class CatalogBudget:
 def book_used(
     catalog: Catalog, embedding_provider_id: str, limits: Mapping[str, int | None], requests: int, tokens: int
 ) -> None:
-    """Books what was used already, by those who do not wait. Raises CatalogUnavailable.
+    """Books what queries, which do not wait, have used already. Raises CatalogUnavailable.
 
-    The bucket is never filled beyond a minute's worth: more than that the provider does not count either, and runs are to
-    go on soon after queries alone have used up the limit for hours.
+    The bucket is never filled beyond one minute's worth: the provider does not count more either, and runs must resume soon
+    after queries have used up the limit for hours.
     """
     used = {"requests": float(requests), "tokens": float(tokens)}
     with catalog.transaction() as session:
@@ -138,7 +138,7 @@ def _add(
     *,
     most: float | None = None,
 ) -> float:
-    """The bucket's level with these units added to what has not drained at this rate; at `most` that, or as before."""
+    """The bucket's new level: what has not drained at this rate, plus these units. They do not lift it above `most`."""
     table = ProviderBudget
     elapsed = func.greatest(0.0, cast(extract("epoch", now - table.updated_at), Double))
     left = func.greatest(0.0, table.level - rate * elapsed)

@@ -1,8 +1,8 @@
-"""Queries count against a provider's limits a minute, and never wait for them.
+"""Queries count against a provider's limits per minute, but never wait for them.
 
-Somebody waits for a query's answer, and nobody for a backfill's: so what queries use is booked after the fact, summed up
-over a second, and runs that share the account (`CatalogBudget`) find that much less left. A query costs the catalog
-nothing; a process that answers queries costs it one short transaction a second for each provider that has such limits.
+A user waits for a query, nobody waits for a backfill. So the use of queries is booked afterwards, summed up over one
+second, and runs that share the account (`CatalogBudget`) have that much less left. A query costs the catalog nothing. A
+process that answers queries costs it one short transaction per second for each provider that has such limits.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = structlog.get_logger("embedd.catalog")
 
 
 class QueryBookings:
-    """What this process' queries have used and not yet booked. Safe to use from several threads."""
+    """The use of this process' queries that is not booked yet. Safe to use from several threads."""
 
     def __init__(self, catalog: Catalog, *, seconds_between: float = _SECONDS_BETWEEN) -> None:
         self._catalog = catalog
@@ -33,7 +33,7 @@ class QueryBookings:
         self._thread: threading.Thread | None = None
 
     def note(self, embedding_provider_id: str, limits: Mapping[str, Any], tokens: int) -> None:
-        """A query of so many tokens is sent to this provider; does nothing where its limits name no number a minute."""
+        """Records a query of this many tokens to this provider; does nothing if its limits have no number per minute."""
         if not (limits.get("requests_per_minute") or limits.get("tokens_per_minute")):
             return
         with self._lock:
@@ -48,7 +48,7 @@ class QueryBookings:
             self.book()
 
     def book(self) -> None:
-        """Books what was noted so far; what cannot be booked now is booked with what comes next."""
+        """Books what was recorded so far. What cannot be booked now is booked next time."""
         with self._lock:
             used, self._used = self._used, {}
         for embedding_provider_id, (limits, requests, tokens) in used.items():
@@ -56,7 +56,7 @@ class QueryBookings:
                 provider_budgets.book_used(self._catalog, embedding_provider_id, limits, requests, tokens)
             except CatalogUnavailable:
                 self._put_back(embedding_provider_id, limits, requests, tokens)
-            except Exception as error:  # noqa: BLE001 - one provider, deleted just now, must not stop the others
+            except Exception as error:  # noqa: BLE001 - a provider that was just deleted must not stop the others
                 _log.warning("queries not booked", embedding_provider=embedding_provider_id, kind=type(error).__name__)
 
     def _put_back(self, embedding_provider_id: str, limits: Mapping[str, Any], requests: int, tokens: int) -> None:
@@ -65,7 +65,7 @@ class QueryBookings:
             self._used[embedding_provider_id] = (newer, requests + more_requests, tokens + more_tokens)
 
     def close(self) -> None:
-        """Books what is left, once. Idempotent."""
+        """Books what is left. Idempotent."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join()

@@ -10,7 +10,7 @@ from sqlalchemy import BigInteger, ColumnElement, case, extract, func, select
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import resyncs
-from embedd_dagster.catalog.tables import ChangeFeed, FailedRow, Task, VectorTable
+from embedd_dagster.catalog.tables import CdcState, CdcStreamRow, FailedRow, Task, VectorTable
 from embedd_dagster.core import ids
 from embedd_dagster.core.status import LIVE_TASK_STATUSES
 
@@ -70,22 +70,23 @@ def read(session: Session) -> Statistics:
         live_tasks={(task_type, status): number for task_type, status, number in session.execute(live)},
         staleness_seconds=_staleness(session),
         failed_rows=dict(session.execute(failed).all()),
-        log_lag_bytes=int(session.scalar(select(func.max(ChangeFeed.lag_bytes))) or 0),
-        changes_pending=int(session.scalar(select(func.sum(VectorTable.changes_pending)).where(resyncs.is_owed)) or 0),
+        log_lag_bytes=int(session.scalar(select(func.max(CdcStreamRow.lag_bytes))) or 0),
+        changes_pending=int(session.scalar(select(func.sum(CdcState.changes_pending)).where(resyncs.is_pending)) or 0),
         ended_tasks=_ended_tasks(session),
     )
 
 
 def _staleness(session: Session) -> dict[str, float]:
-    followed = (ChangeFeed.caught_up_at > VectorTable.followed_since) & ~resyncs.is_owed
-    true_until = case(
-        (followed, func.greatest(VectorTable.last_sync_at, ChangeFeed.caught_up_at)), else_=VectorTable.last_sync_at
+    subscribed = (CdcStreamRow.caught_up_at > CdcState.subscribed_since) & ~resyncs.is_pending
+    fresh_as_of = case(
+        (subscribed, func.greatest(VectorTable.last_sync_at, CdcStreamRow.caught_up_at)), else_=VectorTable.last_sync_at
     )
-    age = extract("epoch", func.clock_timestamp() - true_until)
+    age = extract("epoch", func.clock_timestamp() - fresh_as_of)
     statement = (
         select(*(func.percentile_disc(fraction).within_group(age.asc()) for fraction in _QUANTILES.values()))
         .select_from(VectorTable)
-        .outerjoin(ChangeFeed, ChangeFeed.connection_id == VectorTable.connection_id)
+        .join(CdcState, CdcState.vector_table_id == VectorTable.id)
+        .outerjoin(CdcStreamRow, CdcStreamRow.connection_id == VectorTable.connection_id)
     ).where(VectorTable.live_version.is_not(None), VectorTable.deleted_at.is_(None), ~VectorTable.paused)
     found = session.execute(statement).one()
     return {

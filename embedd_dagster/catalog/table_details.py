@@ -1,4 +1,4 @@
-"""What is shown of a vector table beyond its own row: rows without text, cut texts, and what its live task does."""
+"""Row counts of a vector table as callers see them, and what its live task is doing."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ _LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
 
 @dataclass(frozen=True, slots=True)
 class TableDetails:
-    """Of the build under way, otherwise of the live set; without either, zeros."""
+    """Counts of the build that is under way, otherwise of the live set."""
 
+    total_rows: int = 0
+    synced_rows: int = 0
     rows_skipped: int = 0
     rows_truncated: int = 0
     stage: str | None = None
-    """What the live task does; None where there is none."""
+    """What the live task is doing; None if there is none."""
 
 
 def read(session: Session, vector_table_ids: Iterable[str]) -> dict[str, TableDetails]:
-    """The details by id, in one statement."""
+    """The details by vector table id, in one statement."""
     statement = (
         select(VectorTable, VectorSetRow, Task)
         .outerjoin(
@@ -40,13 +42,25 @@ def read(session: Session, vector_table_ids: Iterable[str]) -> dict[str, TableDe
 
 
 def _details(table: VectorTable, live: VectorSetRow | None, task: Task | None) -> TableDetails:
-    stage = None if task is None else tasks.shown_stage(task)
     if task is not None and task.task_type in tasks.BUILDS:
-        # total_rows and synced_rows are those of the build, too
-        running = task.status == TaskStatus.RUNNING.value
-        counted = task.progress if running else {}
-        return TableDetails(counted.get("rows_skipped", 0), counted.get("rows_truncated", 0), stage)
+        return _build_details(table, task)
+    stage = None if task is None else tasks.shown_stage(task)
     if live is None:
-        return TableDetails(stage=stage)
+        return TableDetails(table.total_rows, table.synced_rows, stage=stage)
     # a row that is cut again after each of its changes is one row
-    return TableDetails(live.skipped_count or 0, min(live.truncated_count or 0, table.synced_rows), stage)
+    truncated = min(live.truncated_count or 0, table.synced_rows)
+    return TableDetails(table.total_rows, table.synced_rows, live.skipped_count or 0, truncated, stage)
+
+
+def _build_details(table: VectorTable, task: Task) -> TableDetails:
+    done = task.progress
+    # until the run has counted the rows, the last count is shown
+    total = done.get("total_rows", 0) or (table.total_rows if done.get("stage") is None else 0)
+    counted = done if task.status == TaskStatus.RUNNING.value else {}
+    return TableDetails(
+        total,
+        done.get("rows_processed", 0),
+        counted.get("rows_skipped", 0),
+        counted.get("rows_truncated", 0),
+        tasks.shown_stage(task),
+    )

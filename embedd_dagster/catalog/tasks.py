@@ -17,12 +17,12 @@ from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import resyncs, vector_sets, vector_tables
+from embedd_dagster.catalog import resyncs, vector_tables
 from embedd_dagster.catalog.clock import database_now, new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
-from embedd_dagster.catalog.tables import Task, VectorSetRow, VectorTable
+from embedd_dagster.catalog.tables import CdcState, Task, VectorTable
 from embedd_dagster.core import ids
-from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, SyncStatus, TaskStatus, TaskType
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, TaskStatus, TaskType
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound, RunCancelled, RunSuperseded
 
 _LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
@@ -74,9 +74,7 @@ def create(
     except IntegrityError:
         raise _already_live(table, find_live(session, table.id)) from None
     if task.task_type in BUILDS:
-        vector_tables.release(table)
-        vector_tables.set_status(table, SyncStatus.BACKFILLING)
-        table.total_rows, table.synced_rows = total_rows or table.total_rows, 0
+        vector_tables.begin_build(table)
     return task
 
 
@@ -194,8 +192,12 @@ def claim(session: Session, task_id: str, run_id: str) -> Task:
     _move(task, TaskStatus.RUNNING)
     task.dagster_run_id = run_id
     # each attempt compares with the source of its own time, and builds what is configured then
-    wanted = select(VectorTable.resync_wanted, VectorTable.config_version).where(VectorTable.id == task.target_id)
-    # locked: what is asked for from now on sees that this task is at work
+    wanted = (
+        select(CdcState.resync_requested_seq, VectorTable.config_version)
+        .join(VectorTable, VectorTable.id == CdcState.vector_table_id)
+        .where(VectorTable.id == task.target_id)
+    )
+    # locked, so that every later request for a resync sees that this task is running
     found = session.execute(wanted.with_for_update(read=True)).one_or_none()
     task.resync, task.config_version = found or (0, None)
     task.attempts += 1
@@ -223,16 +225,10 @@ def heartbeat(session: Session, task_id: str, run_id: str, progress: Mapping[str
         update(Task)
         .where(Task.id == task_id, Task.dagster_run_id == run_id, Task.status == TaskStatus.RUNNING.value)
         .values(heartbeat_at=func.clock_timestamp(), progress=dict(progress))
-        .returning(Task.cancel_requested, Task.target_id, Task.task_type)
+        .returning(Task.cancel_requested)
     ).one_or_none()
     if changed is None:
         raise RunSuperseded(f"Run {run_id} does not own task {task_id} any more.")
-    if changed.task_type in BUILDS:
-        session.execute(
-            update(VectorTable)
-            .where(VectorTable.id == changed.target_id)
-            .values(total_rows=progress["total_rows"], synced_rows=progress["rows_processed"])
-        )
     if changed.cancel_requested:
         raise RunCancelled("The task was cancelled.")
 
@@ -246,11 +242,9 @@ def complete(session: Session, task_id: str, run_id: str, progress: Mapping[str,
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
-        if task.task_type in BUILDS:  # its own counts were shown meanwhile
-            _count_what_is_live(session, table)
-        vector_tables.note_success(table)
-        resyncs.settle(table, task)
-        vector_tables.come_to_rest(session, table)
+        vector_tables.clear_error(table)
+        resyncs.complete(table.cdc, task)
+        vector_tables.settle_status(table)
 
 
 def _owned(session: Session, task_id: str, run_id: str) -> Task:
@@ -278,14 +272,10 @@ def fail(session: Session, task: Task, error: str, *, retry: bool) -> None:
     _move(task, TaskStatus.FAILED)
     task.ended_at = now()
     if table is not None and table.deleted_at is None:
-        _count_what_is_live(session, table)
-        resyncs.lapse(table, task)
-        resyncs.delay(table, now())
-        at_rest = vector_tables.resting_status(session, table)
-        stays = at_rest is SyncStatus.PAUSED or (
-            at_rest is SyncStatus.PENDING_REBACKFILL and task.task_type == TaskType.SYNC.value
-        )
-        vector_tables.set_status(table, at_rest if stays else SyncStatus.ERROR, error)
+        _keep_row_estimate(table, task)
+        resyncs.requeue(table.cdc, task)
+        resyncs.postpone(table, now())
+        vector_tables.settle_failure(table, error, TaskType(task.task_type))
 
 
 def hand_back(session: Session, task: Task, reason: str) -> None:
@@ -305,23 +295,18 @@ def cancel(session: Session, task: Task, reason: str = "Cancelled.", *, asked_fo
     task.ended_at = now()
     table = vector_tables.find(session, task.target_id, lock=True)
     if table is not None and table.deleted_at is None:
-        _count_what_is_live(session, table)
-        resyncs.lapse(table, task)
-        if task.task_type in BUILDS:  # a sync has not changed it
+        _keep_row_estimate(table, task)
+        resyncs.requeue(table.cdc, task)
+        if task.task_type in BUILDS:  # a sync has not changed the status
             if asked_for:
-                vector_tables.hold(session, table, task.config_version or table.config_version)
-            vector_tables.come_to_rest(session, table)
+                vector_tables.suppress_rebuild(session, table, task.config_version or table.config_version)
+            vector_tables.settle_status(table)
 
 
-def _count_what_is_live(session: Session, table: VectorTable) -> None:
-    """Rows and points of the live set again, after a build that counted its own and did not get there."""
+def _keep_row_estimate(table: VectorTable, task: Task) -> None:
+    """Keeps how many rows the source has, for a vector table of which nothing is live."""
     if table.live_version is None:
-        table.synced_rows = 0
-        return
-    live = session.get_one(VectorSetRow, (table.id, table.live_version))
-    failed_count = vector_sets.count_failures(session, table.id, live.version)
-    table.total_rows = live.row_count or 0
-    table.synced_rows = table.total_rows - (live.skipped_count or 0) - failed_count
+        table.total_rows = task.progress["total_rows"] or table.total_rows
 
 
 def request_cancel(session: Session, task: Task) -> None:

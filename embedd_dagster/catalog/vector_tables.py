@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from sqlalchemy import ColumnElement, and_, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, object_session
 
 from embedd_dagster.catalog.clock import new_id, now
 from embedd_dagster.catalog.conflicts import name_must_be_free, violated_constraint
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
-from embedd_dagster.catalog.tables import Connection, EmbeddingProvider, Environment, Task, VectorSetRow, VectorTable
-from embedd_dagster.core.status import LIVE_TASK_STATUSES, SYNC_STATUS_MOVES, SyncStatus
+from embedd_dagster.catalog.tables import (
+    CdcState,
+    Connection,
+    EmbeddingProvider,
+    Environment,
+    Task,
+    VectorSetRow,
+    VectorTable,
+)
+from embedd_dagster.core.status import LIVE_TASK_STATUSES, StatusFacts, SyncStatus, TaskType, status_of
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, storage_name
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound
 
-_ALIAS_LENGTH = 255  # of Qdrant
-_PLATFORM_NAME_LENGTH = 63 - len("embedd_")  # PostgreSQL cuts identifiers at 63 bytes
+_MAX_NAME_LENGTH = 255
 _ID_ATTEMPTS = 20
+_LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
 _NAME_CONSTRAINTS = ("uq_vector_tables_storage_name", "uq_vector_tables_partition_key")
-_HELD = (
+_REBUILD_CANCELLED = (
     "The re-backfill was cancelled, and does not begin again by itself. "
     "POST /v1/vector-tables/{id}/backfill starts it, and so does a new configuration."
 )
 
-_is_held = VectorTable.held_config_version.is_not_distinct_from(VectorTable.config_version)
+_is_rebuild_suppressed = VectorTable.not_rebuilt_version.is_not_distinct_from(VectorTable.config_version)
 may_sync = or_(
     VectorTable.sync_status.in_([SyncStatus.SYNCED.value, SyncStatus.ERROR.value]),
-    and_(VectorTable.sync_status == SyncStatus.PENDING_REBACKFILL.value, _is_held),
+    and_(VectorTable.sync_status == SyncStatus.PENDING_REBACKFILL.value, _is_rebuild_suppressed),
 )
 """Nothing is to be built first, so what is live is kept true."""
 
@@ -47,8 +55,10 @@ class NewVectorTable:
     sync_mode: SyncMode
     sync_schedule: str | None = None
     sync_interval_seconds: int | None = None
-    platform_schema: str | None = None
-    """Where the platform table's public name will stand, in platform mode."""
+    platform_name: Callable[[str], str] | None = None
+    """In platform mode: makes the name that users query from the name that the vector table is stored under."""
+    max_name_length: int = _MAX_NAME_LENGTH
+    """Of the name that it is stored under, in its store."""
 
 
 def create(session: Session, environment: Environment, new: NewVectorTable) -> VectorTable:
@@ -69,8 +79,7 @@ def create(session: Session, environment: Environment, new: NewVectorTable) -> V
 
 def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str) -> VectorTable:
     configuration = new.configuration
-    longest = _PLATFORM_NAME_LENGTH if new.mode is Mode.PLATFORM else _ALIAS_LENGTH
-    public_name = storage_name(vector_table_id, new.name, max_length=longest)
+    public_name = storage_name(vector_table_id, new.name, max_length=new.max_name_length)
     return VectorTable(
         id=vector_table_id,
         org_id=environment.org_id,
@@ -89,12 +98,14 @@ def _new_row(environment: Environment, new: NewVectorTable, vector_table_id: str
         sync_interval_seconds=new.sync_interval_seconds,
         config_version=1,
         storage_name=public_name,
-        partition_key=storage_name(vector_table_id, new.name, max_length=_ALIAS_LENGTH),
-        platform_vector_ref=f"{new.platform_schema}.embedd_{public_name}" if new.platform_schema else None,
+        partition_key=storage_name(vector_table_id, new.name, max_length=_MAX_NAME_LENGTH),
+        platform_vector_ref=new.platform_name(public_name) if new.platform_name else None,
         sync_status=SyncStatus.PENDING.value,
         paused=False,
+        has_failed=False,
         total_rows=0,
         synced_rows=0,
+        cdc=CdcState(),
         created_at=now(),
         updated_at=now(),
     )
@@ -161,17 +172,17 @@ def reconfigure(
     row.updated_at = now()
     if row.configuration.meaning == meaning:
         return False
-    want_build(row)
+    request_build(row)
     return True
 
 
-def want_build(row: VectorTable) -> None:
-    """The vectors have to follow a new configuration."""
-    release(row)
+def request_build(row: VectorTable) -> None:
+    """The configuration has changed, so that a table with live vectors has to be built again."""
+    allow_rebuild(row)
     row.config_version += 1
-    status = SyncStatus(row.sync_status)
-    if row.live_version is not None and status in {SyncStatus.SYNCED, SyncStatus.ERROR}:
-        set_status(row, SyncStatus.PENDING_REBACKFILL)
+    if row.live_version is not None:
+        row.has_failed = False
+    _update_status(row)
 
 
 def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | None) -> None:
@@ -182,24 +193,37 @@ def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | N
         row.updated_at = now()
 
 
-def set_status(row: VectorTable, status: SyncStatus, error: str | None = None) -> None:
-    """Moves to a state, or stays in it; an error is kept until the next good run.
+def _facts_of(row: VectorTable) -> StatusFacts:
+    """What the status follows from, in one query. The caller has locked the row."""
+    session = object_session(row)
+    if session is None:
+        raise EmbeddError(f"Vector table {row.id} is changed outside of a transaction.")
+    is_building = select(Task.id).where(
+        Task.target_id == row.id, Task.status.in_(_LIVE), Task.task_type != TaskType.SYNC.value
+    )
+    live_config_version = select(VectorSetRow.config_version).where(
+        VectorSetRow.vector_table_id == row.id, VectorSetRow.version == row.live_version
+    )
+    building, live = session.execute(select(is_building.exists(), live_config_version.scalar_subquery())).one()
+    return StatusFacts(
+        is_deleted=row.deleted_at is not None,
+        is_building=building,
+        is_paused=row.paused,
+        has_failed=row.has_failed,
+        config_version=row.config_version,
+        live_config_version=live,
+    )
 
-    Raises EmbeddError for a move that is not allowed.
-    """
-    present = SyncStatus(row.sync_status)
-    if status is not present and status not in SYNC_STATUS_MOVES[present]:
-        raise EmbeddError(f"A vector table does not go from {present} to {status}.")
-    row.sync_status = status.value
-    if error is not None:
-        row.last_error, row.last_error_at = error, now()
-    elif status is SyncStatus.SYNCED:
-        row.last_error = row.last_error_at = None
-    row.updated_at = now()
+
+def _update_status(row: VectorTable, facts: StatusFacts | None = None) -> None:
+    """Writes `sync_status` as it follows from the facts; nothing else changes it. Idempotent."""
+    status = status_of(replace(facts or _facts_of(row), has_failed=row.has_failed)).value
+    if status != row.sync_status:
+        row.sync_status, row.updated_at = status, now()
 
 
-def note_errors(session: Session, vector_table_ids: Collection[str], error: str) -> None:
-    """Tells what is wrong with vector tables that go on as they are; the next good run clears it."""
+def record_error(session: Session, vector_table_ids: Collection[str], error: str) -> None:
+    """Records what is wrong with vector tables that stay as they are. The next task that completes clears it."""
     session.execute(
         update(VectorTable)
         .where(VectorTable.id.in_(vector_table_ids), VectorTable.last_error.is_distinct_from(error))
@@ -207,98 +231,99 @@ def note_errors(session: Session, vector_table_ids: Collection[str], error: str)
     )
 
 
-def refuse(session: Session, vector_table_id: str, error: str) -> None:
-    """A vector table cannot be kept true until somebody acts; what is live stays live. Does nothing the second time."""
+def mark_failed(session: Session, vector_table_id: str, error: str) -> None:
+    """A vector table cannot be kept in sync until a person acts; what is live stays live. Idempotent."""
     row = find(session, vector_table_id, lock=True)
     if row is None or row.deleted_at is not None or row.last_error == error:
         return
-    status = SyncStatus(row.sync_status)
-    if status in {SyncStatus.SYNCED, SyncStatus.PENDING_REBACKFILL} and row.live_version is not None:
-        set_status(row, SyncStatus.ERROR, error)
-    else:
-        row.last_error, row.last_error_at = error, now()
+    row.last_error, row.last_error_at = error, now()
+    if row.live_version is not None:
+        row.has_failed = True
+        _update_status(row)
 
 
-def note_counts(
+def record_counts(
     session: Session, vector_table_id: str, version: int, point_count: int, failed_count: int, truncated_count: int
 ) -> None:
-    """Rows and points of the live set, as a follower finds them between two comparisons with the source."""
+    """Records the rows and points of the live set, as a CDC consumer finds them between two syncs."""
     row = find(session, vector_table_id, lock=True)
-    if row is not None and row.live_version == version and SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
+    if row is not None and row.live_version == version:
         live = session.get_one(VectorSetRow, (vector_table_id, version))
         live.truncated_count = (live.truncated_count or 0) + truncated_count
         row.synced_rows = point_count
         row.total_rows = point_count + failed_count + (live.skipped_count or 0)
 
 
-def resting_status(session: Session, row: VectorTable) -> SyncStatus:
-    """The state of a vector table that nothing runs on and nothing failed on."""
-    if row.paused:
-        return SyncStatus.PAUSED
-    if row.live_version is None:
-        return SyncStatus.PENDING
-    live = session.get_one(VectorSetRow, (row.id, row.live_version))
-    return SyncStatus.PENDING_REBACKFILL if live.config_version < row.config_version else SyncStatus.SYNCED
+def begin_build(row: VectorTable) -> None:
+    """A task that builds the vector table was created."""
+    allow_rebuild(row)
+    row.updated_at = now()
+    _update_status(row)
 
 
-def come_to_rest(session: Session, row: VectorTable) -> None:
-    """Nothing runs on the vector table any more: what had failed is an error still, until a run goes well."""
-    status = resting_status(session, row)
-    if status is SyncStatus.PENDING_REBACKFILL:
-        set_status(row, status, _HELD if row.is_held and row.last_error is None else None)
-    elif status is not SyncStatus.PAUSED and row.last_error is not None:
-        set_status(row, SyncStatus.ERROR)
-    else:
-        set_status(row, status)
+def settle_status(row: VectorTable) -> None:
+    """A build or a pause has ended: an error that is left makes the status `error`, unless a build is due."""
+    facts = _facts_of(row)
+    row.updated_at = now()
+    row.has_failed = row.last_error is not None and not facts.is_outdated
+    if facts.is_outdated and row.is_rebuild_suppressed and row.last_error is None and not row.paused:
+        row.last_error, row.last_error_at = _REBUILD_CANCELLED, now()
+    _update_status(row, facts)
 
 
-def hold(session: Session, row: VectorTable, config_version: int) -> None:
-    """Somebody cancelled the build of this configuration: where it is not live, nothing begins it by itself."""
+def settle_failure(row: VectorTable, error: str, task_type: TaskType) -> None:
+    """A task has failed for good. A failed sync does not keep a newer configuration from being built."""
+    facts = _facts_of(row)
+    row.last_error, row.last_error_at, row.updated_at = error, now(), now()
+    row.has_failed = not (facts.is_outdated and task_type is TaskType.SYNC)
+    _update_status(row, facts)
+
+
+def suppress_rebuild(session: Session, row: VectorTable, config_version: int) -> None:
+    """The build of this configuration was cancelled: unless it is live, only a request starts it again."""
     if row.live_version is None:
         return
     if session.get_one(VectorSetRow, (row.id, row.live_version)).config_version < config_version:
-        row.held_config_version = config_version
-        if row.is_held:
-            row.last_error, row.last_error_at = _HELD, now()
+        row.not_rebuilt_version = config_version
+        if row.is_rebuild_suppressed:
+            row.last_error, row.last_error_at = _REBUILD_CANCELLED, now()
 
 
-def release(row: VectorTable) -> None:
-    """What was held is asked for again, or not wanted any more. Does nothing where nothing was."""
-    row.held_config_version = None
-    if row.last_error == _HELD:
+def allow_rebuild(row: VectorTable) -> None:
+    """The build that was cancelled is requested again, or no longer wanted. Idempotent."""
+    row.not_rebuilt_version = None
+    if row.last_error == _REBUILD_CANCELLED:
         row.last_error = row.last_error_at = None
 
 
-def note_success(row: VectorTable) -> None:
-    """A run went well: what had failed is over; what is held is so still."""
-    if row.last_error != _HELD:
+def clear_error(row: VectorTable) -> None:
+    """A task has completed; a build that was cancelled stays so, with its message."""
+    if row.last_error != _REBUILD_CANCELLED:
         row.last_error = row.last_error_at = None
 
 
 def mark_deleted(row: VectorTable) -> None:
-    """Gone for callers at once; the reconcile sensor tears the storage down."""
+    """Gone for callers at once; the reconcile sensor removes the vectors."""
     row.deleted_at = now()
-    set_status(row, SyncStatus.DELETING)
+    _update_status(row)
 
 
-def pause(session: Session, row: VectorTable) -> None:
+def pause(row: VectorTable) -> None:
     """Nothing syncs or re-backfills by itself any more; queries go on. Raises Conflict `sync_already_paused`."""
     if row.paused:
         raise Conflict(
             f"Sync of {row.name!r} is already paused.", code="sync_already_paused", resolution="Nothing to do."
         )
     row.paused = True
-    if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
-        set_status(row, resting_status(session, row))
+    _update_status(row)
 
 
-def resume(session: Session, row: VectorTable) -> None:
-    """Ends a pause; what had failed before or during it is an error still. Raises Conflict `sync_not_paused`."""
+def resume(row: VectorTable) -> None:
+    """Ends a pause; a failure before or during the pause is still an error. Raises Conflict `sync_not_paused`."""
     if not row.paused:
         raise Conflict(f"Sync of {row.name!r} is not paused.", code="sync_not_paused", resolution="Nothing to do.")
     row.paused = False
-    if SyncStatus(row.sync_status) is not SyncStatus.BACKFILLING:
-        come_to_rest(session, row)
+    settle_status(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,10 +347,10 @@ def load_endpoints(session: Session, vector_table_id: str) -> Endpoints | None:
 
 
 def storage_places(session: Session, vector_table_ids: Collection[str]) -> dict[str, str]:
-    """Where each is stored: by the id of its connection what lies in the source's database, all else in one Qdrant."""
+    """Where each is stored: by the id of its connection what lies in the source's database, all else in one managed store."""
     statement = select(VectorTable.id, VectorTable.mode, VectorTable.connection_id)
     found = session.execute(statement.where(VectorTable.id.in_(vector_table_ids)))
-    return {key: connection_id if mode == Mode.PLATFORM.value else "qdrant" for key, mode, connection_id in found}
+    return {key: connection_id if mode == Mode.PLATFORM.value else "managed" for key, mode, connection_id in found}
 
 
 def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]:
@@ -337,7 +362,7 @@ def never_built(session: Session, vector_table_ids: Collection[str]) -> set[str]
 def awaiting_rebackfill(session: Session) -> list[VectorTable]:
     """Vector tables whose configuration is newer than what is live, and that are neither paused nor held."""
     wanted = SyncStatus.PENDING_REBACKFILL.value
-    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == wanted, ~_is_held)))
+    return list(session.scalars(select(VectorTable).where(VectorTable.sync_status == wanted, ~_is_rebuild_suppressed)))
 
 
 def being_deleted(session: Session) -> list[VectorTable]:
@@ -356,7 +381,7 @@ def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list
             VectorTable.next_sync_at <= instant,
             may_sync,
             VectorTable.live_version.is_not(None),
-            ~_has_live_task(),
+            ~has_live_task(),
         )
         .order_by(VectorTable.next_sync_at)
         .limit(limit)
@@ -364,9 +389,9 @@ def due_for_sync(session: Session, instant: datetime, limit: int = 1000) -> list
     return list(session.scalars(statement))
 
 
-def _has_live_task() -> ColumnElement[bool]:
-    live = [status.value for status in LIVE_TASK_STATUSES]
-    return select(Task.id).where(Task.target_id == VectorTable.id, Task.status.in_(live)).exists()
+def has_live_task() -> ColumnElement[bool]:
+    """The condition that a task of the vector table is pending or running."""
+    return select(Task.id).where(Task.target_id == VectorTable.id, Task.status.in_(_LIVE)).exists()
 
 
 def without_next_sync(session: Session, limit: int = 1000) -> list[VectorTable]:

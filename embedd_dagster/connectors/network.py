@@ -9,7 +9,7 @@ from typing import Final
 
 Resolver = Callable[[str, int], list[str]]
 
-# The clouds' metadata services hand out the machine's own credentials to whoever asks from it.
+# The clouds' metadata services hand out the machine's own credentials to any request that comes from it.
 _METADATA_ADDRESSES: Final = (
     "169.254.169.254", "fd00:ec2::254",  # AWS and others
     "100.100.100.200",  # Alibaba
@@ -30,13 +30,20 @@ class NameUnknown(Exception):
 class AddressForbidden(Exception):
     """The host name leads to where this service does not connect; its argument says what kind of address that is."""
 
+    def for_host(self, host: str) -> tuple[str, str]:
+        """The message and the resolution for users."""
+        return (
+            f"The host {host!r} leads to {self}, to which this service does not connect.",
+            "Use a host that is reachable under a public address, or ask the operator of this service.",
+        )
+
 
 def resolve(host: str, port: int) -> list[str]:
     """The host's addresses in the system's order, without repeats. Raises NameUnknown."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no valid name"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is not a valid name"
         raise NameUnknown(reason) from None
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
@@ -44,7 +51,7 @@ def resolve(host: str, port: int) -> list[str]:
 def vetted_addresses(host: str, port: int, *, deny_private_networks: bool, resolver: Resolver = resolve) -> list[str]:
     """The addresses to connect to. Connect to these, not to the name: it could resolve differently the second time.
 
-    Raises AddressForbidden where one of them is link-local or a metadata service, or private where that is denied, and
+    Raises AddressForbidden if one of them is link-local or a metadata service, or is private and that is denied, and
     what the resolver raises.
     """
     addresses = resolver(host, port)
@@ -55,7 +62,7 @@ def vetted_addresses(host: str, port: int, *, deny_private_networks: bool, resol
 
 
 def refusal(address: str, *, deny_private_networks: bool) -> str | None:
-    """What kind of forbidden address this is, or None where connecting is allowed."""
+    """What kind of forbidden address this is, or None if connecting is allowed."""
     parsed = _unwrap(ip_address(address.partition("%")[0]))
     if parsed in _METADATA:
         return "a cloud's metadata service"
@@ -74,6 +81,6 @@ def _unwrap(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
     """The IPv4 address inside an IPv6 one: a mapped, translated or tunnelled form must not hide it."""
     if isinstance(address, IPv4Address):
         return address
-    if any(address in network for network in _EMBEDDING_IPV4) and int(address) > 1:  # but for :: and ::1
+    if any(address in network for network in _EMBEDDING_IPV4) and int(address) > 1:  # except :: and ::1
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped or address.sixtofour or address

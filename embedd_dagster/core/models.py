@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from embedd_dagster.core.vector_table import MAX_DIMENSIONS
 from embedd_dagster.errors import ValidationFailed
 
 
@@ -92,8 +91,6 @@ def check_model(
     With `own_server` (an OpenAI-compatible `base_url`) a model that the catalog does not know is accepted. With `own_models`
     (a server that is not the provider's) so is any: a model of a known name may be another one there.
     """
-    if not 1 <= dimensions <= MAX_DIMENSIONS:
-        raise ValidationFailed(f"embedding_dimensions: a number from 1 to {MAX_DIMENSIONS} is accepted.")
     if own_models:
         return
     model = find_model(provider, name)

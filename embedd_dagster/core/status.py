@@ -1,13 +1,14 @@
-"""The states of a vector table, of a vector set and of a task, and the moves allowed between them."""
+"""The states of a vector table, of a vector set and of a task."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 
 class SyncStatus(StrEnum):
-    """The state of a vector table, as callers see it (SPEC §3). `deleting` is never shown: it is a 404."""
+    """The state of a vector table, as callers see it. `deleting` is never shown: the API answers 404."""
 
     PENDING = "pending"
     BACKFILLING = "backfilling"
@@ -18,51 +19,40 @@ class SyncStatus(StrEnum):
     DELETING = "deleting"
 
 
-SYNC_STATUS_MOVES: Final[dict[SyncStatus, frozenset[SyncStatus]]] = {
-    SyncStatus.PENDING: frozenset({SyncStatus.BACKFILLING, SyncStatus.PAUSED, SyncStatus.ERROR, SyncStatus.DELETING}),
-    SyncStatus.BACKFILLING: frozenset(
-        {
-            SyncStatus.SYNCED,
-            SyncStatus.ERROR,
-            SyncStatus.PENDING,  # a first backfill was cancelled
-            SyncStatus.PENDING_REBACKFILL,  # the configuration changed while it ran
-            SyncStatus.PAUSED,
-            SyncStatus.DELETING,
-        }
-    ),
-    SyncStatus.SYNCED: frozenset(
-        {
-            SyncStatus.BACKFILLING,
-            SyncStatus.PENDING_REBACKFILL,
-            SyncStatus.PAUSED,
-            SyncStatus.ERROR,
-            SyncStatus.DELETING,
-        }
-    ),
-    SyncStatus.PENDING_REBACKFILL: frozenset(
-        {SyncStatus.BACKFILLING, SyncStatus.SYNCED, SyncStatus.PAUSED, SyncStatus.ERROR, SyncStatus.DELETING}
-    ),
-    SyncStatus.PAUSED: frozenset(
-        {
-            SyncStatus.PENDING,
-            SyncStatus.BACKFILLING,
-            SyncStatus.SYNCED,
-            SyncStatus.PENDING_REBACKFILL,
-            SyncStatus.ERROR,
-            SyncStatus.DELETING,
-        }
-    ),
-    SyncStatus.ERROR: frozenset(
-        {
-            SyncStatus.BACKFILLING,
-            SyncStatus.SYNCED,
-            SyncStatus.PENDING_REBACKFILL,
-            SyncStatus.PAUSED,
-            SyncStatus.DELETING,
-        }
-    ),
-    SyncStatus.DELETING: frozenset(),
-}
+@dataclass(frozen=True, slots=True)
+class StatusFacts:
+    """What the sync status of a vector table follows from."""
+
+    is_deleted: bool
+    is_building: bool
+    """A backfill or re-backfill is pending or running."""
+    is_paused: bool
+    has_failed: bool
+    """The last task failed for good, or something has to be done by a person first."""
+    config_version: int
+    """The configuration as last edited."""
+    live_config_version: int | None
+    """The configuration of the live version; None before the first backfill."""
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether what is live was built from an earlier configuration."""
+        return self.live_config_version is not None and self.live_config_version < self.config_version
+
+
+def status_of(facts: StatusFacts) -> SyncStatus:
+    """The sync status that callers see: the first of these facts that is true decides."""
+    if facts.is_deleted:
+        return SyncStatus.DELETING
+    if facts.is_building:
+        return SyncStatus.BACKFILLING
+    if facts.is_paused:
+        return SyncStatus.PAUSED
+    if facts.has_failed:
+        return SyncStatus.ERROR
+    if facts.live_config_version is None:
+        return SyncStatus.PENDING
+    return SyncStatus.PENDING_REBACKFILL if facts.is_outdated else SyncStatus.SYNCED
 
 
 class TaskType(StrEnum):
@@ -74,7 +64,7 @@ class TaskType(StrEnum):
 
 
 class TaskStatus(StrEnum):
-    """The state of a task; `pending` and `running` are live, at most one live task a vector table."""
+    """The state of a task; `pending` and `running` are live, a vector table has at most one live task."""
 
     PENDING = "pending"
     RUNNING = "running"

@@ -12,7 +12,6 @@ from embedd_dagster.errors import ValidationFailed
 
 MAX_NAME_LENGTH: Final = 100
 MAX_COLUMNS: Final = 200
-MAX_DIMENSIONS: Final = 16_000  # pgvector's limit for a stored vector
 _UNSAFE: Final = re.compile(r"[^A-Za-z0-9_-]+")
 
 
@@ -33,7 +32,7 @@ class FilterType(StrEnum):
 
 
 class Mode(StrEnum):
-    """Where the vectors live: in our Qdrant (managed) or in the source database (platform)."""
+    """Where the vectors live: in our own store (managed) or in the source database (platform)."""
 
     MANAGED = "managed"
     PLATFORM = "platform"

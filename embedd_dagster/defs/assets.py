@@ -8,6 +8,7 @@ from pydantic import Field
 
 from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.core.run_names import NAME_TAG, PARTITION_SET, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
 from embedd_dagster.defs import partitions
 from embedd_dagster.defs.failures import as_failure
@@ -15,13 +16,14 @@ from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.materialization import Links, data_version, describe_report
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import cancel_was_asked_for, stop_signal
-from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, NAME_TAG, OUTCOME_TAG, TASK_TAG, TASK_TYPE_TAG
+from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, OUTCOME_TAG
 from embedd_dagster.defs.verdicts import not_checked
 from embedd_dagster.engine.run import RunReport, run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
 
 GROUP = "vector_tables"
+SOURCE_KINDS, STORE_KINDS = {"table"}, {"vectors"}  # connect to the registry of connectors
 OWNERS = ["team:data-engineering"]
 
 source_table = dg.AssetSpec(
@@ -32,7 +34,7 @@ source_table = dg.AssetSpec(
     ),
     group_name=GROUP,
     owners=OWNERS,
-    kinds={"postgres", "table"},
+    kinds=SOURCE_KINDS,
 )
 
 
@@ -60,7 +62,7 @@ class VectorTableConfig(dg.Config):
     deps=[source_table],
     group_name=GROUP,
     owners=OWNERS,
-    kinds={"qdrant", "postgres"},
+    kinds=STORE_KINDS,
     tags={"domain": "vector-search"},
     code_version="1",
     pool=partitions.vector_tables.name,  # `dagster.yaml` says how many of its runs there may be at once
@@ -86,7 +88,7 @@ def vector_table(
         opened = runtime.open()
         task_id = find_or_create_task(opened, context, config)
         # the API launches a table's first run maybe before the sensor has added its partition
-        instance.add_dynamic_partitions("vector_tables", [context.partition_key])
+        instance.add_dynamic_partitions(PARTITION_SET, [context.partition_key])
         if task_id is None:
             context.log.info("Nothing to do: the vector table is paused, and nobody asked for this by hand.")
             instance.add_run_tags(run_id, {OUTCOME_TAG: "paused"})

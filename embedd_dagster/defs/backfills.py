@@ -14,11 +14,11 @@ from typing import Any, Final
 import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus, PartitionBackfill
 
+from embedd_dagster.core.run_names import ASSET_NAME, JOB_NAME, PARTITION_TAG
 from embedd_dagster.defs.stopping import GIVEN_UP_BACKFILL
-from embedd_dagster.defs.tags import BACKFILL_TAG, CANCELLED_BY_TAG, MODE_TAG, PARTITION_TAG
+from embedd_dagster.defs.tags import BACKFILL_TAG, CANCELLED_BY_TAG, MODE_TAG
 
-ASSET_KEY: Final = dg.AssetKey("vector_table")
-JOB_NAME: Final = "vector_table_job"
+ASSET_KEY: Final = dg.AssetKey(ASSET_NAME)
 _UNFINISHED: Final = [BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING, BulkActionStatus.FAILING]
 _LOOK_BACK: Final = timedelta(days=1)
 _OPTIONS: Final = ("full", "retry_failed", "confirm_mass_delete")

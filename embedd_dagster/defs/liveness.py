@@ -34,7 +34,7 @@ class LifeSigns:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class SilenceLimits:
     """The instant of the judgement, and how long a run may be silent."""
 
     now: datetime
@@ -44,7 +44,7 @@ class Patience:
     """False just after an outage of the catalog or of a sensor, when no run can have given a heartbeat."""
 
 
-def why_gone(status: dg.DagsterRunStatus, signs: LifeSigns, patience: Patience) -> str | None:
+def why_gone(status: dg.DagsterRunStatus, signs: LifeSigns, patience: SilenceLimits) -> str | None:
     """Why the process of a run in flight must be gone, or None where it may be alive."""
     match status:
         case dg.DagsterRunStatus.NOT_STARTED:
@@ -58,13 +58,13 @@ def why_gone(status: dg.DagsterRunStatus, signs: LifeSigns, patience: Patience) 
     return None
 
 
-def _lost_its_code_server(signs: LifeSigns, patience: Patience) -> bool:
+def _lost_its_code_server(signs: LifeSigns, patience: SilenceLimits) -> bool:
     if signs.changed_at is None or patience.code_server_started_at is None:
         return False
     return signs.changed_at < patience.code_server_started_at and patience.now - signs.changed_at > START
 
 
-def _why_silent(signs: LifeSigns, patience: Patience) -> str | None:
+def _why_silent(signs: LifeSigns, patience: SilenceLimits) -> str | None:
     if signs.heartbeat_at is not None:
         if patience.now - signs.heartbeat_at <= patience.stale_after:
             return None

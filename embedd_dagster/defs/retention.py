@@ -19,13 +19,13 @@ from sqlalchemy import delete, select
 
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.defs.backfills import ASSET_KEY, JOB_NAME
-from embedd_dagster.defs.cdc import follow_job
+from embedd_dagster.core.run_names import JOB_NAME, TASK_TAG
+from embedd_dagster.defs.backfills import ASSET_KEY
+from embedd_dagster.defs.cdc.job import follow_job
 from embedd_dagster.defs.failures import as_failure
 from embedd_dagster.defs.partitions import vector_tables
 from embedd_dagster.defs.reconcile.plan import IN_FLIGHT
 from embedd_dagster.defs.resources import RuntimeResource
-from embedd_dagster.defs.tags import TASK_TAG
 from embedd_dagster.defs.tick_logs import purge_tick_logs
 from embedd_dagster.defs.verdicts import CHECK_NAME, FORMER_CHECK_NAMES
 from embedd_dagster.engine.runtime import Runtime

@@ -43,7 +43,7 @@ class WorkerStopped(TransientError):
 
 
 @contextmanager
-def told_to_stop() -> Iterator[Callable[[], bool]]:
+def stop_requested() -> Iterator[Callable[[], bool]]:
     """As `stop_signal`, for a run that ends well whoever tells it to stop."""
     with stop_signal(lambda: True) as should_stop:
         yield should_stop

@@ -16,10 +16,11 @@ from datetime import timedelta
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, shard_checkpoints, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
+from embedd_dagster.catalog.failed_rows import RowFailure
+from embedd_dagster.catalog.shard_checkpoints import ShardState
 from embedd_dagster.catalog.tables import VectorSetRow
-from embedd_dagster.catalog.vector_sets import RowFailure, ShardState
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow, TableDigest, VectorSet, digest_bits
 from embedd_dagster.core.shards import KeyRange, in_chunks
@@ -139,7 +140,7 @@ def _retry_many_failures(work: Work, reader: TableReader, pipeline: RowPipeline,
     if not _are_many(work, _count_failures(work, vector_set), work.progress.total_rows):
         return
     with work.runtime.catalog.transaction() as session:
-        failed = vector_sets.failures(session, vector_set)
+        failed = failed_rows.fingerprints(session, vector_set)
     work.log(f"Trying {len(failed)} failed rows again.")
     for chunk in in_chunks([row.key for row in failed], _FAILED_ROWS_A_TRY):
         counts = write_keys(work, reader, pipeline, vector_set, chunk)
@@ -150,7 +151,7 @@ def _retry_many_failures(work: Work, reader: TableReader, pipeline: RowPipeline,
 
 def _load(work: Work, reader: TableReader, pipeline: RowPipeline, vector_set: VectorSet) -> None:
     with work.runtime.catalog.transaction() as session:
-        shards = vector_sets.shards(session, vector_set.vector_table_id, vector_set.version)
+        shards = shard_checkpoints.read(session, vector_set.vector_table_id, vector_set.version)
     for shard in shards:
         work.progress.add(RowCounts(**shard.counts))
     open_shards = [shard for shard in shards if not shard.done]
@@ -202,7 +203,7 @@ def _load_shard(
     def checkpoint(failures: list[RowFailure], *, done: bool) -> None:
         def save(session: Session) -> None:
             work.record_failures(session, vector_set, failures)
-            vector_sets.checkpoint_shard(
+            shard_checkpoints.record(
                 session, vector_set, shard.ordinal, last_key=last_key, done=done, counts=counts.to_json()
             )
 
@@ -281,7 +282,7 @@ def _refuse_many_failures(work: Work, vector_set: VectorSet, total_rows: int) ->
 
 def _count_failures(work: Work, vector_set: VectorSet) -> int:
     with work.runtime.catalog.transaction() as session:
-        return vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
+        return failed_rows.count(session, vector_set.vector_table_id, vector_set.version)
 
 
 def _verify(
@@ -335,9 +336,7 @@ def _swap(
             return
         row = vector_sets.get(session, vector_set.vector_table_id, vector_set.version)
         row.skipped_count = (
-            digest.row_count
-            - point_count
-            - vector_sets.count_failures(session, vector_set.vector_table_id, vector_set.version)
+            digest.row_count - point_count - failed_rows.count(session, vector_set.vector_table_id, vector_set.version)
         )
         row.truncated_count = work.progress.counts.truncated + work.caught_up.truncated
         vector_sets.set_digest(row, digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import islice
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, vector_sets, vector_tables
 from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.engine.runtime import Runtime
@@ -39,7 +39,7 @@ def inspect_live_set(runtime: Runtime, vector_table_id: str, sample_size: int = 
         if table.live_version is None:
             raise NotReady("Nothing is live yet.")
         live = vector_sets.get(session, table.id, table.live_version)
-        failed_count = vector_sets.count_failures(session, table.id, live.version)
+        failed_count = failed_rows.count(session, table.id, live.version)
     configuration = VectorConfiguration.from_json(live.configuration)
     vector_set = vector_sets.as_vector_set(live, table.storage_name)
     selection = Selection(configuration.source_table, configuration.primary_key_column, configuration.column_names)

@@ -44,6 +44,7 @@ class Opened:
     ) -> None:
         """`check` is called while something is waited for, and ends the wait by raising; `fenced` raises in a lost run."""
         self._runtime = runtime
+        self._connection = connection
         self._check = check
         self._fenced = fenced
         self._log = log
@@ -122,7 +123,9 @@ class Opened:
         )
         if name not in self._embedders:
             limits = provider.limits if provider else {}
-            raw = self._resources.enter_context(self._runtime.open_embedder(provider, model, dimensions))
+            raw = self._resources.enter_context(
+                self._runtime.open_embedder(provider, self._connection, model, dimensions)
+            )
             self._embedders[name] = PacedEmbedder(
                 raw,
                 limits=limits,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from embedd_dagster.catalog.vector_sets import RowFailure
+from embedd_dagster.catalog.failed_rows import RowFailure
 from embedd_dagster.core.embedded_text import check_metadata_length, compose_text, metadata_reader, text_hashes
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet

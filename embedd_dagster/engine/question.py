@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import cut_at_unknown_tokens
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.errors import TextRejected
-from embedd_dagster.protocols.cutting import cut_at_unknown_tokens
 from embedd_dagster.protocols.embedder import Embedder
 
 

@@ -182,17 +182,21 @@ class Searcher:
     def _embedder(self, live: LiveTable, configuration: VectorConfiguration) -> Embedder:
         provider = live.provider
         model, dimensions = configuration.embedding_model, configuration.embedding_dimensions
-        key = (provider.id, provider.updated_at, model, dimensions) if provider else (None, model, dimensions)
-        return self._embedders.get(
-            key,
-            lambda: self._runtime.open_embedder(
-                self._endpoints(live).embedding_provider,
+        # without a provider the source embeds, by the credentials of its connection
+        account = (provider.id, provider.updated_at) if provider else (live.connection_id, live.connection_updated_at)
+
+        def open_embedder() -> Embedder:
+            endpoints = self._endpoints(live)
+            return self._runtime.open_embedder(
+                endpoints.embedding_provider,
+                endpoints.connection,
                 model,
                 dimensions,
                 timeout_seconds=self._patience,
                 one_text_at_a_time=True,
-            ),
-        )
+            )
+
+        return self._embedders.get((*account, model, dimensions), open_embedder)
 
     def _endpoints(self, live: LiveTable) -> Endpoints:
         """With the secrets: read only where something is opened. At least as new as the instant that it is kept by."""

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.catalog.vector_sets import RowFailure
+from embedd_dagster.catalog.failed_rows import RowFailure
 from embedd_dagster.core.changes import ChangePlan, plan_changes
 from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, SourceRow, TableDigest, VectorSet, digest_bits
@@ -131,7 +131,7 @@ def apply_changes(
 def _failed_rows(work: Work, vector_set: VectorSet, bits: int) -> dict[int, list[Fingerprint]]:
     """The failed rows as they were when they failed, by bucket; those to be tried again with a hash no row has."""
     with work.runtime.catalog.transaction() as session:
-        rows = vector_sets.failures(session, vector_set)
+        rows = failed_rows.fingerprints(session, vector_set)
     if work.task.options.get("retry_failed"):
         rows = [row._replace(row_hash=~row.row_hash) for row in rows]
     by_bucket: dict[int, list[Fingerprint]] = {}
@@ -200,7 +200,7 @@ def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None
 
     def save(session: Session) -> None:
         work.record_failures(session, vector_set, outcome.failures)
-        vector_sets.clear_failures(session, vector_set, settled)
+        failed_rows.clear(session, vector_set, settled)
 
     work.record(save)
 
@@ -208,7 +208,7 @@ def _settle(work: Writing, vector_set: VectorSet, outcome: BatchOutcome) -> None
 def _delete(work: Writing, vector_set: VectorSet, keys: list[Key]) -> None:
     work.check()
     work.as_owner(lambda: work.store.delete(vector_set, keys))
-    work.record(lambda session: vector_sets.clear_failures(session, vector_set, keys))
+    work.record(lambda session: failed_rows.clear(session, vector_set, keys))
 
 
 def sync(work: Work) -> RowCounts:
@@ -247,7 +247,7 @@ def sync(work: Work) -> RowCounts:
         row.truncated_count = (row.truncated_count or 0) + counts.truncated
         row.source_origin = reader.origin
         if point_count is not None:
-            failed = vector_sets.count_failures(session, live.vector_table_id, live.version)
+            failed = failed_rows.count(session, live.vector_table_id, live.version)
             row.skipped_count = digest.row_count - point_count - failed
             table.synced_rows = point_count
         table.total_rows = digest.row_count

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
-from embedd_dagster.catalog import change_feeds, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import cdc, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
+from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError
-from embedd_dagster.postgresql import deadline
 
 _DROP_SECONDS = 10.0
 
@@ -59,7 +59,7 @@ def teardown(runtime: Runtime, vector_table_id: str) -> bool:
 def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
     """Drops what following has made in sources of which no table is followed any more; how many feeds."""
     with runtime.catalog.transaction() as session:
-        unused = change_feeds.unused(session)
+        unused = cdc.unused_streams(session)
     return sum(
         attempt(f"change feed of {connection.id}", connection.id, partial(_drop_feed, runtime, connection, feed.name))
         for feed, connection in unused
@@ -70,9 +70,9 @@ def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
     try:
         # locked while it is dropped: a follower that begins at this moment claims it before, or makes it anew behind
         with runtime.catalog.transaction() as session:
-            if change_feeds.find(session, connection.id, lock=True) is None:
+            if cdc.find(session, connection.id, lock=True) is None:
                 return False
-            if not change_feeds.unused(session, connection.id):  # a table is followed again by now
+            if not cdc.unused_streams(session, connection.id):  # a table is followed again by now
                 return False
             with (
                 deadline(_DROP_SECONDS),
@@ -80,10 +80,10 @@ def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
                 source.cdc_stream(name) as opened,
             ):
                 opened.drop()
-            change_feeds.remove(session, connection.id)
+            cdc.remove(session, connection.id)
     except EmbeddError as error:
         with runtime.catalog.transaction() as session:
-            change_feeds.note_error(session, connection.id, error.message)
+            cdc.record_error(session, connection.id, error.message)
         raise
     return True
 

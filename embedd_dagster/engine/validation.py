@@ -6,8 +6,9 @@ Nothing is written here, neither to the catalog nor to a source or store, so not
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -18,9 +19,10 @@ from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.connections import ConnectionStatus
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.catalog.vector_tables import NewVectorTable
-from embedd_dagster.connectors import sources
+from embedd_dagster.connectors import registry
 from embedd_dagster.core.models import PROVIDER_HOSTS, ProviderKind, check_model
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, check_columns
+from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
     ConfigurationError,
@@ -51,7 +53,7 @@ def open_source_briefly(
     Raises SecretUnreadable, ConfigurationError.
     """
     patience = runtime.settings.request_timeout_seconds
-    return sources.open_source(
+    return registry.open_source(
         connection.provider,
         connections.open_credentials(connection, runtime.box),
         # libpq takes whole seconds, from 2 on
@@ -59,6 +61,7 @@ def open_source_briefly(
         statement_timeout_seconds=min(statement_timeout_seconds, patience),
         deny_private_networks=runtime.settings.deny_private_networks,
         allow_unix_sockets=runtime.settings.allow_unix_sockets,
+        current_deadline=current_deadline,
     )
 
 
@@ -93,11 +96,12 @@ def validate_vector_table(runtime: Runtime, environment_id: str, new: NewVectorT
             f"mode: the vector table is in {new.mode} mode, connection {connection.name!r} is in {connection.mode} mode.",
             resolution="Use a connection of the same mode.",
         )
-    check_embedding(provider, configuration.embedding_model, configuration.embedding_dimensions)
+    check_embedding(runtime, connection, provider, configuration)
+    limits = runtime.store_capabilities(new.mode, connection)
     checked = _check_source(runtime, connection, configuration, check_key=True, sync_mode=new.sync_mode)
-    schema = _platform_schema(runtime, connection) if new.mode is Mode.PLATFORM else None
+    name = _platform_name(runtime, connection) if new.mode is Mode.PLATFORM else None
     _check_prefixes(runtime, connection, checked.columns)
-    return replace(new, configuration=checked, platform_schema=schema)
+    return replace(new, configuration=checked, platform_name=name, max_name_length=limits.max_name_length)
 
 
 def admit_change(
@@ -114,7 +118,7 @@ def admit_change(
     if new.columns != old.columns:
         check_columns(new.columns)
     if (new.embedding_model, new.embedding_dimensions) != (old.embedding_model, old.embedding_dimensions):
-        check_embedding(provider, new.embedding_model, new.embedding_dimensions)
+        check_embedding(runtime, connection, provider, new)
     is_moved = new.source_table != old.source_table
     if new.columns == old.columns and not is_moved:
         return new
@@ -130,12 +134,22 @@ def source_key_type(runtime: Runtime, connection: Connection, configuration: Vec
         return source.reader(selection).key_type
 
 
-def check_embedding(provider: EmbeddingProvider | None, model: str, dimensions: int) -> None:
-    """Returns when the provider gives this model at these dimensions. Raises ValidationFailed."""
+def check_embedding(
+    runtime: Runtime,
+    connection: Connection,
+    provider: EmbeddingProvider | None,
+    configuration: VectorConfiguration,
+) -> None:
+    """Returns when the model gives these dimensions, and the store can hold them. Raises ValidationFailed."""
+    model, dimensions = configuration.embedding_model, configuration.embedding_dimensions
+    store = runtime.store_capabilities(Mode(connection.mode), connection)
+    if not 1 <= dimensions <= store.max_dimensions:
+        raise ValidationFailed(f"embedding_dimensions: a number from 1 to {store.max_dimensions} is accepted.")
     if provider is None:
-        # a source that embeds by itself (Snowflake's Cortex) would be asked here
+        if registry.source_spec(connection.provider).embeds_itself:
+            return
         raise ValidationFailed(
-            "embedding_provider_id: required in managed mode, and in platform mode with PostgreSQL and MySQL.",
+            f"embedding_provider_id: required, as source {connection.provider!r} cannot embed by itself.",
             resolution="Make one with POST /v1/embedding-providers, and give its id.",
         )
     kind, base_url = ProviderKind(provider.provider), provider.base_url
@@ -265,11 +279,12 @@ def _check_followable(source: Source, configuration: VectorConfiguration) -> Non
         raise ValidationFailed(f"sync_mode: {error.message}", resolution=error.resolution) from None
 
 
-def _platform_schema(runtime: Runtime, connection: Connection) -> str:
+def _platform_name(runtime: Runtime, connection: Connection) -> Callable[[str], str]:
+    """Makes the name that users query from the name that a vector table is stored under."""
     try:
         with runtime.open_platform_store(connection) as store:
             store.check()
-            return store.schema
+            return partial(registry.platform_store_spec(connection.provider).public_ref, store.schema)
     except (VectorStoreRejected, ConfigurationError) as error:
         raise ValidationFailed(f"mode: {error.message}", resolution=error.resolution) from None
 

@@ -12,9 +12,9 @@ from typing import Any, Self, TypeVar
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog.failed_rows import RowFailure
 from embedd_dagster.catalog.tables import Task, VectorSetRow
-from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.keys import Key, render_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.vector_table import VectorConfiguration
@@ -210,5 +210,5 @@ class Work:
     def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
         """Keeps failed rows in a fenced transaction, and says so in the log."""
         if failures:
-            vector_sets.record_failures(session, vector_set, failures)
+            failed_rows.record(session, vector_set, failures)
             self.log(f"{len(failures)} rows failed at step {failures[0].step}: {failures[0].code}.")

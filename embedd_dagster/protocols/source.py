@@ -1,9 +1,10 @@
-"""What a source database must be able to do: introspect, read in key order, and tell what changed.
+"""What a source database must be able to do: introspect tables, read rows in key order, and report changes.
 
 A source is opened by `sources.open_source` and may be used by several threads. It raises only: SourceUnavailable (try
 again), SourceAccessDenied, SourceTableNotFound, SourceRejected. A read that fails raises in the middle of its
-iteration: it never looks like the end of the table. No statement stays open while a caller works on what it gave; but
-for `fingerprints`, which may be one scan that lasts as long as its iteration.
+iteration: it never looks like the end of the table. No statement stays open while a caller works on what it gave, except
+`fingerprints`, which may be one scan that lasts as long as its iteration. A source is given a `DeadlineSource` when it is
+opened; every wait for its server ends by that deadline.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ class SourceTable:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What is read of a table: which rows are told apart by which key, and which columns."""
+    """What is read of a table: the column that identifies its rows, and other columns."""
 
     table: str
     primary_key_column: str
     columns: tuple[str, ...]
     filter_types: Mapping[str, FilterType] = field(default_factory=dict)
-    """What metadata columns are to be kept as; those whose type can by now not be are refused."""
+    """The types to store metadata columns as. A column whose type no longer fits is rejected."""
 
 
 class TableReader(Protocol):
@@ -121,12 +122,12 @@ class Source(Protocol):
     def check_key(self, table: str, column: str) -> None:
         """Returns when the column is unique and not null, by constraint or by its rows.
 
-        Raises SourceRejected with a message that says why it is no key.
+        Raises SourceRejected with a message that says why it is not a key.
         """
         ...
 
     def check_cdc_eligible(self, table: CdcTable) -> None:
-        """Returns when changes of the table can be followed by the source's log.
+        """Returns when CDC is possible for the table.
 
         Raises SourceRejected, whose resolution holds the exact statements that would make it so, SourceTableNotFound and
         SourceAccessDenied. Changes nothing.
@@ -134,7 +135,7 @@ class Source(Protocol):
         ...
 
     def cdc_stream(self, name: str) -> CdcStream:
-        """The feed of this name, `[a-z0-9_]{1,50}`: what it makes in the source is named by it. Connects when used."""
+        """The CDC stream of this name, `[a-z0-9_]{1,50}`, which names what it creates in the source. Connects when used."""
         ...
 
     def reader(self, selection: Selection) -> TableReader:
@@ -142,7 +143,7 @@ class Source(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes connections. Idempotent."""
         ...
 
     def __enter__(self) -> Self: ...

@@ -137,12 +137,14 @@ def find_code_socket(state_dir: Path) -> Path:
 
 
 def child_environment(
-    *, database_url: str, dagster_database_url: str, qdrant_url: str, dagster_url: str, api_url: str, encryption_keys: str,
-    qdrant_api_key: str, dagster_token: str, dagster_home: Path, code_socket: Path,
+    *, database_url: str, dagster_database_url: str, qdrant_url: str, qdrant_grpc_port: int | None, dagster_url: str,
+    api_url: str, encryption_keys: str, qdrant_api_key: str, dagster_token: str, dagster_home: Path, code_socket: Path,
 ) -> dict[str, str]:  # fmt: skip
-    """The environment of every child but PostgreSQL."""
+    """The environment of every child except PostgreSQL; without `qdrant_grpc_port`, that port stays as it is set."""
+    grpc_port = {} if qdrant_grpc_port is None else {"EMBEDD_QDRANT_GRPC_PORT": str(qdrant_grpc_port)}
     return {
         **os.environ,
+        **grpc_port,
         "EMBEDD_DATABASE_URL": database_url,
         "EMBEDD_DAGSTER_DATABASE_URL": driver_url(dagster_database_url, "postgresql+psycopg2"),
         "EMBEDD_QDRANT_URL": qdrant_url,

@@ -64,6 +64,7 @@ def _qdrant(services: Services) -> ChildSpec:
     port = services.ports["qdrant"]
     data = services.state_dir / "qdrant"
     command = ["embedd_dagster.stack.qdrant.server", "--data", str(data), "--port", str(port), "--host", LOOPBACK]
+    command += ["--grpc-port", str(services.ports["qdrant-grpc"])]
     return _python(services, "qdrant", command, is_ready=lambda: answers(port, "/readyz") == 200)
 
 
@@ -103,10 +104,10 @@ def _daemon(services: Services) -> ChildSpec:
 
 def _api(services: Services) -> ChildSpec:
     port = services.ports["api"]
-    command = ["uvicorn", "api.app:create_app", "--factory", "--host", LOOPBACK, "--port", str(port)]
+    command = ["uvicorn", "embedd_api.app:create_app", "--factory", "--host", LOOPBACK, "--port", str(port)]
     # clients let go of idle connections first (httpx after 5 s): else a request meets one that is being closed
     command += ["--timeout-graceful-shutdown", "5", "--timeout-keep-alive", "75"]
-    command += ["--http", "api.http_limits:LimitedHttp"]
+    command += ["--http", "embedd_api.http_limits:LimitedHttp"]
     # Any answer: it listens when the application has started, and it may well say that another part is down.
     return _python(services, "api", command, is_ready=lambda: answers(port, "/health") is not None)
 
@@ -122,7 +123,7 @@ def _python(
         name=name,
         command=command,
         environment=services.environment,
-        directory=PROJECT_ROOT,  # where the packages `embedd_dagster` and `api` are found
+        directory=PROJECT_ROOT,  # where the packages `embedd_dagster` and `embedd_api` are found
         is_ready=is_ready,
         ready_timeout_seconds=300,  # a busy machine takes minutes to import Dagster
         **others,

@@ -264,7 +264,7 @@ class Stack:
         dagster_token = installation.find_dagster_token(self.state_dir, external)
         qdrant_api_key = installation.find_qdrant_api_key(self.state_dir, external)
         remembered = Ports(self.state_dir / "ports.json")
-        ports = {name: remembered.claim(name) for name in ("api", "dagster-webserver", "qdrant")}
+        ports = {name: remembered.claim(name) for name in ("api", "dagster-webserver", "qdrant", "qdrant-grpc")}
         urls = {name: f"http://{LOOPBACK}:{port}" for name, port in ports.items()}
         qdrant_url = external.qdrant_url or urls["qdrant"]
 
@@ -292,6 +292,7 @@ class Stack:
             database_url=database_url,
             dagster_database_url=dagster_database_url,
             qdrant_url=qdrant_url,
+            qdrant_grpc_port=None if external.qdrant_url else ports["qdrant-grpc"],
             dagster_url=urls["dagster-webserver"],
             api_url=urls["api"],
             encryption_keys=encryption_keys,

@@ -7,9 +7,11 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from sqlalchemy import URL
 
+from api.state import ApiState
 from embedd_dagster.catalog import api_keys, environments
 from embedd_dagster.catalog.api_keys import Permission
 from embedd_dagster.catalog.database import Catalog
@@ -59,6 +61,13 @@ class Tenant:
             assert prod is not None
             key = api_keys.create(session, organization.id, None, "test", Permission.FULL)
         return cls(client, catalog, source, organization.id, prod.id, key.raw)
+
+    @property
+    def state(self) -> ApiState:
+        """The state of the application that the client talks to."""
+        assert isinstance(self.client.app, FastAPI)
+        found: ApiState = self.client.app.state.embedd
+        return found
 
     def new_key(self, permission: str = "full", environment_id: str | None = None) -> str:
         with self.catalog.transaction() as session:

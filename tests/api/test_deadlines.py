@@ -16,8 +16,6 @@ import pytest
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
-from api import external_calls
-from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.openai_server import RunningServer, running_openai_server
@@ -93,7 +91,7 @@ def test_hung_sources_leave_threads_to_others(tenant: Tenant, hung: Hung, app_wi
     tenant.client = app_with(request_timeout_seconds=3.0)
     connection_id = tenant.connection()["id"]
     tenant.put(f"/v1/connections/{connection_id}", {"credentials": {**tenant.credentials, "port": hung.port}})
-    asked = external_calls.AT_ONCE + 8
+    asked = tenant.state.external_calls.at_most + 8
     with ThreadPoolExecutor(asked) as clients:
         answers = [clients.submit(tenant.post, f"/v1/connections/{connection_id}/test") for _ in range(asked)]
         refused = [answer.result() for answer in islice(as_completed(answers), 8)]
@@ -125,10 +123,7 @@ def test_a_hung_provider_in_its_test(built: Built, hung: Hung) -> None:
     assert "did not answer" in answer["error"]
 
 
-def test_a_hung_store(
-    built: Built, hung: Hung, app_with: Callable[..., TestClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pgvector_database, "_CONNECT_SECONDS", 2)
+def test_a_hung_store(built: Built, hung: Hung, app_with: Callable[..., TestClient]) -> None:
     tenant = built.tenant
     table = tenant.get(built.path).json()
     if table["mode"] == "managed":

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from api.errors import ERROR_CODES
+from api.error_codes import ERROR_CODES
 from tests.api.tenants import code_of
 from tests.support.chromium import Tab, open_chromium
 from tests.support.serving import serving

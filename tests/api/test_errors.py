@@ -10,7 +10,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 import api
-from api.errors import ERROR_CODES
+from api.error_codes import ERROR_CODES
 from api.routers import tasks as tasks_router
 from embedd_dagster import errors
 from embedd_dagster.errors import EmbeddError

@@ -1,6 +1,6 @@
 """PostgreSQL servers that freeze in the middle of a connection: what is connected stays so, and no answer ever comes.
 
-Their own timeouts are of no use then, and TCP finds nothing wrong; see `embedd_dagster/connectors/postgresql/pool.py`.
+Their own timeouts are of no use then, and TCP finds nothing wrong; see `embedd_dagster/deadlines.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fastapi.testclient import TestClient
 from pydantic import SecretStr
 from sqlalchemy import URL, make_url
 
-from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
-from embedd_dagster.postgresql import BoundedConnection, deadline
+from embedd_dagster.deadlines import current_deadline, deadline
+from embedd_dagster.postgresql import BoundedConnection
 from tests.api.tenants import Tenant, code_of, unique
 from tests.api.test_query import Built
 from tests.support.freezing_proxy import FreezingProxy, freezing_proxy
@@ -129,8 +129,7 @@ class TestPlatformStore:
         impatient.source = impatient.source.set(host="127.0.0.1", port=proxy.port)
         return Built(impatient, server, "platform")
 
-    def test_queries(self, built: Built, proxy: FreezingProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(pgvector_database, "_CONNECT_SECONDS", 2)
+    def test_queries(self, built: Built, proxy: FreezingProxy) -> None:
         assert built.query(query="x").status_code == 200
         proxy.freeze()
         for _ in range(2):
@@ -191,6 +190,7 @@ class TestPatience:
     def opened(self, source: URL, proxy: FreezingProxy) -> Iterator[BoundedConnection]:
         url = source.set(host="127.0.0.1", port=proxy.port).render_as_string(hide_password=False)
         connection = BoundedConnection.connect(url, autocommit=True)
+        connection.current_deadline = current_deadline
         yield connection
         connection.close()
 

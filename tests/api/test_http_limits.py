@@ -297,7 +297,7 @@ def test_trailers_do_not_reach_the_application(port: int) -> None:
         sock.sendall(head + b"2\r\n{}\r\n0\r\nX-Request-Id: smuggled\r\nAuthorization: Bearer sk_x\r\n\r\n")
         (reply,) = _replies(sock)
     assert reply.code == "unauthorized"
-    assert "no API key in the request" in json.loads(reply.body)["error"]["message"]
+    assert "The request has no API key" in json.loads(reply.body)["error"]["message"]
 
 
 def test_websocket_is_not_spoken(port: int) -> None:
@@ -351,10 +351,10 @@ def test_all_bodies_together_have_a_limit() -> None:
     assert second.grow(500_000)
     assert third.grow(65_536)
     assert not third.grow(200_000)
-    first.give_back()
+    first.release()
     assert third.grow(200_000)
     for share in (first, second, third):
-        share.give_back()
+        share.release()
     assert budget.left == 1_000_000
 
 
@@ -369,9 +369,9 @@ def _api_process(settings: Settings, descriptors: int) -> Iterator[tuple[psutil.
     }
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "uvicorn", "api.app:create_app", "--factory", "--port", str(port)]
+    command = [sys.executable, "-m", "uvicorn", "embedd_api.app:create_app", "--factory", "--port", str(port)]
     process = subprocess.Popen(
-        [*command, "--http", "api.http_limits:LimitedHttp"],
+        [*command, "--http", "embedd_api.http_limits:LimitedHttp"],
         cwd=_ROOT,
         env=environment,
         stdout=subprocess.DEVNULL,

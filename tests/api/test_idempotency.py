@@ -420,8 +420,8 @@ class TestDeath:
         with pytest.raises(idempotency.KeyInUse):
             create(slow, "of-the-slow")
         with catalog.transaction() as session:
-            idempotency.keep_refusal(session, box, slow, {"code": "x", "message": "x", "resolution": "x"})
-            idempotency.give_up(session, slow)
+            idempotency.keep_error(session, box, slow, {"code": "x", "message": "x", "resolution": "x"})
+            idempotency.release(session, slow)
         create(fast, "of-the-fast")
         assert self._claim(tenant, catalog, box, "k", b"", 30.0) == {"status": 201, "body": "of-the-fast"}
         names = {row["name"] for row in tenant.get("/v1/environments").json()["data"]}

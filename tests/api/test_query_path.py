@@ -11,11 +11,8 @@ from typing import Any, NoReturn
 
 import psycopg
 import pytest
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from api import query_route
-from api.state import ApiState
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.catalog.lookups import Lookups
@@ -43,12 +40,6 @@ def built(
     server.reset()
     tenant.client = app_with(qdrant_url=qdrant_url, retired_set_grace_seconds=0)
     return Built(tenant, server, request.param)
-
-
-def _state(built: Built) -> ApiState:
-    assert isinstance(built.tenant.client.app, FastAPI)
-    state: ApiState = built.tenant.client.app.state.embedd
-    return state
 
 
 def _count(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -117,14 +108,14 @@ def _rebuild(built: Built) -> None:
 def test_the_first_query_after_a_swap_goes_to_the_new_set(built: Built) -> None:
     assert "\n" in built.query(query="x").json()["results"][0]["embedded_text"]
     _rebuild(built)
-    assert drop_retired_sets(_state(built).runtime) > 0
+    assert drop_retired_sets(built.tenant.state.runtime) > 0
     results = built.query(query="x").json()["results"]
     assert len(results) == 10
     assert not any("\n" in row["embedded_text"] for row in results)
 
 
 def test_a_swap_between_the_catalogs_answer_and_the_stores(built: Built) -> None:
-    state = _state(built)
+    state = built.tenant.state
 
     def find() -> LiveTable:
         found = find_live(state.runtime.catalog, built.tenant.environment_id, built.id)
@@ -153,10 +144,10 @@ def test_connections_that_were_lost_are_replaced(built: Built, catalog_url: str)
 
 
 def test_slow_queries_hold_up_nobody_else(built: Built, server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(query_route, "_MAX_WAITING", 20)
     tenant = built.tenant
     assert built.query(query="x").status_code == 200
-    threads = int(_state(built).queries.threads.total_tokens)
+    threads = int(tenant.state.query_threads.total_tokens)
+    monkeypatch.setattr(tenant.state.queries, "at_most", threads + 20)
     server.behave(hang_next=1000, hang_seconds=4)
     asked = threads + 20 + 16
     try:
@@ -191,7 +182,7 @@ def test_queries_count_against_a_providers_limits(built: Built, catalog_url: str
     assert built.tenant.put(f"/v1/embedding-providers/{provider_id}", {"limits": limits}).status_code == 200
     for _ in range(3):
         assert built.query(query="x" * 400).status_code == 200
-    _state(built).searcher.close()  # books what is left
+    built.tenant.state.searcher.close()  # books what is left
     with psycopg.connect(catalog_url) as connection:
         booked = connection.execute(
             "SELECT kind, level FROM provider_budgets WHERE embedding_provider_id = %s", [provider_id]

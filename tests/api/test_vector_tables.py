@@ -7,16 +7,17 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from sqlalchemy import func, text, update
 
-from api import state
 from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.catalog.tables import ChangeFeed, Task
+from embedd_dagster.catalog.tables import CdcStreamRow, Task
 from tests.api.tenants import COLUMNS, Tenant, code_of, unique
 
 
@@ -93,7 +94,9 @@ def test_update_delete_and_schema(tenant: Tenant) -> None:
 
 
 def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "_ESTIMATE_SECONDS", 10.0)  # six at once, on a busy machine
+    assert isinstance(tenant.client.app, FastAPI)
+    patient = replace(tenant.state, estimate_seconds=10.0)  # six at once, on a busy machine
+    monkeypatch.setattr(tenant.client.app.state, "embedd", patient)
     table = tenant.table()
     path = f"/v1/vector-tables/{table['id']}/backfill"
     with ThreadPoolExecutor(6) as pool:
@@ -165,10 +168,12 @@ def test_a_pause_does_not_set_back_until_when_a_followed_table_was_true(tenant: 
     with tenant.catalog.transaction() as session:
         row = vector_tables.find(session, made["id"], lock=True)
         assert row is not None
-        row.sync_mode, row.followed_since = "cdc", now() - timedelta(hours=1)
+        row.sync_mode, row.cdc.subscribed_since = "cdc", now() - timedelta(hours=1)
         row.last_sync_at = now() - timedelta(hours=2)
         session.add(
-            ChangeFeed(connection_id=made["connection_id"], name="f", failures=0, created_at=now(), caught_up_at=now())
+            CdcStreamRow(
+                connection_id=made["connection_id"], name="f", failures=0, created_at=now(), caught_up_at=now()
+            )
         )
     before = tenant.get(f"{path}/status").json()["last_sync_at"]
     assert tenant.post(f"{path}/pause").json()["last_sync_at"] == before
@@ -180,7 +185,7 @@ def test_the_status_of_a_followed_table_says_what_holds_up_its_connection(tenant
         row = vector_tables.find(session, made["id"], lock=True)
         assert row is not None
         row.sync_mode = "cdc"
-        feed = ChangeFeed(connection_id=made["connection_id"], name="f", failures=0, created_at=now())
+        feed = CdcStreamRow(connection_id=made["connection_id"], name="f", failures=0, created_at=now())
         feed.last_error, feed.last_error_at = "the commit waits for a synchronous standby", now()
         session.add(feed)
     path = f"/v1/vector-tables/{made['id']}/sync"

@@ -13,6 +13,7 @@ from sqlalchemy import Engine, create_engine, inspect, make_url
 
 from embedd_dagster.catalog import migrate
 from embedd_dagster.catalog.tables import Base
+from embedd_dagster.connectors.postgresql.cdc.slot import lsn_text
 
 
 def _engine(database_url: str) -> Engine:
@@ -37,7 +38,7 @@ def test_upgrading_twice_is_the_same_as_once(database_url: str) -> None:
     assert [name for _, name in environments] == ["prod"]
     migrate.upgrade(database_url)
     assert _rows(database_url, "SELECT id, name FROM environments") == environments
-    assert _rows(database_url, "SELECT version_num FROM alembic_version") == [("0012",)]
+    assert _rows(database_url, "SELECT version_num FROM alembic_version") == [("0014",)]
 
 
 def test_two_processes_may_upgrade_at_once(database_url: str) -> None:
@@ -56,3 +57,24 @@ def test_every_migration_can_be_taken_back(database_url: str) -> None:
         command.downgrade(config, "base")
     assert inspect(engine).get_table_names() == ["alembic_version"]
     migrate.upgrade(database_url)
+
+
+def test_the_position_of_a_stream_is_kept_when_it_becomes_text(database_url: str) -> None:
+    position = 0x16_B374D848
+    config = migrate.alembic_config()
+    with _engine(database_url).connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0012")
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        admin.execute("SET session_replication_role = replica")  # no foreign keys: the stream needs no connection here
+        admin.execute(
+            "INSERT INTO change_feeds (connection_id, name, position, failures, created_at)"
+            " VALUES ('conn', 'embedd_conn', %s, 0, now())",
+            [position],
+        )
+    migrate.upgrade(database_url)
+    assert _rows(database_url, "SELECT position FROM change_feeds") == [(lsn_text(position),)]
+    with _engine(database_url).connect() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0012")
+    assert _rows(database_url, "SELECT position FROM change_feeds") == [(position,)]

@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 from embedd_dagster.catalog import (
     connections,
     environments,
+    failed_rows,
     live_tables,
     migrate,
     resyncs,
     tasks,
-    vector_sets,
     vector_tables,
 )
 from embedd_dagster.catalog.clock import now
@@ -118,8 +118,8 @@ READS: dict[str, Callable[[Session], object]] = {
     "being deleted": vector_tables.being_deleted,
     "due for sync": lambda s: vector_tables.due_for_sync(s, now()),
     "without next sync": vector_tables.without_next_sync,
-    "owed syncs": lambda s: resyncs.owed(s, 25),
-    "failed rows": lambda s: vector_sets.failed_page(s, TABLE, 20, None),
+    "owed syncs": lambda s: resyncs.due(s, 25),
+    "failed rows": lambda s: failed_rows.page(s, TABLE, 20, None),
     "connections": lambda s: connections.page(s, _environment_id(s), 20, None),
 }
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from embedd_dagster.connectors.postgresql.hosts import allowed_addresses, refusal, resolve
+from embedd_dagster.connectors.network import refusal
+from embedd_dagster.connectors.postgresql.connection import allowed_addresses
+from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.errors import SourceRejected, SourceUnavailable
 
 
@@ -59,21 +61,18 @@ def test_public_ones_are_allowed(address: str) -> None:
 
 
 def test_one_forbidden_address_refuses_the_host() -> None:
+    server, found = Server("db.example", 1, "d", "u"), ["8.8.8.8", "169.254.0.9"]
     with pytest.raises(SourceRejected, match=r"'db\.example' leads to a link-local address"):
-        allowed_addresses("db.example", 1, deny_private_networks=False, resolver=lambda *_: ["8.8.8.8", "169.254.0.9"])
+        allowed_addresses(server, deny_private_networks=False, resolver=lambda *_: found)
 
 
 def test_the_addresses_found_are_those_to_connect_to() -> None:
-    assert resolve("127.0.0.1", 5432) == ["127.0.0.1"]
-    assert allowed_addresses(
-        "localhost", 5432, deny_private_networks=False, resolver=lambda *_: ["::1", "127.0.0.1"]
-    ) == [
-        "::1",
-        "127.0.0.1",
-    ]
+    assert allowed_addresses(Server("127.0.0.1", 5432, "d", "u"), deny_private_networks=False) == ["127.0.0.1"]
+    local, found = Server("localhost", 5432, "d", "u"), ["::1", "127.0.0.1"]
+    assert allowed_addresses(local, deny_private_networks=False, resolver=lambda *_: found) == found
 
 
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a" * 300, "a..b", "xn--\udcff"])
 def test_a_name_that_does_not_resolve(host: str) -> None:
     with pytest.raises(SourceUnavailable, match="does not resolve"):
-        resolve(host, 5432)
+        allowed_addresses(Server(host, 5432, "d", "u"), deny_private_networks=False)

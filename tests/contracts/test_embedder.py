@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import TextRejected
 from embedd_dagster.protocols.embedder import Embedder
 from tests.support.gemini_server import running_gemini_server

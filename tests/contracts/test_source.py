@@ -12,7 +12,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.sources import PROVIDERS, open_source
+from embedd_dagster.connectors.registry import open_source, sources
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
@@ -76,7 +76,7 @@ def read_keys(reader: TableReader, keys: list[Key]) -> list[SourceRow]:
 
 
 def test_every_provider_is_under_contract() -> None:
-    assert set(_BACKENDS) == set(PROVIDERS)
+    assert set(_BACKENDS) == set(sources())
 
 
 def test_an_unknown_provider_names_those_known() -> None:

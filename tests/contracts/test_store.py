@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.stores import open_platform_store, open_qdrant
+from embedd_dagster.connectors.qdrant.store import QdrantStore
+from embedd_dagster.connectors.registry import open_platform_store
 from embedd_dagster.core.embedded_text import text_hash, text_hashes
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key, encode_key
@@ -32,10 +33,11 @@ HOSTILE_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["qdrant", "pgvector"])
+@pytest.fixture(params=["qdrant", "qdrant over grpc", "pgvector"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    if request.param == "qdrant":
-        opened: Store = open_qdrant(request.getfixturevalue("qdrant_url"))
+    if request.param != "pgvector":
+        port = request.getfixturevalue("qdrant_grpc_port") if "grpc" in request.param else None
+        opened: Store = QdrantStore(request.getfixturevalue("qdrant_url"), grpc_port=port)
     else:
         opened = open_platform_store("postgresql", credentials_of(request.getfixturevalue("database_url")))
     with opened:
@@ -493,7 +495,7 @@ def test_a_store_that_is_down_is_transient(kind: str, call: str) -> None:
         port = probe.getsockname()[1]
     credentials = {"host": "127.0.0.1", "port": port, "database": "d", "user": "u", "password": "p@:/%w"}
     down = (
-        open_qdrant(f"http://127.0.0.1:{port}") if kind == "qdrant" else open_platform_store("postgresql", credentials)
+        QdrantStore(f"http://127.0.0.1:{port}") if kind == "qdrant" else open_platform_store("postgresql", credentials)
     )
     with down, pytest.raises(VectorStoreUnavailable) as caught:
         CALLS[call](down, new_set())

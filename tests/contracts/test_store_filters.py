@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.stores import open_platform_store, open_qdrant
+from embedd_dagster.connectors.qdrant.store import QdrantStore
+from embedd_dagster.connectors.registry import open_platform_store
 from embedd_dagster.core.embedded_text import metadata_value
 from embedd_dagster.core.filters import OPERATORS, And, Condition, Filter, Operator, Or, matches
 from embedd_dagster.core.floats import kept_float
@@ -86,7 +87,7 @@ def loaded(postgres: EmbeddedPostgres, qdrant_url: str) -> Iterator[Loaded]:
     credentials |= {"user": parts["user"], "password": parts["password"]}
     vector_table_id = f"vt_{uuid4().hex[:26]}"
     vector_set = VectorSet(vector_table_id, 1, f"{vector_table_id[:11]}_f", 4, COLUMNS, "integer")
-    with open_qdrant(qdrant_url) as qdrant, open_platform_store("postgresql", credentials) as pgvector:
+    with QdrantStore(qdrant_url) as qdrant, open_platform_store("postgresql", credentials) as pgvector:
         stores: dict[str, Store] = {"qdrant": qdrant, "pgvector": pgvector}
         for store in stores.values():
             store.create(vector_set)

@@ -112,8 +112,6 @@ def test_ids_sort_by_their_second_and_differ_within_it() -> None:
         (ProviderKind.OPENAI, "text-embedding-ada-002", 512, False, False),
         (ProviderKind.OPENAI, "nomic-embed", 768, False, False),
         (ProviderKind.OPENAI, "nomic-embed", 768, True, True),
-        (ProviderKind.OPENAI, "nomic-embed", 0, True, False),
-        (ProviderKind.OPENAI, "nomic-embed", 16_001, True, False),
         (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 384, False, True),
         (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 128, False, False),
         (ProviderKind.VOYAGE, "voyage-3.5", 2048, False, True),

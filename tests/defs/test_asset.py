@@ -14,12 +14,13 @@ import pytest
 from embedd_dagster.catalog import tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import VectorSetRow
+from embedd_dagster.core.run_names import TASK_TAG
 from embedd_dagster.core.status import VectorSetState
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import assets, checks
 from embedd_dagster.defs.assets import RunMode, VectorTableConfig
 from embedd_dagster.defs.resources import RuntimeResource
-from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.tags import OUTCOME_TAG
 from embedd_dagster.defs.verdicts import CHECK_NAME, judge
 from embedd_dagster.engine.inspect import LiveSetInspection
 from embedd_dagster.engine.run import RunReport

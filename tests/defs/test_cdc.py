@@ -11,31 +11,33 @@ import pytest
 
 from embedd_dagster.catalog import vector_tables
 from embedd_dagster.catalog.database import Catalog
-from embedd_dagster.catalog.tables import ChangeFeed
-from embedd_dagster.defs.cdc import FollowerPlan, FollowerRun, Launch, follow_job, keep_following, plan_followers
+from embedd_dagster.catalog.tables import CdcStreamRow
+from embedd_dagster.defs.cdc.job import follow_job
+from embedd_dagster.defs.cdc.plan import ConsumerPlan, ConsumerRun, Launch, plan_consumers
+from embedd_dagster.defs.cdc.sensor import keep_consuming
 from embedd_dagster.defs.liveness import LifeSigns
 from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.tags import CONNECTION_TAG
 from embedd_dagster.engine.runtime import Runtime
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
-RUN = FollowerRun("r1", "conn_a")
+RUN = ConsumerRun("r1", "conn_a")
 
 
-def _feed(**values: Any) -> ChangeFeed:
+def _feed(**values: Any) -> CdcStreamRow:
     given = {"dagster_run_id": "r1", "claimed_at": NOW - timedelta(minutes=9), "heartbeat_at": NOW, **values}
-    return ChangeFeed(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
+    return CdcStreamRow(connection_id="conn_a", name="embedd_conn_a", failures=0, created_at=NOW, **given)
 
 
 def _plan(
-    *runs: FollowerRun,
-    feed: ChangeFeed | None = None,
+    *runs: ConsumerRun,
+    feed: CdcStreamRow | None = None,
     follow: bool = True,
     silence_counts: bool = True,
-) -> FollowerPlan:
+) -> ConsumerPlan:
     feeds = {} if feed is None else {"conn_a": feed}
     wanted = ["conn_a"] if follow else []
-    return plan_followers(
+    return plan_consumers(
         wanted,
         feeds,
         runs,
@@ -47,7 +49,7 @@ def _plan(
     )
 
 
-def _seen(seconds_ago: float, status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED) -> FollowerRun:
+def _seen(seconds_ago: float, status: dg.DagsterRunStatus = dg.DagsterRunStatus.STARTED) -> ConsumerRun:
     """A run that gave its last heartbeat so long ago."""
     instant = NOW - timedelta(seconds=seconds_ago)
     return replace(RUN, status=status, signs=LifeSigns(changed_at=NOW - timedelta(hours=1), heartbeat_at=instant))
@@ -58,30 +60,30 @@ def test_a_connection_to_follow_gets_a_run() -> None:
 
 
 def test_a_run_that_lives_is_left_alone() -> None:
-    assert _plan(RUN, feed=_feed()) == FollowerPlan()
+    assert _plan(RUN, feed=_feed()) == ConsumerPlan()
 
 
 def test_a_run_that_is_starting_is_waited_for() -> None:
     starting = replace(RUN, signs=LifeSigns(started_at=NOW - timedelta(seconds=20)))
-    assert _plan(starting) == FollowerPlan()
-    assert _plan(starting, feed=_feed(dagster_run_id=None, heartbeat_at=None)) == FollowerPlan()
+    assert _plan(starting) == ConsumerPlan()
+    assert _plan(starting, feed=_feed(dagster_run_id=None, heartbeat_at=None)) == ConsumerPlan()
 
 
 def test_a_run_whose_code_server_was_killed_while_it_started_is_buried_within_a_minute() -> None:
     starting = replace(
         RUN, status=dg.DagsterRunStatus.STARTING, signs=LifeSigns(changed_at=NOW - timedelta(seconds=46))
     )
-    assert _plan(starting) == FollowerPlan((Launch("conn_a"),), (starting,))
+    assert _plan(starting) == ConsumerPlan((Launch("conn_a"),), (starting,))
 
 
 def test_a_silent_run_is_buried_and_another_launched_at_once() -> None:
     planned = _plan(RUN, feed=_feed(heartbeat_at=NOW - timedelta(seconds=31)))
-    assert planned == FollowerPlan((Launch("conn_a"),), (RUN,))
+    assert planned == ConsumerPlan((Launch("conn_a"),), (RUN,))
 
 
 def test_after_an_outage_of_the_catalog_silence_says_nothing() -> None:
     silent = _feed(heartbeat_at=NOW - timedelta(seconds=31))
-    assert _plan(RUN, feed=silent, silence_counts=False) == FollowerPlan()
+    assert _plan(RUN, feed=silent, silence_counts=False) == ConsumerPlan()
 
 
 def test_a_run_that_gave_its_feed_back_and_died_is_buried_within_a_minute() -> None:
@@ -92,29 +94,29 @@ def test_a_run_that_gave_its_feed_back_and_died_is_buried_within_a_minute() -> N
 
 
 def test_a_run_that_was_replaced_lives_as_long_as_it_gives_heartbeats() -> None:
-    successor = FollowerRun("r2", "conn_a")
+    successor = ConsumerRun("r2", "conn_a")
     theirs = _feed(dagster_run_id="r2")
-    assert _plan(_seen(20), successor, feed=theirs) == FollowerPlan()
+    assert _plan(_seen(20), successor, feed=theirs) == ConsumerPlan()
     assert _plan(_seen(31), successor, feed=theirs).dead == (_seen(31),)
-    assert _plan(_seen(31), successor, feed=theirs, silence_counts=False) == FollowerPlan()
+    assert _plan(_seen(31), successor, feed=theirs, silence_counts=False) == ConsumerPlan()
 
 
 def test_after_a_bad_end_the_next_run_waits() -> None:
     ended = {"dagster_run_id": None, "heartbeat_at": None}
-    assert _plan(feed=_feed(**ended, next_start_at=NOW + timedelta(seconds=5))) == FollowerPlan()
+    assert _plan(feed=_feed(**ended, next_start_at=NOW + timedelta(seconds=5))) == ConsumerPlan()
     assert _plan(feed=_feed(**ended, next_start_at=NOW)).launches == (Launch("conn_a"),)
 
 
 def test_an_old_run_gets_one_successor_while_it_goes_on() -> None:
     old = _feed(claimed_at=NOW - timedelta(hours=7))
-    assert _plan(RUN, feed=old) == FollowerPlan((Launch("conn_a", behind="r1"),))
-    successor = FollowerRun("r2", "conn_a")
-    assert _plan(RUN, successor, feed=old) == FollowerPlan()
+    assert _plan(RUN, feed=old) == ConsumerPlan((Launch("conn_a", behind="r1"),))
+    successor = ConsumerRun("r2", "conn_a")
+    assert _plan(RUN, successor, feed=old) == ConsumerPlan()
 
 
 def test_what_is_not_to_be_followed_gets_nothing() -> None:
-    assert _plan(feed=_feed(dagster_run_id=None), follow=False) == FollowerPlan()
-    assert _plan(RUN, feed=_feed(), follow=False) == FollowerPlan()
+    assert _plan(feed=_feed(dagster_run_id=None), follow=False) == ConsumerPlan()
+    assert _plan(RUN, feed=_feed(), follow=False) == ConsumerPlan()
 
 
 @pytest.mark.parametrize("outage", [False, True])
@@ -133,11 +135,13 @@ def test_a_follower_is_not_buried_for_the_catalogs_silence(
     with runtime.catalog.transaction() as session:
         long_ago = datetime.now(UTC) - timedelta(hours=1)
         values = {"dagster_run_id": run.run_id, "claimed_at": long_ago, "heartbeat_at": long_ago}
-        session.add(ChangeFeed(connection_id=connection_id, name="embedd_a", failures=0, created_at=long_ago, **values))
+        session.add(
+            CdcStreamRow(connection_id=connection_id, name="embedd_a", failures=0, created_at=long_ago, **values)
+        )
     memory = Memory()
     if outage:
         away = Runtime(runtime.settings, Catalog("postgresql://nobody@127.0.0.1:1/none"), runtime.box)
-        assert isinstance(keep_following(instance, lambda: away, memory, print), dg.SkipReason)
-    keep_following(instance, lambda: runtime, memory, print)
+        assert isinstance(keep_consuming(instance, lambda: away, memory, print), dg.SkipReason)
+    keep_consuming(instance, lambda: runtime, memory, print)
     is_in_flight = not instance.get_run_by_id(run.run_id).is_finished
     assert is_in_flight == outage

@@ -7,10 +7,10 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from embedd_dagster.defs import sensors
 from embedd_dagster.defs.backfills import ASSET_KEY
 from embedd_dagster.defs.former_partitions import move_history
 from embedd_dagster.defs.reconcile import apply
+from embedd_dagster.defs.reconcile import sensor as sensors
 from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.verdicts import CHECK_NAME
 from embedd_dagster.engine.runtime import Runtime

@@ -15,12 +15,12 @@ from embedd_dagster.core.fairness import QueuePlace
 from embedd_dagster.core.status import TaskStatus, TaskType
 from embedd_dagster.defs.liveness import LifeSigns
 from embedd_dagster.defs.reconcile.plan import (
+    Decision,
     Limits,
-    Observation,
     Plan,
     RunFact,
+    Snapshot,
     TaskFact,
-    Verdict,
     partition_changes,
     plan,
 )
@@ -44,9 +44,9 @@ def run(status: Status, run_id: str = "r1", *, task: str | None = "task_1", ende
 
 def seen(
     *tasks: TaskFact, flying: tuple[RunFact, ...] = (), ended: tuple[RunFact, ...] = (), **others: object
-) -> Observation:
+) -> Snapshot:
     keys = frozenset({"vt_1"})
-    facts = Observation(
+    facts = Snapshot(
         now=NOW,
         wanted_partitions={"vt_1": "vt_1"},
         partition_keys=keys,
@@ -63,66 +63,66 @@ DELETED: dict[str, object] = {"wanted_partitions": {}}
 CASES = {
     # a pending task
     "just created: the API launches it": (seen(replace(PENDING, created_at=ago(1))), None),
-    "not launched": (seen(PENDING), (Verdict.LAUNCH, "task_1:0")),
+    "not launched": (seen(PENDING), (Decision.LAUNCH, "task_1:0")),
     "queued": (seen(PENDING, flying=(run(Status.QUEUED),)), None),
     "starting": (seen(PENDING, flying=(run(Status.STARTING),)), None),
-    "its first run failed": (seen(PENDING, ended=(run(FAILED),)), (Verdict.LAUNCH, "task_1:r1")),
-    "the launched run is unknown": (seen(replace(PENDING, run_id="gone")), (Verdict.LAUNCH, "task_1:0")),
-    "the run was superseded": (seen(PENDING, ended=(run(DONE),)), (Verdict.LAUNCH, "task_1:r1")),
+    "its first run failed": (seen(PENDING, ended=(run(FAILED),)), (Decision.LAUNCH, "task_1:r1")),
+    "the launched run is unknown": (seen(replace(PENDING, run_id="gone")), (Decision.LAUNCH, "task_1:0")),
+    "the run was superseded": (seen(PENDING, ended=(run(DONE),)), (Decision.LAUNCH, "task_1:r1")),
     "launched since the runs in flight were read": (seen(PENDING, ended=(run(FAILED), run(Status.QUEUED, "r2"))), None),
-    "the run was cancelled in the queue": (seen(PENDING, ended=(run(CANCELED),)), (Verdict.CANCEL, None)),
-    "the last of two was cancelled": (seen(PENDING, ended=(run(FAILED), run(CANCELED))), (Verdict.CANCEL, None)),
-    "three runs died before the claim": (seen(PENDING, ended=(run(FAILED),) * 3), (Verdict.GIVE_UP, None)),
+    "the run was cancelled in the queue": (seen(PENDING, ended=(run(CANCELED),)), (Decision.CANCEL, None)),
+    "the last of two was cancelled": (seen(PENDING, ended=(run(FAILED), run(CANCELED))), (Decision.CANCEL, None)),
+    "three runs died before the claim": (seen(PENDING, ended=(run(FAILED),) * 3), (Decision.GIVE_UP, None)),
     "three died, one had claimed": (
         seen(replace(PENDING, attempts=1), ended=(run(FAILED, ended=100),) * 3),
-        (Verdict.LAUNCH, "task_1:r1"),
+        (Decision.LAUNCH, "task_1:r1"),
     ),
     "the second attempt comes at once": (
         seen(replace(PENDING, attempts=1), ended=(run(FAILED, ended=0),)),
-        (Verdict.LAUNCH, "task_1:r1"),
+        (Decision.LAUNCH, "task_1:r1"),
     ),
     "the third waits": (seen(replace(PENDING, attempts=2), ended=(run(FAILED, ended=20),) * 2), None),
     "the third has waited": (
         seen(replace(PENDING, attempts=2), ended=(run(FAILED, "r0", ended=70), run(FAILED, ended=31))),
-        (Verdict.LAUNCH, "task_1:r1"),
+        (Decision.LAUNCH, "task_1:r1"),
     ),
-    "cancel was asked for": (seen(replace(PENDING, cancel_requested=True)), (Verdict.CANCEL, None)),
+    "cancel was asked for": (seen(replace(PENDING, cancel_requested=True)), (Decision.CANCEL, None)),
     "cancel was asked for in the queue": (
         seen(replace(PENDING, cancel_requested=True), flying=(run(Status.QUEUED),)),
-        (Verdict.CANCEL, None),
+        (Decision.CANCEL, None),
     ),
-    "its table is deleted": (seen(PENDING, **DELETED), (Verdict.CANCEL, None)),
+    "its table is deleted": (seen(PENDING, **DELETED), (Decision.CANCEL, None)),
     # a running one
     "runs": (seen(RUNNING, flying=(run(Status.STARTED),)), None),
     "is being cancelled": (seen(replace(RUNNING, cancel_requested=True), flying=(run(Status.CANCELING),)), None),
-    "its run failed": (seen(RUNNING, ended=(run(FAILED),)), (Verdict.REQUEUE, None)),
-    "its run succeeded without finishing it": (seen(RUNNING, ended=(run(DONE),)), (Verdict.REQUEUE, None)),
-    "its run was cancelled": (seen(RUNNING, ended=(run(CANCELED),)), (Verdict.CANCEL, None)),
+    "its run failed": (seen(RUNNING, ended=(run(FAILED),)), (Decision.REQUEUE, None)),
+    "its run succeeded without finishing it": (seen(RUNNING, ended=(run(DONE),)), (Decision.REQUEUE, None)),
+    "its run was cancelled": (seen(RUNNING, ended=(run(CANCELED),)), (Decision.CANCEL, None)),
     "its run failed, and cancel was asked for": (
         seen(replace(RUNNING, cancel_requested=True), ended=(run(FAILED),)),
-        (Verdict.CANCEL, None),
+        (Decision.CANCEL, None),
     ),
     "an older run failed, the owner is not known yet": (seen(RUNNING, ended=(run(FAILED, "r0"),)), None),
-    "silent": (seen(SILENT, flying=(run(Status.STARTED),)), (Verdict.REQUEUE, None)),
+    "silent": (seen(SILENT, flying=(run(Status.STARTED),)), (Decision.REQUEUE, None)),
     "silent after an outage": (seen(SILENT, flying=(run(Status.STARTED),), silence_counts=False), None),
-    "silent, and its run is unknown": (seen(SILENT), (Verdict.REQUEUE, None)),
-    "silent while it is cancelled": (seen(SILENT, flying=(run(Status.CANCELING),)), (Verdict.CANCEL, None)),
+    "silent, and its run is unknown": (seen(SILENT), (Decision.REQUEUE, None)),
+    "silent while it is cancelled": (seen(SILENT, flying=(run(Status.CANCELING),)), (Decision.CANCEL, None)),
     "silent, and cancel was asked for": (
         seen(replace(SILENT, cancel_requested=True), flying=(run(Status.STARTED),)),
-        (Verdict.CANCEL, None),
+        (Decision.CANCEL, None),
     ),
-    "its table was deleted": (seen(RUNNING, flying=(run(Status.STARTED),), **DELETED), (Verdict.ASK_TO_END, None)),
+    "its table was deleted": (seen(RUNNING, flying=(run(Status.STARTED),), **DELETED), (Decision.ASK_TO_END, None)),
     "its table was deleted, and it knows": (
         seen(replace(RUNNING, cancel_requested=True), flying=(run(Status.STARTED),), **DELETED),
         None,
     ),
-    "its table was deleted, its run died": (seen(RUNNING, ended=(run(FAILED),), **DELETED), (Verdict.CANCEL, None)),
+    "its table was deleted, its run died": (seen(RUNNING, ended=(run(FAILED),), **DELETED), (Decision.CANCEL, None)),
 }
 
 
 @pytest.mark.parametrize(("observation", "expected"), CASES.values(), ids=CASES.keys())
-def test_a_live_task(observation: Observation, expected: tuple[Verdict, str | None] | None) -> None:
-    decisions = [(decision.verdict, decision.run_key) for decision in plan(observation, LIMITS).tasks]
+def test_a_live_task(observation: Snapshot, expected: tuple[Decision, str | None] | None) -> None:
+    decisions = [(decision.action, decision.run_key) for decision in plan(observation, LIMITS).tasks]
     assert decisions == ([expected] if expected else [])
 
 
@@ -231,7 +231,7 @@ def same(ids: Iterable[str]) -> dict[str, str]:
     return {key: key for key in ids}
 
 
-def observation_of(*tasks: TaskFact, rows: int = 0, **others: object) -> Observation:
+def observation_of(*tasks: TaskFact, rows: int = 0, **others: object) -> Snapshot:
     """All there, each in the environment that its id names."""
     ids = frozenset(task.vector_table_id for task in tasks)
     places = {key: QueuePlace("org", key.split("_")[1], "provider", rows) for key in ids}
@@ -307,20 +307,20 @@ def test_what_is_queued_by_the_sensor_itself_takes_its_turn_too() -> None:
 def test_a_backfill_that_dagster_gave_up_is_not_a_cancelled_task() -> None:
     gone = replace(run(CANCELED), given_up=True, backfill_id="b")
     (pending,) = plan(seen(PENDING, ended=(gone,)), LIMITS).tasks
-    assert (pending.verdict, pending.run_key) == (Verdict.LAUNCH, "task_1:r1")
+    assert (pending.action, pending.run_key) == (Decision.LAUNCH, "task_1:r1")
     (running,) = plan(seen(RUNNING, ended=(gone,)), LIMITS).tasks
-    assert (running.verdict, running.is_attempt) == (Verdict.REQUEUE, False)
+    assert (running.action, running.is_attempt) == (Decision.REQUEUE, False)
     canceling = replace(gone, status=Status.CANCELING)
     (silent,) = plan(seen(SILENT, flying=(canceling,)), LIMITS).tasks
-    assert (silent.verdict, silent.is_attempt) == (Verdict.REQUEUE, False)
+    assert (silent.action, silent.is_attempt) == (Decision.REQUEUE, False)
     (wanted,) = plan(seen(replace(RUNNING, cancel_requested=True), ended=(gone,)), LIMITS).tasks
-    assert wanted.verdict is Verdict.CANCEL, "somebody asked for it, too"
+    assert wanted.action is Decision.CANCEL, "somebody asked for it, too"
 
 
 def test_runs_that_gave_their_task_back_do_not_count_as_failed_starts() -> None:
     ended = tuple(run(FAILED, f"r{n}", ended=100) for n in range(5))
     (decision,) = plan(seen(replace(PENDING, handed_back=5), ended=ended), LIMITS).tasks
-    assert decision.verdict is Verdict.LAUNCH
+    assert decision.action is Decision.LAUNCH
 
 
 def test_partitions_that_a_backfill_still_needs_are_kept() -> None:

@@ -22,7 +22,7 @@ from embedd_dagster.catalog.tables import RunHeartbeat
 from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.reconcile import observe
 from embedd_dagster.defs.reconcile.observe import Memory
-from embedd_dagster.defs.sensors import reconcile
+from embedd_dagster.defs.reconcile.sensor import reconcile
 from embedd_dagster.defs.stopping import WorkerStopped
 from embedd_dagster.engine.run import _end
 from embedd_dagster.engine.runtime import Runtime

@@ -21,7 +21,7 @@ from embedd_dagster.core import ids
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, retention
 from embedd_dagster.defs.backfills import ASSET_KEY
-from embedd_dagster.defs.cdc import follow_job
+from embedd_dagster.defs.cdc.job import follow_job
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_job, purge_runs, purge_schedule, purge_tasks
 from embedd_dagster.engine.runtime import Runtime

@@ -19,10 +19,11 @@ from embedd_dagster.catalog.tables import RunHeartbeat, VectorSetRow
 from embedd_dagster.core.status import TaskType, VectorSetState
 from embedd_dagster.definitions import defs
 from embedd_dagster.defs import resources, sensors
+from embedd_dagster.defs.cleanup import Delays, clean_up, cleanup_sensor
 from embedd_dagster.defs.reconcile.observe import Memory
+from embedd_dagster.defs.reconcile.sensor import reconcile, reconcile_sensor
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.schedules import next_sync_at, schedule_syncs, sync_sensor
-from embedd_dagster.defs.sensors import Delays, clean_up, cleanup_sensor, reconcile, reconcile_sensor
 from embedd_dagster.engine import teardown
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, VectorStoreUnavailable
@@ -346,7 +347,7 @@ def test_a_newer_configuration_waits(tick: Any, tables: Any, kind: str) -> None:
         tables.task(key, TaskType.SYNC, created_at=now())
     else:
         with tables.runtime.catalog.transaction() as session:
-            vector_tables.pause(session, vector_tables.find(session, key))
+            vector_tables.pause(vector_tables.find(session, key))
     tables.reconfigure(key)
     assert not requests(tick())
 

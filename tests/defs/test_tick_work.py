@@ -25,12 +25,13 @@ from dagster._core.test_utils import instance_for_test
 from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.definitions import defs
-from embedd_dagster.defs.cdc import follower_sensor
+from embedd_dagster.defs.cdc.sensor import follower_sensor
+from embedd_dagster.defs.cleanup import cleanup_sensor
 from embedd_dagster.defs.reconcile.observe import Memory
+from embedd_dagster.defs.reconcile.sensor import reconcile, reconcile_sensor
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.retention import purge_backfills
 from embedd_dagster.defs.schedules import sync_sensor
-from embedd_dagster.defs.sensors import cleanup_sensor, reconcile, reconcile_sensor
 from embedd_dagster.defs.tick_logs import purge_tick_logs
 from embedd_dagster.engine.runtime import Runtime
 

@@ -26,7 +26,7 @@ from embedd_dagster.catalog import tasks
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.defs.reconcile.observe import Memory
-from embedd_dagster.defs.sensors import reconcile
+from embedd_dagster.defs.reconcile.sensor import reconcile
 from embedd_dagster.defs.stopping import cancel_was_asked_for
 from embedd_dagster.engine.runtime import Runtime
 

@@ -16,10 +16,11 @@ import dagster as dg
 import pytest
 
 from embedd_dagster.catalog import vector_tables
+from embedd_dagster.core.run_names import TASK_TAG
 from embedd_dagster.core.status import SyncStatus
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.defs import resources
-from embedd_dagster.defs.tags import OUTCOME_TAG, TASK_TAG
+from embedd_dagster.defs.tags import OUTCOME_TAG
 from embedd_dagster.settings import get_settings
 from tests.engine.conftest import Product
 
@@ -201,7 +202,7 @@ def test_a_paused_vector_table_is_left_alone_but_for_a_person(
     location: ModuleType, built: Product, instance: dg.DagsterInstance
 ) -> None:
     with built.runtime.catalog.transaction() as session:
-        vector_tables.pause(session, vector_tables.get(session, built.environment_id, built.vector_table_id, lock=True))
+        vector_tables.pause(vector_tables.get(session, built.environment_id, built.vector_table_id, lock=True))
     (request,) = tick(location, instance, location.products_at_six)
     task = built.latest_task()
     result = execute(

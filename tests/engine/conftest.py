@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -15,13 +16,21 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url
 
-from embedd_dagster.catalog import connections, embedding_providers, environments, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import (
+    connections,
+    embedding_providers,
+    environments,
+    failed_rows,
+    tasks,
+    vector_sets,
+    vector_tables,
+)
 from embedd_dagster.catalog.live_tables import LiveTable, find_live
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.tables import Connection, Task, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
-from embedd_dagster.connectors.postgresql.pgvector.store import view_name
+from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref, view_name
 from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
@@ -37,6 +46,7 @@ from tests.support.following import RunningFollower, eventually, follower_of, is
 from tests.support.openai_server import RunningServer, running_openai_server
 
 DIMENSIONS = 16
+PUBLIC = partial(platform_vector_ref, "public")
 MODEL = "text-embedding-3-small"
 COLUMNS = (
     Column("title", ColumnRole.EMBEDDING, ordinal=1, name_prefix="title: "),
@@ -70,7 +80,7 @@ class Product:
             old = vector_tables.get(session, self.environment_id, self.vector_table_id, lock=True)
             configuration = VectorConfiguration("products", "id", COLUMNS, MODEL, DIMENSIONS, old.embedding_provider_id)
             new = NewVectorTable(
-                uuid4().hex, old.connection_id, configuration, self.mode, SyncMode.BATCH, None, None, "public"
+                uuid4().hex, old.connection_id, configuration, self.mode, SyncMode.BATCH, None, None, PUBLIC
             )
             environment = environments.get(session, old.org_id, old.environment_id)
             vector_tables.mark_deleted(old)
@@ -178,9 +188,7 @@ class Product:
     def failed_keys(self) -> list[Any]:
         """Keys of the rows that have failed, of the newest version."""
         with self.runtime.catalog.transaction() as session:
-            return [
-                decode_key(row.key) for row in vector_sets.failed_page(session, self.vector_table_id, 500, None).items
-            ]
+            return [decode_key(row.key) for row in failed_rows.page(session, self.vector_table_id, 500, None).items]
 
     def expected_points(self) -> dict[Any, int]:
         """The row hash of every row, computed by the source now."""
@@ -261,7 +269,7 @@ def product(request: pytest.FixtureRequest, settings: Settings, openai_server: R
                 configuration,
                 mode,
                 SyncMode.BATCH,
-                platform_schema="public",
+                platform_name=PUBLIC,
             ),
         )
     made = Product(runtime, openai_server, url, environment.id, table.id, mode)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, shard_checkpoints, tasks, vector_sets, vector_tables
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
@@ -250,14 +250,14 @@ def test_a_catalog_that_is_away_for_a_moment_costs_no_attempt(
     product: Product, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     away = iter([True, False, True])
-    original = vector_sets.checkpoint_shard
+    original = shard_checkpoints.record
 
     def checkpoint(*arguments: Any, **options: Any) -> None:
         if next(away, False):
             raise CatalogUnavailable("The catalog database does not answer.")
         original(*arguments, **options)
 
-    monkeypatch.setattr(vector_sets, "checkpoint_shard", checkpoint)
+    monkeypatch.setattr(shard_checkpoints, "record", checkpoint)
     product.run()
     assert product.latest_task().attempts == 1
     assert "The catalog database does not answer. Waiting for it, up to 20 seconds." in product.log
@@ -486,7 +486,7 @@ def test_a_row_with_too_much_metadata_fails_and_the_others_are_live(product: Pro
     assert (report.rows_read, report.rows_embedded, report.rows_failed) == (500, 499, 1)
     live = product.live_set()
     with product.runtime.catalog.transaction() as session:
-        (failed,) = vector_sets.failed_page(session, live.vector_table_id, 10, None).items
+        (failed,) = failed_rows.page(session, live.vector_table_id, 10, None).items
     assert (failed.key, failed.step, failed.code) == ("i:42", "compose", "metadata_too_large")
     assert "xxx" not in failed.message
     product.assert_true_to_source(without={42})

@@ -40,13 +40,13 @@ def begin_sync(product: Product) -> str:
 def pause(product: Product) -> None:
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
-        vector_tables.pause(session, table)
+        vector_tables.pause(table)
 
 
 def resume(product: Product) -> None:
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
-        vector_tables.resume(session, table)
+        vector_tables.resume(table)
 
 
 def delete(product: Product) -> None:

@@ -24,10 +24,14 @@ def test_a_renamed_table_is_compared_and_not_embedded_again(product: Product) ->
         _move(product, "goods")
         table = product.table()
         assert (table.source_table, table.live_version, table.sync_status) == ("goods", version, "synced")
-        assert table.resync_wanted == table.resync_done + 1
+        assert table.cdc.resync_requested_seq == table.cdc.resync_completed_seq + 1
         product.run(TaskType.SYNC)
         table = product.table()
-        assert (table.live_version, table.sync_status, table.resync_wanted) == (version, "synced", table.resync_done)
+        assert (table.live_version, table.sync_status, table.cdc.resync_requested_seq) == (
+            version,
+            "synced",
+            table.cdc.resync_completed_seq,
+        )
         assert product.provider.stats()["texts"] == embedded
         product.sql("UPDATE goods SET title = 'moved' WHERE id = (SELECT min(id) FROM goods)")
         product.run(TaskType.SYNC)

@@ -9,7 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
-from embedd_dagster.catalog import vector_sets
+from embedd_dagster.catalog import failed_rows, vector_sets
 from embedd_dagster.catalog.tables import VectorSetRow
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.core.rows import PointBatch, TableDigest
@@ -160,7 +160,7 @@ def test_failures_of_more_rows_than_a_statement_has_parameters_are_cleared(built
     built.sql("UPDATE products SET body = body || %s WHERE id = 9", POISON)
     built.run(TaskType.SYNC)
     with built.runtime.catalog.transaction() as session:
-        vector_sets.clear_failures(session, built.live_set(), range(70_000))
+        failed_rows.clear(session, built.live_set(), range(70_000))
     assert built.failed_keys() == []
 
 

@@ -9,7 +9,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from embedd_dagster.catalog import connections, vector_sets, vector_tables
+from embedd_dagster.catalog import connections, failed_rows, vector_tables
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode
 from embedd_dagster.engine import validation
@@ -48,7 +48,7 @@ def test_rows_with_characters_that_the_encoding_lacks_are_failed_rows(latin1: Pr
     assert (report.point_count, report.rows_failed, report.rows_embedded) == (298, 2, 298)
     assert sorted(latin1.failed_keys()) == [17, 211]
     with latin1.runtime.catalog.transaction() as session:
-        failed = vector_sets.failed_page(session, latin1.vector_table_id, 1, None).items[0]
+        failed = failed_rows.page(session, latin1.vector_table_id, 1, None).items[0]
     assert (failed.step, failed.code) == ("write", "value_out_of_range")
     assert "encoding does not have one of the characters" in failed.message
     assert latin1.table().sync_status == SyncStatus.SYNCED

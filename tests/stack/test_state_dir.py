@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from embedd_dagster.errors import ConfigurationError
-from embedd_dagster.stack import files
-from embedd_dagster.stack import postgres_location as postgres_location
+from embedd_dagster.stack import files, postgres_location
 from embedd_dagster.stack.ports import Ports
 from embedd_dagster.stack.state_dir import kept_encryption_keys, kept_secret, open_state_dir
 

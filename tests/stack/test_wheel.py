@@ -1,6 +1,7 @@
 """The wheel, installed into an environment of its own and run from somewhere else."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -11,6 +12,7 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import httpx
 import pytest
 
 from embedd_dagster.stack.control import discard, status
@@ -56,11 +58,25 @@ def elsewhere():
     shutil.rmtree(directory, ignore_errors=True)
 
 
+def test_the_wheel_installs_typed_packages_with_the_products_name_and_no_others(environment):
+    site = next((environment / "lib").glob("python*/site-packages"))
+    installed = next(site.glob("embedd_vector_tables-*.dist-info")) / "RECORD"
+    files = {line.split(",")[0] for line in installed.read_text().splitlines()}
+    packages = {file.split("/")[0] for file in files if not file.startswith(("../", "embedd_vector_tables-"))}
+    assert packages == {"embedd_api", "embedd_dagster"}
+    assert {f"{package}/py.typed" for package in packages} <= files
+
+
+def test_the_api_imports_its_own_modules_by_no_absolute_name():
+    absolute = re.compile(r"^\s*(from|import) api\b", re.MULTILINE)
+    found = [str(path.relative_to(ROOT)) for path in (ROOT / "api").rglob("*.py") if absolute.search(path.read_text())]
+    assert not found, "the wheel ships this folder as embedd_api: import relatively, as in `from ..auth import Reader`"
+
+
 def test_a_stack_from_the_wheel_starts_and_says_when_it_stops(environment, elsewhere):
-    where = run(
-        environment / "bin/python", "-c", "import embedd_dagster; print(embedd_dagster.__file__)", cwd=elsewhere
-    )
-    assert where.startswith(str(environment)), "the package must come from the wheel"
+    for package in ("embedd_dagster", "embedd_api"):
+        where = run(environment / "bin/python", "-c", f"import {package}; print({package}.__file__)", cwd=elsewhere)
+        assert where.startswith(str(environment)), f"{package} must come from the wheel"
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     up = subprocess.Popen(
         [environment / "bin/embedd", "up"],
@@ -78,6 +94,9 @@ def test_a_stack_from_the_wheel_starts_and_says_when_it_stops(environment, elsew
     else:
         pytest.fail("".join(said))
     assert status(elsewhere / ".embedd").state == "ready"
+    api = json.loads((elsewhere / ".embedd/endpoints.json").read_text())["api"]
+    assert httpx.get(f"{api}/ready", trust_env=False).status_code == 200
+    assert httpx.get(f"{api}/v1/tasks", trust_env=False).json()["error"]["code"] == "unauthorized"
     shown = run(environment / "bin/embedd", "status", cwd=elsewhere)
     assert shown.startswith("ready (process ")
     up.send_signal(signal.SIGINT)

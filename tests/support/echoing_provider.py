@@ -1,6 +1,6 @@
-"""An embedding provider that gossips: whatever it refuses, it repeats in full, with the key that came along.
+"""An embedding provider whose refusals repeat the refused text and the key in full.
 
-It speaks OpenAI's protocol as well as is needed to build a vector table of any dimensions.
+It speaks enough of OpenAI's protocol to build a vector table of any dimensions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class EchoingProvider:
         provider = self
         self.api_key = api_key
         self.seen = 0
-        """Texts that came, embedded or not."""
+        """Received texts, embedded or not."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"

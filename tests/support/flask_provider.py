@@ -1,7 +1,7 @@
-"""An embeddings server as users write one: Flask behind gunicorn. What a text says decides what is wrong with its answer.
+"""An embeddings server as users write one: Flask behind gunicorn. A word in a text decides the fault of its answer.
 
-`FLASK_PROVIDER` in front of the path chooses a server: `/plain/v1/embeddings` and so on (see `_SERVERS`). One process, so what
-it has seen can be asked for: `GET /seen` gives the texts of each request, in order, and `DELETE /seen` forgets them.
+`FLASK_PROVIDER` in front of the path chooses a server: `/plain/v1/embeddings` and so on (see `_SERVERS`). It runs in one process
+and records requests: `GET /seen` gives the texts of each request, in order, and `DELETE /seen` forgets them.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from embedd_dagster.catalog import change_feeds, resyncs
+from embedd_dagster.catalog import cdc, resyncs
 from embedd_dagster.connectors.postgresql.cdc.stream import PostgresCdcStream
 from embedd_dagster.engine.cdc.consumer import follow
 from embedd_dagster.engine.cdc.table import TableFollower
@@ -19,13 +19,13 @@ from tests.support.run_and_die import die_at
 
 POINTS: dict[str, list[tuple[Any, str]]] = {
     "subscribe": [(PostgresCdcStream, "subscribe")],
-    "record": [(change_feeds, "set_followed")],
+    "record": [(cdc, "record_subscribed")],
     "read": [(PostgresCdcStream, "read")],
     "write": [(TableFollower, "write")],
     "embed": OF_A_RUN["embed"],
     "upsert": OF_A_RUN["upsert"],
     "owe": [(resyncs, "request")],
-    "advance": [(change_feeds, "advance")],
+    "advance": [(cdc, "advance")],
     "confirm": [(PostgresCdcStream, "confirm")],
 }
 

@@ -38,12 +38,12 @@ class Follower:
     def __init__(self, feed: CdcStream, *tables: CdcTable) -> None:
         self.feed = feed
         self.tables = tables
-        self.position: int | None = None
-        self.shapes: Mapping[CdcTable, TableFingerprint] = {}
+        self.position: str | None = None
+        self.fingerprints: Mapping[CdcTable, TableFingerprint] = {}
 
     def subscribe(self) -> Subscription:
-        attachment = self.feed.subscribe(self.tables, self.position, self.shapes)
-        self.shapes = attachment.shapes
+        attachment = self.feed.subscribe(self.tables, self.position, self.fingerprints)
+        self.fingerprints = attachment.table_fingerprints
         if self.position is None or attachment.lost:
             self.position = attachment.position
         return attachment

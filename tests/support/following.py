@@ -7,15 +7,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.catalog import change_feeds, environments, resyncs, tasks, vector_tables
-from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog import cdc, environments, resyncs, tasks, vector_tables
+from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.cdc.consumer import follow
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 ONE_STORE = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
 """Of what has nothing to do with stores."""
 INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
+
+PUBLIC = partial(platform_vector_ref, "public")
 
 
 class RunningFollower:
@@ -107,9 +111,9 @@ def follower_of(product: Product) -> RunningFollower:
     return RunningFollower(product.runtime, product.table().connection_id)
 
 
-def feed_of(product: Product) -> ChangeFeed | None:
+def feed_of(product: Product) -> CdcStreamRow | None:
     with product.runtime.catalog.transaction() as session:
-        return change_feeds.find(session, product.table().connection_id)
+        return cdc.find(session, product.table().connection_id)
 
 
 def is_true(product: Product) -> Callable[[], bool]:
@@ -121,13 +125,13 @@ def is_true(product: Product) -> Callable[[], bool]:
 
 
 def is_followed(product: Product) -> bool:
-    return product.table().followed_since is not None
+    return product.table().cdc.subscribed_since is not None
 
 
 def run_owed(product: Product) -> int:
     """Runs the syncs that are owed, as the reconcile sensor would; how many."""
     with product.runtime.catalog.transaction() as session:
-        owed = resyncs.owed(session, 10)
+        owed = resyncs.due(session, 10)
     for one in owed:
         product.run(TaskType.SYNC, **one.options, reason=one.reason)
     return len(owed)
@@ -135,7 +139,7 @@ def run_owed(product: Product) -> int:
 
 def is_owed(product: Product) -> bool:
     table = product.table()
-    return table.resync_wanted > table.resync_done
+    return table.cdc.resync_requested_seq > table.cdc.resync_completed_seq
 
 
 def settled(product: Product) -> bool:
@@ -186,6 +190,11 @@ def another_table(product: Product, source_table: str) -> Product:
         configuration = replace(table.configuration, source_table=source_table)
         environment = environments.get(session, table.org_id, table.environment_id)
         new = NewVectorTable(
-            source_table, table.connection_id, configuration, product.mode, SyncMode.CDC, platform_schema="public"
+            source_table,
+            table.connection_id,
+            configuration,
+            product.mode,
+            SyncMode.CDC,
+            platform_name=PUBLIC,
         )
         return replace(product, vector_table_id=vector_tables.create(session, environment, new).id)

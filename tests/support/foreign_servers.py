@@ -1,8 +1,7 @@
-"""One tiny embeddings API under servers that nobody here wrote: gunicorn, Flask, `http.server`, uvicorn and FastAPI.
+"""One tiny embeddings API under servers of other projects: gunicorn, Flask, `http.server`, uvicorn and FastAPI.
 
-Each of them ends its connections and its answers in its own way. `running_foreign_server("gunicorn_sync")` starts one in a
-process of its own. A vector says which text it belongs to (`vector_of`), and has as many dimensions as were asked for, else
-1536.
+Each of them ends connections and answers differently. `running_foreign_server("gunicorn_sync")` starts one in a
+separate process. A vector identifies its text (`vector_of`), and has the requested dimensions, 1536 by default.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def answer(body: bytes) -> bytes:
 
 
 def wsgi_application(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-    """As a WSGI application: the server decides about Content-Length, or does without."""
+    """As a WSGI application: the server decides whether there is a Content-Length."""
     content = answer(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
     with_length = environ["PATH_INFO"].startswith("/with-length")
     start_response("200 OK", _JSON + ([("Content-Length", str(len(content)))] if with_length else []))
@@ -143,11 +142,11 @@ FOREIGN_SERVERS = tuple(_COMMANDS)
 
 @contextlib.contextmanager
 def running_foreign_server(name: str) -> Iterator[str]:
-    """The URL of one of `FOREIGN_SERVERS`, in a process of its own that is stopped at the end."""
+    """The URL of one of `FOREIGN_SERVERS`, in a separate process that is stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    # in a session of its own: gunicorn's workers are ended together with it
+    # in a separate session: gunicorn's workers are ended together with it
     with subprocess.Popen(
         _COMMANDS[name](port), cwd=_REPOSITORY, start_new_session=True, stderr=subprocess.DEVNULL
     ) as process:

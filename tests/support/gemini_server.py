@@ -25,7 +25,7 @@ class GeminiServer(OpenAIServer):
             kind = "type.googleapis.com/google.rpc.ErrorInfo"
             details = [{"@type": kind, "reason": refused.code, "domain": "googleapis.com"}]
         if refused.status == 429:
-            # Google says it in the body alone
+            # Google sends it in the body only
             refused.headers = {}
             delay = f"{self.behaviour.retry_after_seconds:g}s"
             details = [

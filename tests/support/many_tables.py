@@ -28,6 +28,9 @@ SELECT id, 1, 'live', 1, jsonb_build_object('source_table', source_table, 'prima
 FROM vector_tables v WHERE connection_id = 'conn_many'
     AND NOT EXISTS (SELECT FROM vector_sets s WHERE s.vector_table_id = v.id)"""
 
+_STATES = """
+INSERT INTO cdc_states (vector_table_id) SELECT id FROM vector_tables ON CONFLICT DO NOTHING"""
+
 _TASKS = """
 INSERT INTO tasks (id, org_id, environment_id, target_id, task_type, status, progress, options, attempts, max_attempts,
     cancel_requested, created_at, ended_at)
@@ -63,6 +66,7 @@ def fill_catalog(database_url: str, first: int, last: int) -> None:
         connection.execute(_ENDPOINTS)
         numbers = {"first": first, "last": last}
         connection.execute(_TABLES, {**numbers, "columns": _COLUMNS})
+        connection.execute(_STATES)
         connection.execute(_SETS)
         connection.execute(_TASKS, numbers)
         connection.execute("VACUUM ANALYZE")

@@ -1,4 +1,4 @@
-"""An embedder that is nothing but memory: deterministic vectors, counted texts, and faults by script."""
+"""An embedder in memory: deterministic vectors, counted texts, and scripted faults."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.text_cutting import CutText, cut_at_bytes
 from embedd_dagster.errors import TextRejected
-from embedd_dagster.protocols.cutting import cut_at_bytes
-from embedd_dagster.protocols.embedder import CutText, Embedded, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedded, EmbedderLimits
 
 POISON = "☠POISON☠"
 
@@ -23,7 +23,7 @@ POISON = "☠POISON☠"
 class MemoryEmbedder:
     """Vectors of length 1 by the hash of the text; a text with `POISON` in it is rejected.
 
-    `before_request` is called with the texts of each request, and may raise what a provider would.
+    `before_request` is called with the texts of each request, and may raise a provider's errors.
     """
 
     def __init__(
@@ -39,9 +39,9 @@ class MemoryEmbedder:
         self.dimensions = dimensions
         self.before_request = before_request
         self.requests: list[int] = []
-        """The number of texts of each request, refused ones included."""
+        """The number of texts of each request, including refused ones."""
         self.text_counts: Counter[str] = Counter()
-        """How often each text got a vector: what has been paid for."""
+        """How often each text got a vector, and was paid for."""
         self.is_closed = False
         self._lock = threading.Lock()
 

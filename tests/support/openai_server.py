@@ -1,12 +1,12 @@
 """A loopback server that speaks OpenAI's embeddings protocol, with every fault that a provider can have.
 
 Run it as a program (`python tests/support/openai_server.py --port 0 --latency-seconds 0.02`: it prints its base_url), or
-start it from a test with `running_openai_server()`. What it does may be changed while it runs (`POST /_behaviour`, the
-fields of `Behaviour` as JSON), and what it has seen can be asked for (`GET /_stats`, `POST /_reset`), so that tests whose
-parts are in several processes can use it.
+start it from a test with `running_openai_server()`. Its behaviour can be changed while it runs (`POST /_behaviour`, the
+fields of `Behaviour` as JSON), and it reports the requests it got (`GET /_stats`, `POST /_reset`), so tests with several
+processes can use it.
 
-The same text always gets the same vector, of about length 1; different texts get different ones. The vectors come out of
-a pool that is made once for each number of dimensions, so that the server hardly costs any of the CPU it shares.
+The same text always gets the same vector, of about length 1; different texts get different ones. The vectors come from
+a pool that is made once per number of dimensions, so the server costs hardly any CPU.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Behaviour:
     max_tokens: int = 300_000
     max_tokens_per_text: int = 8192
     max_in_flight: int | None = None
-    """More at once are refused with 429."""
+    """More concurrent requests are refused with 429."""
     refuse_next: int = 0
     refuse_every: int = 0
     retry_after: str = "none"  # none | seconds | date | ms | reset

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from api.idempotency import Attempt
+from api.idempotency import IdempotentRequest
 from embedd_dagster.catalog import api_keys, idempotency
 from tests.support.run_and_die import die_at
 
@@ -20,7 +20,7 @@ POINTS: dict[str, tuple[Any, str]] = {
     "before:create": (api_keys, "create"),
     "after:create": (api_keys, "create"),
     "after:keep": (idempotency, "keep"),  # before both are committed
-    "before:exit": (Attempt, "__exit__"),  # after it
+    "before:exit": (IdempotentRequest, "__exit__"),  # after it
 }
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
+import pytest
 
 from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.support.followed_source import wait_until
@@ -67,3 +68,17 @@ def synchronous_standby(postgres: EmbeddedPostgres) -> Iterator[SynchronousStand
 def _state(admin: psycopg.Connection[tuple[object, ...]]) -> object:
     row = admin.execute("SELECT sync_state FROM pg_stat_replication WHERE application_name = %s", [_NAME]).fetchone()
     return row and row[0]
+
+
+@pytest.fixture(scope="module")
+def running_standby(postgres: EmbeddedPostgres) -> Iterator[SynchronousStandby]:
+    """One for all tests of a module."""
+    with synchronous_standby(postgres) as standby:
+        yield standby
+
+
+@pytest.fixture
+def standby(running_standby: SynchronousStandby) -> Iterator[SynchronousStandby]:
+    """A standby that acknowledges again after the test."""
+    yield running_standby
+    running_standby.go_on()

@@ -1,4 +1,4 @@
-"""Which base URLs of a provider are usable: the API and the embedders judge by the same rules."""
+"""The rules for a provider's base URL, shared by the API and the embedders."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _HTTP_URL: Final = "a URL that begins with https:// or http:// is accepted"
 
 
 class UnusableUrl(ValueError):
-    """The URL cannot be used; its argument says what is accepted instead."""
+    """The URL cannot be used; the argument says what is accepted instead."""
 
 
 def parse_base_url(value: str) -> httpx.URL:
-    """The URL, with everything in it that a request needs. Raises UnusableUrl."""
+    """The URL, complete enough for a request. Raises UnusableUrl."""
     if not (value.isascii() and value.isprintable()) or " " in value or "\\" in value:
         raise UnusableUrl(_HTTP_URL)
     if _BAD_ESCAPE.search(value) or _ESCAPED_CONTROL.search(value):
@@ -44,8 +44,8 @@ def parse_base_url(value: str) -> httpx.URL:
 
 
 def with_path(base_url: httpx.URL, path: str) -> httpx.URL:
-    """The URL with this behind its path. A query such as Azure's ?api-version=… stays at the end."""
-    # the path as it is sent: decoded and encoded again, an escaped slash would become another path
+    """The URL with `path` added to its path. A query such as Azure's ?api-version=… stays at the end."""
+    # the raw path: if it were decoded and encoded again, an escaped slash would change the path
     base_path, mark, query = base_url.raw_path.partition(b"?")
     return base_url.copy_with(raw_path=base_path.rstrip(b"/") + path.encode("ascii") + mark + query)
 

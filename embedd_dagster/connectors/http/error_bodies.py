@@ -1,7 +1,7 @@
-"""What the body of a refusal says, in any of the forms that embedding servers have.
+"""Reads the body of a refusal, in all the forms that embedding servers use.
 
 OpenAI and Azure (`error.param`, `error.code`), FastAPI, Mistral and vLLM (pydantic's list of `type`, `loc` and `msg`, also
-within a string), Google (`error.status`, `error.details`), Voyage (`detail`), validators that name the field as a key.
+in a string), Google (`error.status`, `error.details`), Voyage (`detail`), validators that name the field as a key.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _PARAMETER_KEYS: Final = frozenset(
 _MESSAGE_KEYS: Final = frozenset({"message", "msg", "detail", "error", "errors", "description", "title", "reason"})
 # parts of the request, repeated
 _ECHO_KEYS: Final = frozenset({"input", "inputs", "input_value", "ctx", "request", "body", "value", "content", "url"})
-# pydantic's list, as JSON or as Python writes it, within a message
+# pydantic's list in a message, as JSON or as Python writes it
 _QUOTED_LOCATION = re.compile(r"""["']loc["']\s*:\s*[\[(]([^\])]{1,200})[\])]""")
 _DEEPEST: Final = 8
 _MOST_PARTS: Final = 500
 
 
 class Fault(NamedTuple):
-    """A refusal. Only its identifiers may be shown to users: its message may quote a text, or a part of the key."""
+    """A refusal. Only its identifiers may be shown to users: its message may quote a text or a part of the key."""
 
     identifiers: tuple[str, ...]
     parameters: tuple[str, ...]
-    """What of the request it is about, as the server writes it: `input`, `body.encoding_format`, `requests[0].content`."""
+    """The part of the request it is about, as the server writes it: `input`, `body.encoding_format`, `requests[0].content`."""
     message: str
     retry_after_seconds: float | None
-    """In the body, as Google says it."""
+    """From the body, as Google sends it."""
 
 
 class _Part(NamedTuple):
@@ -46,7 +46,7 @@ class _Part(NamedTuple):
 
 
 def read_fault(content: bytes) -> Fault:
-    """What the body says; nothing for one that is empty or a page of HTML."""
+    """The fault that the body reports; an empty one for no body or a page of HTML."""
     try:
         document: Any = orjson.loads(content)
     except ValueError:
@@ -62,7 +62,7 @@ def read_fault(content: bytes) -> Fault:
 
 
 def quoted_locations(message: str) -> list[str]:
-    """The parameters that a list of validation errors within a message is about."""
+    """The parameters named by a list of validation errors in a message."""
     return _QUOTED_LOCATION.findall(message)
 
 
@@ -72,7 +72,7 @@ def _plain_text(content: bytes) -> str:
 
 
 def _walk(key: str, value: Any, depth: int) -> Iterator[_Part]:
-    """Every part of a document with the key that it stands under; a list's items stand under that of the list."""
+    """Every part of a document with its key; items of a list have the key of the list."""
     yield _Part(key, value)
     if depth == 0:
         return

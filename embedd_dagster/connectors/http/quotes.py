@@ -1,7 +1,7 @@
-"""What a server's message says by itself, without the texts of the request that it repeats.
+"""Removes from a server's message the texts of the request that it quotes.
 
-A refusal may quote a text: whole or in part, cut short, escaped for JSON or HTML, in another case. Words are compared
-instead of characters, so that escapes, blanks and punctuation make no difference.
+A refusal may quote a text whole or in part, cut short, escaped for JSON or HTML, or in another case. Words are compared
+instead of characters, so escapes, blanks and punctuation make no difference.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _OPENING = re.compile(r"['\"`“”‘’«\[(:=]\s*$")
 _QUOTE = re.compile(r"['\"`“”‘’«»]")
 _ELLIPSIS = re.compile(r"\W{0,2}(\.\.\.|…)")
 _RUN: Final = 3
-"""So many words of a text in a row are a quote wherever they stand."""
+"""This many consecutive words of a text are a quote at any place of the message."""
 
 
 def without_quotes(message: str, texts: Iterable[str], keep: Collection[str] = ()) -> str:
-    """The message in lower case, with blanks in place of what it repeats of the texts.
+    """The message in lower case, with blanks in place of the quoted texts.
 
-    A text that is nothing but one of the words in `keep` (names of parameters) is not taken for a quote.
+    A text that consists of one of the words in `keep` (names of parameters) is not treated as a quote.
     """
     found = _Message(_fold(message[:_LONGEST_MESSAGE]))
     for text in texts:
@@ -50,7 +50,7 @@ class _Message:
             self._runs[tuple(self._words[place : place + _RUN])].append(place)
 
     def mark(self, words: list[str]) -> None:
-        """Notes what the message quotes of a text."""
+        """Marks the words that the message quotes from a text."""
         self._mark_beginning(words)
         for index, run in enumerate(zip(words, words[1:], words[2:], strict=False)):
             for place in self._runs.get(run, ()):
@@ -77,7 +77,7 @@ class _Message:
             self._quoted[before] = True
 
     def _mark_beginning(self, words: list[str]) -> None:
-        """A short text as a whole, or the first words of one, if they stand as a quote."""
+        """Marks a whole short text, or the first words of a text if they look like a quote."""
         for place in self._places.get(words[0], ()):
             length = self._length_of_match(words, place)
             is_whole = length == len(words)
@@ -107,7 +107,7 @@ def _beginnings(word: str) -> set[str]:
 
 
 def _fold(text: str) -> str:
-    """The text without escapes and in lower case; the same for all the ways to write it."""
+    """The text without escapes and in lower case: the same for all notations of it."""
     if "\\" in text:
         # escaped surrogates are joined to the character that they stand for
         text = _ESCAPE.sub(_unescape, text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -1,9 +1,9 @@
-"""Answers of embedding APIs that are not 200 → what is to be done about them.
+"""Maps answers of embedding APIs that are not 200 to errors.
 
-One table for all: OpenAI and its likes, Gemini (Google's `error.status` and `error.details`), Voyage (`detail`). What the
-answer names in fields of its own (`param`, `code`, `type`, `loc`) decides before its words do, and words that it repeats
-from the texts of the request do not count. Only identifiers of the answer (code, type, status, reason) are repeated to
-users: its message may quote a text, or a part of the key.
+One table for all: OpenAI and compatible servers, Gemini (Google's `error.status` and `error.details`), Voyage (`detail`).
+Fields of the answer (`param`, `code`, `type`, `loc`) count before the words of its message, and words that it quotes from
+the texts of the request do not count. Users see only identifiers of the answer (code, type, status, reason), because its
+message may quote a text or a part of the key.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.suspicion import Failure
+from embedd_dagster.protocols.embedder import Failure
 
 _ACCOUNT_CODES = frozenset(
     {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "account_deactivated"}
@@ -44,14 +44,14 @@ _TEXT_CODES = frozenset(
 )
 # Voyage's words, with status 400
 _UNKNOWN_MODEL = re.compile(r"^\W*(the )?model \S{1,100} (is not|does not exist|was not found)", re.I | re.M)
-# by the words of OpenAI, TEI, Gemini and Voyage for "more texts, or more tokens, than one request may hold"
+# the words of OpenAI, TEI, Gemini and Voyage for "more texts or tokens than one request may contain"
 _TOO_LARGE = re.compile(
     r"batch size|too many inputs|array.{0,20}(too )?long|max_tokens_per_request|at most \d+ |tokens per submitted batch",
     re.I,
 )
 _NAN = "unsupported value: nan"
 _BAD_REQUESTS: Final = frozenset({400, 413, 422})
-# what they say may hold for any request, whatever is in it
+# these may refuse any request, independent of its fields
 _OF_NO_FIELD: Final = frozenset({401, 402, 403, 408, 429})
 _TEXT_PARAMETERS: Final = frozenset({"input", "inputs", "text", "texts", "prompt", "content", "contents", "parts"})
 _CONTAINERS: Final = frozenset({"body", "json", "data", "request", "requests", "query", "properties"})
@@ -74,15 +74,15 @@ _SYNONYMS: Final = {
 
 
 class FieldRefused(Exception):
-    """The server does not take an optional field of the request."""
+    """The server does not accept an optional field of the request."""
 
     def __init__(self, field: str, rejection: TextRejected, *, is_certain: bool) -> None:
         super().__init__(field)
         self.field = field
         self.rejection = rejection
-        """What the answer means if it is about a text after all."""
+        """The error if the answer is about a text after all."""
         self.is_certain = is_certain
-        """Whether the answer names the field in a field of its own, not in words."""
+        """Whether the answer names the field in a field, not only in its message."""
 
 
 class _RefusedField(NamedTuple):
@@ -90,7 +90,7 @@ class _RefusedField(NamedTuple):
     is_certain: bool
 
 
-def refusal(  # noqa: PLR0911 - one table of answers, best read at once
+def refusal(  # noqa: PLR0911 - one table of answers
     response: httpx.Response,
     *,
     provider: str,
@@ -100,7 +100,7 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
 ) -> EmbeddError | FieldRefused:
     """The error to raise for an answer that is not 200.
 
-    `texts` are those of the request; `optional` are those of its fields that can be left out.
+    `texts` are the texts of the request, `optional` its fields that can be left out.
     """
     status = response.status_code
     fault = read_fault(response.content)
@@ -143,7 +143,7 @@ def refusal(  # noqa: PLR0911 - one table of answers, best read at once
     if status >= 500 and _NAN in words:
         return TextRejected(f"{provider} fails on this text: its vector holds a NaN ({reason}).")
     if status >= 500 or status in {408, 409, 424, 425}:
-        return EmbeddingUnavailable(f"{provider} fails at present ({reason}).", retry_after_seconds=wanted)
+        return EmbeddingUnavailable(f"{provider} is failing at present ({reason}).", retry_after_seconds=wanted)
     return EmbeddingRejected(
         f"{provider} does not answer as an embeddings server does ({reason}).",
         resolution="Check the embedding provider's base_url: it must be that of the API, such as `https://host/v1`.",
@@ -155,8 +155,8 @@ def _account_refusal(status: int, codes: set[str], reason: str, *, provider: str
     """The error if the answer is about the account or its key."""
     if codes & _ACCOUNT_CODES or status == 402:
         return EmbeddingRejected(
-            f"{provider} serves this account no more {reason}.",
-            resolution="Look at the quota and billing of the account behind the embedding provider's api_key.",
+            f"{provider} no longer serves this account {reason}.",
+            resolution="Check the quota and billing of the account of the embedding provider's api_key.",
         )
     if status in {401, 403} or codes & _KEY_CODES:
         return EmbeddingRejected(
@@ -174,7 +174,7 @@ def _account_refusal(status: int, codes: set[str], reason: str, *, provider: str
 
 
 def _own_words(fault: Fault, texts: Sequence[str], optional: Collection[str]) -> str:
-    """The message in lower case, without what it repeats of the texts."""
+    """The message in lower case, without quotes of the texts."""
     message = fault.message.lower()
     fields = {_normalized(name) for name in optional}
     heard = (
@@ -196,7 +196,7 @@ def _is_too_large(words: str, codes: Iterable[str]) -> bool:
 def _refused_field(
     status: int, parameters: Sequence[str], words: str, optional: Collection[str]
 ) -> _RefusedField | None:
-    """The optional field that the server does not take, if the answer is about one."""
+    """The optional field that the server does not accept, if the answer is about one."""
     fields = {_normalized(name): name for name in optional}
     for name in _names(parameters):
         if field := _field_of(name, fields):
@@ -217,7 +217,7 @@ def _field_in_words(words: str, fields: Collection[str], *, needs_refusal_words:
 
 
 def _field_of(name: str, fields: Collection[str]) -> str | None:
-    """Which of the fields (by normalized names) this name stands for: spellings differ in case and underscores."""
+    """The field (by normalized names) that this name means: spellings differ in case and underscores."""
     name = _normalized(name)
     if name in fields:
         return name

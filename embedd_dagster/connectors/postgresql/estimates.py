@@ -9,7 +9,7 @@ from psycopg import sql
 
 from embedd_dagster.connectors.postgresql.introspection import Relation
 
-# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null where nothing was counted.
+# Rows by what the last VACUUM or ANALYZE counted a page, times the pages of now; null if nothing was counted.
 _ESTIMATE: Final = """
 SELECT CASE WHEN pg_catalog.bool_and(known) THEN pg_catalog.sum(rows)::pg_catalog.int8 END
 FROM (

@@ -7,11 +7,14 @@ import re
 from itertools import product
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.errors import quoted
-
 _PART: Final = r'"(?:[^"\x00]|"")+"'
 _QUOTED_NAME: Final = re.compile(rf'({_PART}|[^".]+)(?:\.({_PART}|[^".]+))?')
 _PLAIN: Final = re.compile(r'[^".\x00]+')
+
+
+def quoted(identifier: str) -> str:
+    """The identifier as SQL text for people; statements that are run use psycopg.sql."""
+    return '"' + identifier.replace('"', '""') + '"'
 
 
 def readings(given: str) -> list[tuple[str | None, str]]:
@@ -61,7 +64,7 @@ def spelling(schema: str, name: str, *, visible: bool) -> str:
 
 
 def suggestion(missing: list[str], known: list[str]) -> str | None:
-    """What a user who missed these names may have meant, as a sentence; None where nothing is near."""
+    """What a user who missed these names may have meant, as a sentence; None if nothing is similar."""
     by_lower = {name.lower(): name for name in reversed(known)}
     near: list[str] = []
     for name in missing:

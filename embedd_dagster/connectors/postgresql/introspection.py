@@ -12,8 +12,9 @@ from uuid import UUID
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.errors import Server, access_denied, quoted
-from embedd_dagster.connectors.postgresql.identifiers import folded, readings, spelling, suggestion
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.errors import access_denied
+from embedd_dagster.connectors.postgresql.identifiers import folded, quoted, readings, spelling, suggestion
 from embedd_dagster.connectors.postgresql.sessions import role_schemas
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected, SourceTableNotFound
@@ -32,7 +33,7 @@ _SCALAR_CATEGORIES: Final = frozenset("BDEINST")
 
 
 def identifier(*names: str) -> sql.Identifier:
-    """The name in a statement that is executed with parameters (be it none), where a `%` is doubled."""
+    """The name in a statement that is executed with parameters, even an empty list, where a `%` is doubled."""
     return sql.Identifier(*(name.replace("%", "%%") for name in names))
 
 
@@ -46,7 +47,7 @@ class ColumnInfo:
     not_null: bool
     readable: bool
     base_name: str
-    """Empty for a type that somebody defined, which may have any name; but for citext."""
+    """Empty for a type that somebody defined, which may have any name; citext is an exception."""
     base_schema: str
     base_kind: str
     category: str
@@ -61,7 +62,7 @@ class ColumnInfo:
 
     @property
     def key_type(self) -> type | None:
-        """The Python type of keys of this column, or None where it can be no key."""
+        """The Python type of keys of this column, or None if it cannot be a key."""
         return str if self.base_kind == "e" else _KEY_TYPES.get(self.base_name)
 
     @property
@@ -113,7 +114,7 @@ class ColumnInfo:
         return sql.SQL("%s::" + name + ("[]" if array else ""))
 
     def operator(self, symbol: str) -> sql.Composable:
-        """The comparison that the column's index is made for, whatever operators the search path leads to."""
+        """The comparison that the column's index is made for, even if the search path leads to other operators."""
         schema = self.base_schema if self.base_name == "citext" else "pg_catalog"
         return sql.SQL("OPERATOR({}.{})").format(identifier(schema), sql.SQL(symbol))
 

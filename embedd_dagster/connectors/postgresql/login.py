@@ -1,7 +1,7 @@
 """How to log in to somebody's PostgreSQL without giving away what is ours: which methods may authenticate, and sockets.
 
 A Unix socket would let a user in as the service's own operating system user (`peer`). A password is never sent in clear
-to a server whose certificate is not verified: whoever answers there would have it.
+to a server whose certificate is not verified: otherwise any server that answers there would have it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Connections to somebody's PostgreSQL: with which options one is opened, and the few that are kept open while idle.
+"""Keeps a few connections open while idle.
 
 Not psycopg_pool: it connects in the background and reports a wrong password as a timeout, half a minute later. Here the
 thread that needs a connection opens it, and gets the real error at once.
@@ -7,72 +7,54 @@ thread that needs a connection opens it, and gets the real error at once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Final, Generic, TypeVar
 
 import psycopg
 from psycopg import pq
 
-AnyConnection = TypeVar("AnyConnection", bound=psycopg.Connection[Any])
-
-_NO_FILE: Final = "/nonexistent/embedd"
-SILENCE_SECONDS: Final = 60.0
-"""After so long without a byte, a source or a platform store is asked whether it still works."""
-
-CONNECT_OPTIONS: Final[Mapping[str, Any]] = MappingProxyType(
-    {
-        "application_name": "embedd",
-        "client_encoding": "UTF8",
-        "options": "",  # else PGOPTIONS of our own environment would count
-        # nor must a password or a certificate of whoever runs this service open a user's connection
-        "passfile": _NO_FILE,
-        "sslcert": _NO_FILE,
-        "sslkey": _NO_FILE,
-        "sslcertmode": "disable",
-        "target_session_attrs": "any",
-        "load_balance_hosts": "disable",
-        "gssencmode": "disable",
-        "keepalives": 1,
-        "keepalives_idle": 30,
-        "keepalives_interval": 10,
-        "keepalives_count": 3,
-        "autocommit": True,
-        # a pooler such as PgBouncer may stand between, and plans must follow a growing table
-        "prepare_threshold": None,
-    }
-)
+from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
+from embedd_dagster.errors import EmbeddError
 
 
-def host_parameters(host: str, port: int, addresses: Sequence[str]) -> dict[str, Any]:
-    """What makes libpq connect to these vetted addresses and nowhere else.
+class ConnectionPool:
+    """Idle connections to one database. Safe to use from several threads; opens nothing by itself.
 
-    The name stays beside each address: the server's certificate is checked against it.
-    """
-    return {"host": ",".join([host] * len(addresses)), "hostaddr": ",".join(addresses), "port": port}
-
-
-class ConnectionPool(Generic[AnyConnection]):
-    """Connections that are kept open while idle. Safe to use from several threads; opens nothing by itself.
-
-    As many are open as there are threads at work; `kept` of them stay. `closed_error` is what to raise after `close`.
+    As many connections are open as threads use one at once; `kept` of them stay open. After `close`, `closed_error` is raised.
     """
 
     def __init__(
-        self, open_connection: Callable[[], AnyConnection], *, kept: int, closed_error: Callable[[], Exception]
+        self, open_connection: Callable[[], ScopedConnection], *, closed_error: Callable[[], Exception], kept: int = 4
     ) -> None:
         self._open = open_connection
         self._kept = kept
         self._closed_error = closed_error
         self._lock = threading.Lock()
-        self._idle: list[AnyConnection] = []
+        self._idle: list[ScopedConnection] = []
         self._closed = False
 
-    def take(self, begin: Callable[[AnyConnection], object] | None = None) -> AnyConnection:
+    @contextmanager
+    def transaction(self, settings: Mapping[str, str] = MappingProxyType({})) -> Iterator[ScopedConnection]:
+        """A connection in a transaction with these settings: committed after the block, rolled back if it raises."""
+        connection = self.take(lambda taken: taken.begin(settings))
+        try:
+            yield connection
+            connection.end()
+        except (EmbeddError, psycopg.Error):
+            connection.abandon()
+            raise
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self.give_back(connection)
+
+    def take(self, begin: Callable[[ScopedConnection], object] | None = None) -> ScopedConnection:
         """An idle connection, or a new one. Raises what opening it raises.
 
-        `begin` is done with it first: an idle connection that fails at that has died unnoticed, and is replaced. Without
-        it, an idle connection may turn out to be dead.
+        `begin` is called with it first. An idle connection on which that fails has died unnoticed, and is replaced. Without
+        `begin`, an idle connection may turn out to be dead.
         """
         while True:
             with self._lock:
@@ -92,8 +74,8 @@ class ConnectionPool(Generic[AnyConnection]):
             else:
                 return connection
 
-    def give_back(self, connection: AnyConnection) -> None:
-        """Keeps the connection for the next; closes it where it is of no more use, or a statement is still open on it."""
+    def give_back(self, connection: ScopedConnection) -> None:
+        """Keeps the connection for the next caller. Closes it if it is broken, or if a statement is still open on it."""
         usable = not connection.closed and connection.info.transaction_status is pq.TransactionStatus.IDLE
         with self._lock:
             if usable and not self._closed and len(self._idle) < self._kept:
@@ -102,7 +84,7 @@ class ConnectionPool(Generic[AnyConnection]):
         connection.close()
 
     def close(self) -> None:
-        """Idle connections are closed now, borrowed ones when they come back. Idempotent."""
+        """Closes idle connections now, and borrowed ones when they come back. Idempotent."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []

@@ -22,11 +22,11 @@ from psycopg.adapt import Buffer, Loader
 from psycopg.sql import SQL, Composed
 from psycopg.types import datetime as driver_types
 
-from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.estimates import page_count, planner_estimate
 from embedd_dagster.connectors.postgresql.introspection import ColumnInfo, Relation
 from embedd_dagster.connectors.postgresql.key_checks import check_unique
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.connectors.postgresql.statements import Statements
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.keys import Key
@@ -56,7 +56,7 @@ class PostgresTableReader:
     """One selection of one table. Safe to use from several threads: all that changes are three hints."""
 
     def __init__(
-        self, connections: Connections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
+        self, connections: SourceConnections, relation: Relation, key: ColumnInfo, columns: Sequence[ColumnInfo]
     ) -> None:
         self.key_type = key.ddl_type
         self.origin: dict[str, Any] = {"name": relation.label, "oid": relation.oid}
@@ -67,7 +67,7 @@ class PostgresTableReader:
         self._row_bytes = 0.0
         """Of a row of the page last read, on average."""
         self._is_lenient = False
-        """Whether a value was met that Python cannot hold, such as the date 'infinity'."""
+        """Whether there was a value that Python cannot hold, such as the date 'infinity'."""
         self._sorts: bool | None = None
 
     def count(self) -> int:
@@ -93,7 +93,7 @@ class PostgresTableReader:
                 percent = min(100.0, 100 * wanted * _SAMPLED_PAGES_PER_SHARD / max(1, pages))
             fractions = [part / wanted for part in range(1, wanted)]
             rows = cursor.execute(self._statements.boundaries(percent), [fractions]).fetchall()
-        # An infinite date is no boundary: whoever reads its range is told what is wrong with it.
+        # An infinite date cannot be a boundary: reading its range reports what is wrong with it.
         return ranges_between([key for key in dict.fromkeys(row[0] for row in rows) if self._can_hold(key)])
 
     def read(self, key_range: KeyRange, *, page_rows: int, page_bytes: int) -> Iterator[list[SourceRow]]:

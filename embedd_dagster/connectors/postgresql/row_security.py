@@ -7,7 +7,8 @@ from typing import Any, Final
 import psycopg
 from psycopg.sql import SQL
 
-from embedd_dagster.connectors.postgresql.errors import Server, quoted
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.introspection import Relation
 from embedd_dagster.errors import SourceAccessDenied
 

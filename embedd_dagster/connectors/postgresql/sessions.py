@@ -20,8 +20,9 @@ from typing import Any, Final, Self, cast
 import psycopg
 from psycopg import pq, sql
 
+from embedd_dagster.deadlines import Deadline
 from embedd_dagster.errors import EmbeddError
-from embedd_dagster.postgresql import BoundedConnection, deadline
+from embedd_dagster.postgresql import BoundedConnection
 
 PINNED_SEARCH_PATH: Final = "pg_catalog, pg_temp"
 """`pg_temp` is named because PostgreSQL would otherwise search it first."""
@@ -36,8 +37,8 @@ SELECT a.state OPERATOR(pg_catalog.=) 'active'
 FROM pg_catalog.pg_stat_activity AS a WHERE a.pid OPERATOR(pg_catalog.=) %s::pg_catalog.int4
 """
 
-# In one round trip. `reset_val` is what the role, the database and the server configure, whatever another client of a pooler
-# has set in the session. Between the two settings only a function that is named with its schema runs.
+# In one round trip. `reset_val` is what the role, the database and the server configure, even if another client of a pooler
+# has set something else in the session. Between the two settings only a function that is named with its schema runs.
 _ROLE_SCHEMAS: Final = (
     "SELECT pg_catalog.set_config('search_path', s.reset_val, true) FROM pg_catalog.pg_settings AS s"  # noqa: S608
     " WHERE s.name OPERATOR(pg_catalog.=) 'search_path'; "
@@ -82,19 +83,20 @@ class ScopedConnection(BoundedConnection):
         """
         if self.probe is None:
             return False
-        with deadline(_PROBE_SECONDS):
-            try:
-                asked = self.probe()
-            except psycopg.Error as error:
-                return "FATAL" in str(error)  # an answer, such as that no connection is left
-            except EmbeddError:
-                return False
-            try:
-                row = asked.execute(_IS_WORKING, [self.server_pid]).fetchone()
-            except psycopg.Error:
-                return not self.is_direct  # a pooler lets us in, and has no session left for this
-            finally:
-                asked.close()
+        try:
+            asked = self.probe()
+        except psycopg.Error as error:
+            return "FATAL" in str(error)  # an answer, such as that no connection is left
+        except EmbeddError:
+            return False
+        deadline = Deadline(_PROBE_SECONDS)
+        asked.current_deadline = lambda: deadline
+        try:
+            row = asked.execute(_IS_WORKING, [self.server_pid]).fetchone()
+        except psycopg.Error:
+            return not self.is_direct  # a pooler lets us in, and has no session left for this
+        finally:
+            asked.close()
         return row is not None and row[0] is not False
 
     def configure(self, settings: Mapping[str, str], *, read_only: bool) -> None:

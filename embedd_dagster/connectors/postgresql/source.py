@@ -1,7 +1,7 @@
-"""PostgreSQL 14 and newer as a source: introspection here, reading in `postgresql_reader`.
+"""PostgreSQL 14 and newer as a source: introspection here, reading in `reader`.
 
 Only reads, without locks, temporary tables, writes or session-wide settings, so a read-only replica and a pooler in any mode
-will do; only following changes needs a session of its own.
+suffice. Only CDC needs its own session.
 """
 
 from __future__ import annotations
@@ -10,14 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import psycopg
 
 from embedd_dagster.connectors.postgresql.cdc.eligibility import check_cdc_eligible
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.poolers import require_own_session
-from embedd_dagster.connectors.postgresql.cdc.stream import FEED_SETTINGS, PostgresCdcStream
-from embedd_dagster.connectors.postgresql.connection import Connections, Credentials
+from embedd_dagster.connectors.postgresql.cdc.stream import STREAM_SETTINGS, PostgresCdcStream
+from embedd_dagster.connectors.postgresql.connection import ConnectOptions
+from embedd_dagster.connectors.postgresql.credentials import Credentials
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.estimates import row_estimate
 from embedd_dagster.connectors.postgresql.introspection import (
@@ -27,9 +29,9 @@ from embedd_dagster.connectors.postgresql.introspection import (
     list_tables,
 )
 from embedd_dagster.connectors.postgresql.key_checks import check_key
-from embedd_dagster.connectors.postgresql.pool import SILENCE_SECONDS
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.connectors.postgresql.row_security import require_visible_rows
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.cdc import CdcTable
@@ -39,27 +41,25 @@ from embedd_dagster.protocols.source import Selection, SourceTable
 class PostgresSource:
     """One PostgreSQL database, read as one user. Connects when first used."""
 
+    stream_options: StreamOptions = StreamOptions()
+    lock_timeout_seconds: float = 30.0
+    """How long a read waits behind, for example, an ALTER TABLE, before it reports that the table is locked."""
+
     def __init__(
         self,
         credentials: Mapping[str, Any],
         *,
         statement_timeout_seconds: float,
-        connect_timeout_seconds: int,
-        deny_private_networks: bool,
-        allow_unix_sockets: bool = False,
-        silence_seconds: float = SILENCE_SECONDS,
+        **options: Unpack[ConnectOptions],
     ) -> None:
         """`credentials`: host, database, user, and optionally port, password, ssl_mode. Raises ConfigurationError."""
         self._connect = partial(
-            Connections,
+            SourceConnections,
             Credentials.parse(credentials),
             statement_timeout_seconds=statement_timeout_seconds,
-            connect_timeout_seconds=connect_timeout_seconds,
-            deny_private_networks=deny_private_networks,
-            allow_unix_sockets=allow_unix_sockets,
-            silence_seconds=silence_seconds,
+            **options,
         )
-        self._connections = self._connect()
+        self._connections = self._connect(settings={"lock_timeout": f"{round(self.lock_timeout_seconds * 1000)}ms"})
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +70,7 @@ class PostgresSource:
         self.close()
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes connections. Idempotent."""
         self._connections.close()
 
     def check(self) -> None:
@@ -90,7 +90,7 @@ class PostgresSource:
             return relation.described(None if relation.is_plain_view else row_estimate(connection, relation))
 
     def check_key(self, table: str, column: str) -> None:
-        """Returns when the column is unique and not null: by its constraints, else by one scan of its rows."""
+        """Returns when the column is unique and not null: by its constraints, otherwise by one scan of its rows."""
         with self._connection(table) as connection:
             relation = find_relation(connection, table, self._connections.server)
             key = relation.key(column)
@@ -98,14 +98,14 @@ class PostgresSource:
             check_key(connection, relation, key)
 
     def check_cdc_eligible(self, table: CdcTable) -> None:
-        """Returns when changes of the table can be followed. Changes nothing."""
+        """Returns when CDC is possible for the table. Changes nothing."""
         require_own_session(self._connections)
         with self._connection(table.table) as connection:
             check_cdc_eligible(connection, table, self._connections.server)
 
     def cdc_stream(self, name: str) -> PostgresCdcStream:
-        """The feed of this name, over connections of its own, which the source's `close` leaves open."""
-        return PostgresCdcStream(self._connect(settings=FEED_SETTINGS, read_only=False), name)
+        """The CDC stream of this name. It has its own connections, which the source's `close` leaves open."""
+        return PostgresCdcStream(self._connect(settings=STREAM_SETTINGS, read_only=False), name, self.stream_options)
 
     def reader(self, selection: Selection) -> PostgresTableReader:
         """A reader of the selection; its columns may be spelled as `describe` does, or folded by PostgreSQL's rule."""
@@ -135,7 +135,7 @@ def _require_filter_types(
         wanted = filter_types.get(column.name)
         if wanted is not None and wanted not in column.filter_types:
             raise SourceRejected(
-                f"Column {column.name!r} of {relation.label} is of type {column.declared_type} by now, whose values"
+                f"Column {column.name!r} of {relation.label} is now of type {column.declared_type}, whose values"
                 f" filter_type `{wanted}` cannot hold.",
                 resolution="Give it another filter_type with PUT /v1/vector-tables/{id}, or the column its type back.",
             )

@@ -3,7 +3,7 @@
     key hash    64 bits of the key's text; its 16 highest are the row's bucket
     row hash    64 bits of the text of ROW(key, columns…): the key is in it, so that two rows that swap their values show
 
-Text, because only it tells apart what a user would: PostgreSQL's own record hash takes 1.0 for 1.00 and, in citext, A for
+The text, because only that distinguishes what a user would: PostgreSQL's own record hash takes 1.0 for 1.00 and, in citext, A for
 a, and folds a bigint into 32 bits. Functions and operators are named with their schema, besides the search path that is
 pinned. Values of a type that a user has defined are not cast: its owner could give it a cast with a function.
 """
@@ -57,7 +57,7 @@ class Statements:
 
     def by_keys(self) -> Composed:
         """As `page`, without order, of the keys in the one parameter, a list."""
-        if self._key.base_kind == "e":  # a text that is no label would be an error as an enum
+        if self._key.base_kind == "e":  # a text that is not a label would be an error as an enum
             among = SQL("{} OPERATOR(pg_catalog.=) ANY (%s::pg_catalog.text[])").format(
                 self._key.text(self._key_column)
             )
@@ -70,7 +70,7 @@ class Statements:
 
         1,000,000 rows of 4 columns: 0.5 s. The OFFSET 0 matters: without it the planner computes the row hash for the sum
         and again for the xor (0.8 s). A parallel plan came to 0.5 to 0.9 s on two cores; MD5 of the text to 0.9 s. The sum
-        is exact, of 128 bits, and beside the xor no two changes cancel in both.
+        is exact, of 128 bits, and together with the xor no two changes cancel in both.
         """
         inner = SQL("SELECT {} AS b, {} AS h FROM {} OFFSET 0").format(
             self._bucket(self._key_column, bits_dropped), _ROW_HASH.format(self._row_text), self._from(self._not_null)
@@ -127,7 +127,7 @@ class Statements:
         """`found` with what is made of a row's text: made above its LIMIT, so not for every row that a view sorts.
 
         The OFFSET 0 keeps the planner from making the text twice, for the hash and for the size; an order that is not
-        said again at every level is sorted anew.
+        said again at every level is sorted again.
         """
         names = SQL(", ").join([SQL("k"), *self._names])
         text = _ROW_TEXT.format(names)

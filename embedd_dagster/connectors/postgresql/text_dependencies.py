@@ -1,6 +1,6 @@
 """What the text of a table's values depends on besides its rows: labels of enums, attributes of composite types, and the like.
 
-`ALTER TYPE … RENAME VALUE` makes all rows of a label say something else, and logs no change of any row. So do an attribute that
+`ALTER TYPE … RENAME VALUE` changes the text of all rows with that label, and logs no change of any row. So do an attribute that
 a composite type gains or loses, an extension whose type gets another output function, and another expression of a virtual
 generated column.
 
@@ -16,15 +16,15 @@ from typing import Any, Final
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.cdc.eligibility import TableState
+from embedd_dagster.connectors.postgresql.cdc.eligibility import TableDetails
 
-Meanings = dict[str, list[int]]
-"""By what is looked at, the hashes of all that it says. More at the end of a list means that something new can be said."""
+TextDependencies = dict[str, list[int]]
+"""Hashes of labels, attributes and the like, by type. A longer list has additions only."""
 
 _FIRST_OID: Final = 16384
 """Of what is not PostgreSQL's own."""
 
-# A label or an attribute that is changed is another version of its catalog row, were it changed back meanwhile. A new
+# A changed label or attribute is another version of its catalog row, even if it is changed back. A new
 # label is a new row with a higher OID. The output function of an array, a domain, a range, an enum or a composite type is
 # PostgreSQL's own.
 _TYPES: Final = """
@@ -64,7 +64,7 @@ FROM made_of m JOIN pg_catalog.pg_type t ON t.oid = m.oid
 ORDER BY 1, 2
 """
 
-# One that is set is another row. It can be set where the table is published with all tables or its schema, not by its name.
+# Setting an expression makes another row. It is possible if the table is published with all tables or its schema.
 _EXPRESSIONS: Final = """
 SELECT d.adrelid::pg_catalog.int8, pg_catalog.array_agg(d.oid::pg_catalog.int8 ORDER BY d.adnum)
 FROM pg_catalog.pg_attrdef d
@@ -74,35 +74,37 @@ GROUP BY d.adrelid
 """
 
 
-def read_meanings(connection: psycopg.Connection[Any], states: Iterable[TableState]) -> dict[int, Meanings]:
-    """Of each table, by its OID. No round trip where all columns are plain ones of PostgreSQL's own types."""
-    states = list(states)
-    types = _read_types(connection, {oid for state in states for oid in _type_oids(state)})
+def read_text_dependencies(
+    connection: psycopg.Connection[Any], all_details: Iterable[TableDetails]
+) -> dict[int, TextDependencies]:
+    """The dependencies of each table, by its OID. No query if all columns are plain ones of PostgreSQL's own types."""
+    all_details = list(all_details)
+    types = _read_types(connection, {oid for details in all_details for oid in _type_oids(details)})
     expressions = _read_expressions(
-        connection, {member.oid for state in states for member in state.members if member.virtual}
+        connection, {member.oid for details in all_details for member in details.members if member.virtual}
     )
-    found: dict[int, Meanings] = {}
-    for state in states:
-        meanings = found[state.table.oid] = {}
-        for oid in _type_oids(state):
+    found: dict[int, TextDependencies] = {}
+    for details in all_details:
+        meanings = found[details.table.oid] = {}
+        for oid in _type_oids(details):
             meanings.update(types.get(oid, {}))
-        for member in state.members:
+        for member in details.members:
             if member.oid in expressions:
                 meanings[f"expressions of {member.oid}"] = expressions[member.oid]
     return found
 
 
-def is_another_meaning(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> bool:
-    """Whether something that was said before is said otherwise now; what can be said in addition is no reason."""
+def have_changed(before: Mapping[str, list[int]], now: Mapping[str, list[int]]) -> bool:
+    """Whether a text may differ now. Additions, such as a new label, do not count."""
     return any(now.get(name, [])[: len(said)] != said for name, said in before.items())
 
 
-def _type_oids(state: TableState) -> set[int]:
-    return {type_oid for _number, type_oid, _modifier in state.columns.values() if type_oid >= _FIRST_OID}
+def _type_oids(details: TableDetails) -> set[int]:
+    return {type_oid for _number, type_oid, _modifier in details.columns.values() if type_oid >= _FIRST_OID}
 
 
-def _read_types(connection: psycopg.Connection[Any], roots: set[int]) -> dict[int, Meanings]:
-    found: dict[int, Meanings] = {}
+def _read_types(connection: psycopg.Connection[Any], roots: set[int]) -> dict[int, TextDependencies]:
+    found: dict[int, TextDependencies] = {}
     if roots:
         for root, oid, said in connection.execute(_TYPES, {"roots": sorted(roots), "first": _FIRST_OID}).fetchall():
             if said is not None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from embedd_dagster.connectors.qdrant.client import LimitExceeded, QdrantRest
+from embedd_dagster.connectors.qdrant.client import QdrantRest
+from embedd_dagster.connectors.qdrant.failures import LimitExceeded
 from embedd_dagster.connectors.qdrant.limits import UNLIMITED, CollectionLimits
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.errors import VectorStoreUnavailable

@@ -1,36 +1,27 @@
-"""Qdrant's REST protocol: one pooled HTTP client, one place where its failures become ours.
+"""Qdrant's REST interface through `qdrant_client`'s transport and models.
 
-A dozen calls are made, and the hot ones send bodies of bytes; `qdrant-client` would add half a second and 50 MB to every
-process for its models.
+Added to the transport: answers are not compressed, idle connections expire before the server closes them, a call that loses
+its connection is repeated once, and failures become our errors. Bodies are `qdrant_client`'s models, or bytes where a call is
+made often: its models cost three times as much CPU (ADR 0020). Answers are read as JSON.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Final
 from urllib.parse import quote
 
 import httpx
 import orjson
+from pydantic import BaseModel
+from qdrant_client.http.api_client import ApiClient
 
-from embedd_dagster.connectors.qdrant.limits import LIMIT_NAMES
-from embedd_dagster.errors import ConfigurationError, VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.connectors.qdrant.failures import no_answer, refusal, unreachable
+from embedd_dagster.errors import ConfigurationError, VectorStoreRejected
 
 _CONNECT_SECONDS: Final = 5.0
 _MAX_CONNECTIONS: Final = 64
-_MAX_MESSAGE: Final = 300
 _LOOPBACK: Final = frozenset({"127.0.0.1", "localhost", "::1"})
-_QUOTED: Final = re.compile(r'"([^"]*)"')
-_PARAMETERS: Final = frozenset(
-    {*LIMIT_NAMES, "limit", "timeout", "hnsw_ef", "exact", "oversampling", "upsert", "wait", "filter", "condition"}
-)
-"""What stands in quotes in a refusal and helps to understand it. Anything else may be a value of a row."""
-_STRICT_MODE: Final = ". Help: "
-_OVER_CAPACITY: Final = "try to split"
-_RAISE_LIMIT: Final = (
-    "Raise the limit in the strict_mode_config of this collection (PATCH /collections/{name}), then try again."
-)
 _KEEPALIVE_SECONDS: Final = 2.0
 """Qdrant closes a connection that was idle for 5 s; a call that meets the closing would fail."""
 _CONNECTION_LOST: Final = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
@@ -41,16 +32,18 @@ SLOW_SECONDS: Final = 600.0
 """For what may take as long as there are points: payload indexes, exact counts."""
 
 
-class SetMissing(VectorStoreRejected):
-    """The collection is not there (any more)."""
+class _Transport(ApiClient):
+    """`qdrant_client`'s transport, without its reading of answers, and with one repeat when the connection is lost."""
 
-
-class LimitExceeded(VectorStoreRejected):
-    """The call is more than the collection's strict mode allows; a smaller one may be allowed."""
+    def send(self, request: httpx.Request, type_: Any) -> Any:  # noqa: ARG002 - what answers are read as
+        try:
+            return self._client.send(request)
+        except _CONNECTION_LOST:
+            return self._client.send(request)
 
 
 class QdrantRest:
-    """Calls against one Qdrant. Safe to use from several threads; nothing is connected to before the first call."""
+    """Calls to one Qdrant. Safe to use from several threads; nothing is connected to before the first call."""
 
     def __init__(
         self,
@@ -64,30 +57,33 @@ class QdrantRest:
         try:
             parsed = httpx.URL(url)
         except httpx.InvalidURL as error:
-            raise ConfigurationError(f"EMBEDD_QDRANT_URL is no URL: {error}.") from None
+            raise ConfigurationError(f"EMBEDD_QDRANT_URL is not a URL: {error}.") from None
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ConfigurationError("EMBEDD_QDRANT_URL must be of the form http://host:6333.")
-        self.address = f"{parsed.host}:{parsed.port or (443 if parsed.scheme == 'https' else 80)}"
-        api_key = check_api_key(api_key)
-        self._client = httpx.Client(
-            base_url=parsed,
+        self.host = f"[{parsed.host}]" if ":" in parsed.host else parsed.host
+        self.is_encrypted = parsed.scheme == "https"
+        # a developer's proxy does not know the way to this machine
+        self.uses_proxy = parsed.host not in _LOOPBACK
+        self.address = f"{parsed.host}:{parsed.port or (443 if self.is_encrypted else 80)}"
+        self.api_key = check_api_key(api_key)
+        self._transport = _Transport(
+            str(parsed),
             # identity: Qdrant compresses in chunks, and the last one waits 40 ms for a delayed ACK
             headers={"content-type": "application/json", "accept-encoding": "identity"}
-            | ({"api-key": api_key} if api_key else {}),
+            | ({"api-key": self.api_key} if self.api_key else {}),
             limits=httpx.Limits(
                 max_connections=_MAX_CONNECTIONS,
                 max_keepalive_connections=_MAX_CONNECTIONS,
                 keepalive_expiry=_KEEPALIVE_SECONDS,
             ),
             transport=transport,
-            # a developer's proxy does not know the way to this very machine
-            trust_env=parsed.host not in _LOOPBACK,
+            trust_env=self.uses_proxy,
         )
 
     def call(
         self, method: str, path: Sequence[str], body: Any = None, *, seconds: float | None = None, wait: bool = False
     ) -> Any:
-        """The `result` of a call. `path` is quoted part by part; `body` is JSON, or bytes that are.
+        """The `result` of a call. `path` is quoted part by part; `body` is a model, or JSON, or bytes of JSON.
 
         Every call is idempotent: if the connection is lost it is sent once more.
 
@@ -99,7 +95,13 @@ class QdrantRest:
         """
         answer = self._send(method, path, body, seconds=seconds, wait=wait)
         if not answer.is_success:
-            raise self._failure(answer)
+            raise refusal(
+                self.address,
+                answer.status_code,
+                _reason(answer),
+                has_key=self.api_key is not None,
+                retry_after_seconds=_retry_after(answer),
+            )
         try:
             return orjson.loads(answer.content)["result"]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -118,59 +120,35 @@ class QdrantRest:
             return None
 
     def close(self) -> None:
-        """Gives the connections back. Idempotent."""
-        self._client.close()
+        """Closes the connections. Idempotent."""
+        self._transport.close()
 
     def _send(
         self, method: str, path: Sequence[str], body: Any, *, seconds: float | None = None, wait: bool = False
     ) -> httpx.Response:
         seconds = self._read_timeout_seconds if seconds is None else seconds
-        content = body if body is None or isinstance(body, bytes) else orjson.dumps(body)
-        target = "/".join(quote(part, safe="") for part in path)
-        request = self._client.build_request(
-            method,
-            f"/{target}",
-            content=content,
-            params={"wait": "true"} if wait else None,
-            timeout=httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
-        )
         try:
-            try:
-                answer = self._client.send(request)
-            except _CONNECTION_LOST:
-                answer = self._client.send(request)
+            answer = self._transport.request(
+                type_=httpx.Response,
+                method=method,
+                url="/".join(quote(part, safe="") for part in path),
+                content=_content(body),
+                params={"wait": "true"} if wait else {},
+                timeout=httpx.Timeout(seconds, connect=min(seconds, _CONNECT_SECONDS)),
+            )
         except httpx.TimeoutException:
-            raise VectorStoreUnavailable(f"Qdrant at {self.address} did not answer in time.") from None
+            raise no_answer(self.address) from None
         except httpx.HTTPError as error:
-            raise VectorStoreUnavailable(
-                f"Qdrant at {self.address} cannot be reached ({type(error).__name__})."
-            ) from None
+            raise unreachable(self.address, type(error).__name__) from None
         # httpx lets it refer to itself, and to what was sent: megabytes that would wait for the garbage collector
         answer.stream = httpx.ByteStream(b"")
         return answer
 
-    def _failure(self, answer: httpx.Response) -> VectorStoreUnavailable | VectorStoreRejected:
-        status = answer.status_code
-        reason = _reason(answer)
-        message = f"Qdrant at {self.address} answered {status}: {reason}"
-        if (status in (400, 403) and _STRICT_MODE in reason) or (status == 429 and _OVER_CAPACITY in reason):
-            return LimitExceeded(message, resolution=_RAISE_LIMIT)
-        if status in (401, 403):
-            return self._denied(status, reason)
-        if status in (408, 429) or status >= 500:
-            return VectorStoreUnavailable(message, retry_after_seconds=_retry_after(answer))
-        return SetMissing(message) if status == 404 else VectorStoreRejected(message)
 
-    def _denied(self, status: int, reason: str) -> VectorStoreRejected:
-        set_key = "Set EMBEDD_QDRANT_API_KEY to a key of that Qdrant with the right to write."
-        if status == 401 and "api-key" not in self._client.headers:
-            return VectorStoreRejected(
-                f"Qdrant at {self.address} asks for an API key, and none is set.", resolution=set_key
-            )
-        return VectorStoreRejected(
-            f"Qdrant at {self.address} refuses the API key or the call (HTTP {status}): {reason}",
-            resolution=f"{set_key} If the key is right, check that the server is not locked.",
-        )
+def _content(body: Any) -> bytes | None:
+    if isinstance(body, BaseModel):
+        return body.model_dump_json(exclude_none=True, by_alias=True).encode()
+    return body if body is None or isinstance(body, bytes) else orjson.dumps(body)
 
 
 def check_api_key(api_key: str | None) -> str | None:
@@ -186,11 +164,9 @@ def check_api_key(api_key: str | None) -> str | None:
 
 def _reason(answer: httpx.Response) -> str:
     try:
-        reason = str(orjson.loads(answer.content)["status"]["error"])
+        return str(orjson.loads(answer.content)["status"]["error"])
     except (orjson.JSONDecodeError, KeyError, TypeError):
         return answer.reason_phrase
-    shown = _QUOTED.sub(lambda found: found[0] if found[1] in _PARAMETERS else '"…"', reason)
-    return shown[:_MAX_MESSAGE]
 
 
 def _retry_after(answer: httpx.Response) -> float | None:

@@ -12,15 +12,21 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final
 
+from qdrant_client import models
+
 from embedd_dagster.core.filters import And, Condition, Filter, Operator, Or
 from embedd_dagster.core.vector_table import FilterType
 
-INDEX_TYPES: Final[dict[FilterType, str]] = {
-    FilterType.KEYWORD: "keyword",
-    FilterType.INTEGER: "integer",
-    FilterType.FLOAT: "float",
-    FilterType.BOOLEAN: "bool",
+# without links of their own in the vectors' graph: see `payload_indexes`
+_INDEXES: Final[dict[FilterType, models.PayloadSchemaParams]] = {
+    FilterType.KEYWORD: models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, enable_hnsw=False),
+    FilterType.INTEGER: models.IntegerIndexParams(type=models.IntegerIndexType.INTEGER, enable_hnsw=False),
+    FilterType.FLOAT: models.FloatIndexParams(type=models.FloatIndexType.FLOAT, enable_hnsw=False),
+    FilterType.BOOLEAN: models.BoolIndexParams(type=models.BoolIndexType.BOOL, enable_hnsw=False),
 }
+_BUCKET_INDEX: Final = models.IntegerIndexParams(
+    type=models.IntegerIndexType.INTEGER, lookup=False, range=True, enable_hnsw=False
+)
 _UNQUOTABLE: Final = ('"', "\\")
 _ESCAPES: Final = {mark: f"%{ord(mark):02X}" for mark in (*_UNQUOTABLE, "%")}
 _ESCAPING: Final = str.maketrans(_ESCAPES)
@@ -53,16 +59,14 @@ def payload_path(column: str) -> str:
     return f'metadata."{payload_key(column)}"'
 
 
-def payload_indexes(filter_types: Mapping[str, FilterType]) -> dict[str, dict[str, Any]]:
+def payload_indexes(filter_types: Mapping[str, FilterType]) -> dict[str, models.PayloadSchemaParams]:
     """The indexed fields, each without links of its own in the vectors' graph.
 
     Qdrant would link the points of each value, and of each range of a number, once more: that took three quarters of the
     time to build a graph, and with filters over two columns ACORN finds more (benchmarks/README.md). Nobody searches by
     bucket. A server before 1.17 does not know the setting, and builds the links.
     """
-    fields: dict[str, dict[str, Any]] = {"bucket": {"type": "integer", "lookup": False, "range": True}}
-    fields |= {payload_path(column): {"type": INDEX_TYPES[kind]} for column, kind in filter_types.items()}
-    return {field: {**schema, "enable_hnsw": False} for field, schema in fields.items()}
+    return {"bucket": _BUCKET_INDEX} | {payload_path(column): _INDEXES[kind] for column, kind in filter_types.items()}
 
 
 def bucket_filter(ranges: list[tuple[int, int]]) -> dict[str, Any]:

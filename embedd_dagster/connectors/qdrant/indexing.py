@@ -6,6 +6,7 @@ import time
 from typing import Any, Final
 
 import structlog
+from qdrant_client import models
 
 from embedd_dagster.connectors.qdrant.client import WRITE_SECONDS, QdrantRest
 from embedd_dagster.core.rows import VectorSet
@@ -32,7 +33,9 @@ def wait_for_index(rest: QdrantRest, vector_set: VectorSet, report: ReportIndexe
         VectorStoreUnavailable: The collection is neither being indexed nor ready, and stays so.
     """
     path = ("collections", vector_set.versioned_name)
-    body = {"optimizers_config": {"indexing_threshold": INDEXING_THRESHOLD_KB}}
+    body = models.UpdateCollection(
+        optimizers_config=models.OptimizersConfigDiff(indexing_threshold=INDEXING_THRESHOLD_KB)
+    )
     if _threshold(rest.call("GET", path)) != INDEXING_THRESHOLD_KB:
         # never for nothing: it cancels a build that is running
         rest.call("PATCH", path, body, seconds=WRITE_SECONDS)

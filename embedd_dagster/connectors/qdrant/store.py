@@ -10,20 +10,17 @@ from typing import Any, Final, Self
 import httpx
 import numpy as np
 import structlog
+from qdrant_client import models
 
 from embedd_dagster.connectors.qdrant.calls import SCROLL_PAGE, PointCalls
-from embedd_dagster.connectors.qdrant.client import (
-    READ_SECONDS,
-    SLOW_SECONDS,
-    WRITE_SECONDS,
-    LimitExceeded,
-    QdrantRest,
-    SetMissing,
-)
+from embedd_dagster.connectors.qdrant.client import READ_SECONDS, SLOW_SECONDS, WRITE_SECONDS, QdrantRest
+from embedd_dagster.connectors.qdrant.failures import LimitExceeded, SetMissing
 from embedd_dagster.connectors.qdrant.filters import bucket_filter, column_name, payload_indexes
+from embedd_dagster.connectors.qdrant.grpc_calls import QdrantGrpc
 from embedd_dagster.connectors.qdrant.indexing import wait_for_index
 from embedd_dagster.connectors.qdrant.limits import CollectionLimits
-from embedd_dagster.connectors.qdrant.points import point_uuid, read_key, split_batch, upsert_body
+from embedd_dagster.connectors.qdrant.messages import GetPoints, GetResponse, PointsOperationResponse, read_vector
+from embedd_dagster.connectors.qdrant.points import point_uuid, read_key, split_batch, upsert_body, upsert_message
 from embedd_dagster.connectors.qdrant.search import nearest
 from embedd_dagster.core.embedded_text import text_hash
 from embedd_dagster.core.filters import Filter
@@ -42,7 +39,9 @@ _log = structlog.get_logger(__name__)
 
 
 class QdrantStore:
-    """An open Qdrant, by its REST interface. Safe to use from several threads.
+    """An open Qdrant. Safe to use from several threads.
+
+    Bulk writes and reads of vectors go over gRPC if `grpc_port` is given and can be reached, everything else over REST.
 
     Collections use cosine: Qdrant stores vectors normalised, and `vectors` returns them so. To reuse one is to store the
     same direction again. A vector of zeros has no direction: it is stored and counted, and never found.
@@ -53,10 +52,12 @@ class QdrantStore:
         url: str,
         api_key: str | None = None,
         *,
+        grpc_port: int | None = None,
         transport: httpx.BaseTransport | None = None,
         read_timeout_seconds: float | None = None,
     ) -> None:
         self._rest = QdrantRest(url, api_key, transport, read_timeout_seconds=read_timeout_seconds or READ_SECONDS)
+        self._grpc = QdrantGrpc(self._rest, grpc_port)
         self._calls = PointCalls(self._rest)
         self._is_version_checked = False
 
@@ -72,10 +73,10 @@ class QdrantStore:
         """A collection that is not indexed while it is loaded; one that is there is kept."""
         name = vector_set.versioned_name
         if not self._exists(name):
-            body = {
-                "vectors": {"size": vector_set.dimensions, "distance": "Cosine"},
-                "optimizers_config": {"indexing_threshold": 0},
-            }
+            body = models.CreateCollection(
+                vectors=models.VectorParams(size=vector_set.dimensions, distance=models.Distance.COSINE),
+                optimizers_config=models.OptimizersConfigDiff(indexing_threshold=0),
+            )
             try:
                 self._rest.call("PUT", ("collections", name), body, seconds=WRITE_SECONDS)
             except VectorStoreRejected:
@@ -86,6 +87,10 @@ class QdrantStore:
         """Writes the points, in bodies of some 16 MB; returns when Qdrant has them on disk."""
 
         def write(part: slice) -> None:
+            if self._grpc.is_used(vector_set):
+                message = upsert_message(vector_set, points, part)
+                self._grpc.call("Points/Upsert", message, PointsOperationResponse, seconds=WRITE_SECONDS)
+                return
             body = upsert_body(vector_set, points, part)
             self._calls.call(vector_set, "PUT", (), body, seconds=WRITE_SECONDS, wait=True)
 
@@ -119,10 +124,8 @@ class QdrantStore:
         found: dict[Key, tuple[int, Vectors]] = {}
 
         def read(part: slice) -> None:
-            body = {"ids": ids[part], "with_payload": ["embedded_text"], "with_vector": True}
-            for point in self._calls.call(vector_set, "POST", (), body):
-                vector = np.asarray(point["vector"], dtype=np.float32)
-                found[by_id[point["id"]]] = (text_hash(point["payload"]["embedded_text"]), vector)
+            for point_id, text, vector in self._read_vectors(vector_set, ids[part]):
+                found[by_id[point_id]] = (text_hash(text), vector)
 
         for part in _slices(len(ids), _IDS_PER_CALL):
             self._calls.in_parts(vector_set, part, CollectionLimits.ids_to_read, read)
@@ -184,8 +187,8 @@ class QdrantStore:
             return
         # Qdrant replaces an alias of that name. To delete it first would save its file twice, and a crash between the two
         # would leave no alias.
-        action = {"create_alias": {"collection_name": name, "alias_name": alias}}
-        self._rest.call("POST", ("collections", "aliases"), {"actions": [action]})
+        create = models.CreateAlias(collection_name=name, alias_name=alias)
+        self._change_alias(models.CreateAliasOperation(create_alias=create))
 
     def versions(self, vector_table_id: str) -> list[int]:
         """The versions of this vector table that have a collection, ascending."""
@@ -205,8 +208,7 @@ class QdrantStore:
     def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
         """Removes the alias."""
         if self._alias_target(vector_table_id, public_name):
-            body = {"actions": [{"delete_alias": {"alias_name": public_name}}]}
-            self._rest.call("POST", ("collections", "aliases"), body)
+            self._change_alias(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=public_name)))
 
     def info(self, vector_set: VectorSet) -> Mapping[str, str | int]:
         """Where the set is, its points, and its index's state."""
@@ -223,7 +225,8 @@ class QdrantStore:
         }
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes the connections. Idempotent."""
+        self._grpc.close()
         self._rest.close()
 
     def __enter__(self) -> Self:
@@ -254,7 +257,7 @@ class QdrantStore:
         schemas = payload_indexes(vector_set.filter_types)
         left_out = []
         for field in fields:
-            body = {"field_name": field, "field_schema": schemas[field]}
+            body = models.CreateFieldIndex(field_name=field, field_schema=schemas[field])
             try:
                 self._rest.call("PUT", path, body, seconds=SLOW_SECONDS, wait=True)
             except LimitExceeded:
@@ -270,8 +273,28 @@ class QdrantStore:
                 fields=left_out,
             )
 
+    def _read_vectors(self, vector_set: VectorSet, ids: list[str]) -> Iterator[tuple[str, str, Vectors]]:
+        if self._grpc.is_used(vector_set):
+            request = GetPoints(
+                collection_name=vector_set.versioned_name,
+                ids=[{"uuid": point_id} for point_id in ids],
+                with_payload={"include": {"fields": ["embedded_text"]}},
+                with_vectors={"enable": True},
+            )
+            answer = self._grpc.call("Points/Get", request, GetResponse, seconds=WRITE_SECONDS)
+            for found in answer.result:
+                yield found.id.uuid, found.payload["embedded_text"].string_value, read_vector(found.vectors.vector)
+            return
+        body = {"ids": ids, "with_payload": ["embedded_text"], "with_vector": True}
+        for point in self._calls.call(vector_set, "POST", (), body):
+            vector = np.asarray(point["vector"], dtype=np.float32)
+            yield point["id"], point["payload"]["embedded_text"], vector
+
     def _exists(self, name: str) -> bool:
         return bool(self._rest.call("GET", ("collections", name, "exists"))["exists"])
+
+    def _change_alias(self, action: models.AliasOperations) -> None:
+        self._rest.call("POST", ("collections", "aliases"), models.ChangeAliasesOperation(actions=[action]))
 
     def _alias_target(self, vector_table_id: str, alias: str) -> str | None:
         listed = self._rest.call("GET", ("aliases",))["aliases"]

@@ -15,22 +15,23 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import partitions, tasks, vector_tables
 from embedd_dagster.catalog.partitions import RunLabel
-from embedd_dagster.catalog.resyncs import OwedSync
+from embedd_dagster.catalog.resyncs import PendingResync
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.fairness import QueuePlace, queue_tags
+from embedd_dagster.core.run_names import run_config, run_tags
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.defs.backfills import GivenUpWork
 from embedd_dagster.defs.former_partitions import move_history
-from embedd_dagster.defs.reconcile.plan import IN_FLIGHT, Plan, RunDecision, TaskDecision, TaskFact, Verdict
-from embedd_dagster.defs.tags import CANCELLED_BY_TAG, NAME_TAG, PARTITION_TAG, TASK_TAG, TASK_TYPE_TAG
+from embedd_dagster.defs.reconcile.plan import IN_FLIGHT, Decision, Plan, RunDecision, TaskDecision, TaskFact
+from embedd_dagster.defs.tags import CANCELLED_BY_TAG
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import CatalogUnavailable, Conflict
 
-_SETTLED_IN_THIS_ORDER: Final = (Verdict.REQUEUE, Verdict.ASK_TO_END, Verdict.CANCEL, Verdict.GIVE_UP)
+_CLEANUP_ORDER: Final = (Decision.REQUEUE, Decision.ASK_TO_END, Decision.CANCEL, Decision.GIVE_UP)
 
 
 @dataclass(frozen=True, slots=True)
-class Enactor:
+class PlanExecutor:
     """Access to both sides, for one tick, and the tick's deadline."""
 
     instance: dg.DagsterInstance
@@ -39,7 +40,7 @@ class Enactor:
     until: float = math.inf
     clock: Callable[[], float] = time.monotonic
 
-    def enact(self, plan: Plan, places: Mapping[str, QueuePlace]) -> list[dg.RunRequest]:
+    def apply(self, plan: Plan, places: Mapping[str, QueuePlace]) -> list[dg.RunRequest]:
         """Does what is planned, and gives the runs to launch. What fails for one table is left for the next tick.
 
         What launches runs comes first; what only cleans up is done until the deadline, and the rest at the next ticks. What
@@ -53,14 +54,14 @@ class Enactor:
         for subject, begin in self._beginnings(plan, places):
             if self._is_out_of_time():
                 break
-            with self._alone(subject):
+            with self._isolate_errors(subject):
                 requests += begin()
         left = 0
         for subject, act in self._clean_up(plan):
             if self._is_out_of_time():
                 left += 1
                 continue
-            with self._alone(subject):
+            with self._isolate_errors(subject):
                 act()
         if left:
             self.log(f"{left} tasks and runs are left for the next tick.")
@@ -73,7 +74,7 @@ class Enactor:
             if self._is_out_of_time():
                 self.log(f"{len(plan.partitions_to_move) - len(moved)} partitions are left for the next tick.")
                 break
-            with self._alone(old_key):
+            with self._isolate_errors(old_key):
                 move_history(self.instance, old_key, new_key)
                 moved.append(old_key)
         return moved
@@ -82,7 +83,7 @@ class Enactor:
         return self.clock() >= self.until
 
     def _launches(self, plan: Plan, places: Mapping[str, QueuePlace]) -> list[dg.RunRequest]:
-        facts = [(one.task, one.run_key) for one in plan.tasks if one.verdict is Verdict.LAUNCH]
+        facts = [(one.task, one.run_key) for one in plan.tasks if one.action is Decision.LAUNCH]
         if not facts:
             return []
         with self.runtime.catalog.transaction() as session:
@@ -105,23 +106,23 @@ class Enactor:
         for vector_table_id in plan.rebackfills:
             place = places.get(vector_table_id, QueuePlace())
             yield vector_table_id, partial(self._begin_rebackfill, vector_table_id, place)
-        for owed in plan.syncs:
-            place = places.get(owed.vector_table_id, QueuePlace())
-            yield owed.vector_table_id, partial(self._begin_owed_sync, owed, place)
+        for resync in plan.syncs:
+            place = places.get(resync.vector_table_id, QueuePlace())
+            yield resync.vector_table_id, partial(self._begin_resync, resync, place)
         for work in plan.given_up:
             place = places.get(work.vector_table_id, QueuePlace())
             yield work.vector_table_id, partial(self._begin_given_up, work, place)
 
     def _clean_up(self, plan: Plan) -> Iterator[tuple[str, Callable[[], None]]]:
-        for verdict in _SETTLED_IN_THIS_ORDER:
+        for action in _CLEANUP_ORDER:
             for decision in plan.tasks:
-                if decision.verdict is verdict:
-                    yield decision.task.vector_table_id, partial(self._settle, decision)
+                if decision.action is action:
+                    yield decision.task.vector_table_id, partial(self._apply_decision, decision)
         for run in sorted(plan.runs, key=lambda run: run.cancelled):  # those first that hold a slot
             yield f"run {run.run_id}", partial(self._end, run)
 
     @contextmanager
-    def _alone(self, subject: str) -> Iterator[None]:
+    def _isolate_errors(self, subject: str) -> Iterator[None]:
         try:
             yield
         except CatalogUnavailable:
@@ -129,7 +130,7 @@ class Enactor:
         except Exception as error:  # noqa: BLE001 - one vector table must not stop the others
             self.log(f"{subject}: {type(error).__name__}; tried again at the next tick.")
 
-    def _settle(self, decision: TaskDecision) -> None:
+    def _apply_decision(self, decision: TaskDecision) -> None:
         fact = decision.task
         with self.runtime.catalog.transaction() as session:
             task = tasks.find(session, fact.task_id, lock=True)
@@ -138,7 +139,7 @@ class Enactor:
             if decision.ends is not None:
                 self._end(decision.ends)  # before the commit: died in between, the next tick finds the task as it was
             _apply(session, task, decision)
-        self.log(f"{fact.vector_table_id}, task {fact.task_id}: {decision.verdict.value}. {decision.reason}")
+        self.log(f"{fact.vector_table_id}, task {fact.task_id}: {decision.action.value}. {decision.reason}")
 
     def _end(self, decision: RunDecision) -> None:
         run = self.instance.get_run_by_id(decision.run_id)
@@ -158,7 +159,7 @@ class Enactor:
     def _begin_rebackfill(self, vector_table_id: str, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, vector_table_id, lock=True)
-            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_held:
+            if table is None or table.sync_status != SyncStatus.PENDING_REBACKFILL.value or table.is_rebuild_suppressed:
                 return []
             try:
                 task = tasks.create(
@@ -169,9 +170,9 @@ class Enactor:
             task_id, label = task.id, RunLabel.of(table)
         return [run_request(task_id, label, TaskType.REBACKFILL, f"{task_id}:0", place)]
 
-    def _begin_owed_sync(self, owed: OwedSync, place: QueuePlace) -> list[dg.RunRequest]:
+    def _begin_resync(self, resync: PendingResync, place: QueuePlace) -> list[dg.RunRequest]:
         with self.runtime.catalog.transaction() as session:
-            table = vector_tables.find(session, owed.vector_table_id, lock=True)
+            table = vector_tables.find(session, resync.vector_table_id, lock=True)
             if table is None or table.deleted_at is not None or table.paused or table.live_version is None:
                 return []
             try:
@@ -180,12 +181,12 @@ class Enactor:
                     table,
                     TaskType.SYNC,
                     max_attempts=self.runtime.settings.max_task_attempts,
-                    options={**owed.options, "reason": owed.reason},
+                    options={**resync.options, "reason": resync.reason},
                 )
             except Conflict:
                 return []  # somebody was faster
             task_id, label = task.id, RunLabel.of(table)
-        self.log(f"{owed.vector_table_id}, task {task_id}: sync. {owed.reason}")
+        self.log(f"{resync.vector_table_id}, task {task_id}: sync. {resync.reason}")
         return [run_request(task_id, label, TaskType.SYNC, f"{task_id}:0", place)]
 
     def _begin_given_up(self, work: GivenUpWork, place: QueuePlace) -> list[dg.RunRequest]:
@@ -213,35 +214,31 @@ class Enactor:
 
 def run_request(task_id: str, label: RunLabel, task_type: TaskType, run_key: str, place: QueuePlace) -> dg.RunRequest:
     """A run of the job for a task."""
-    mode = "sync" if task_type is TaskType.SYNC else "backfill"
     return dg.RunRequest(
         run_key=run_key,
         partition_key=label.partition_key,
-        # with Dagster's own tag it is taken as it is: one whose partition has just gone would fail the tick for all
+        # with Dagster's own tag the key is not looked up: a partition that has just been deleted would fail the whole tick
         tags={
-            TASK_TAG: task_id,
-            PARTITION_TAG: label.partition_key,
-            NAME_TAG: label.name,
-            TASK_TYPE_TAG: task_type.value,
+            **run_tags(task_id, label.partition_key, label.name, task_type),
             **queue_tags(task_type, place),
         },
-        run_config={"ops": {"vector_table": {"config": {"mode": mode}}}},
+        run_config=run_config(task_type),
     )
 
 
 def _apply(session: Session, task: Task, decision: TaskDecision) -> None:
-    match decision.verdict:
-        case Verdict.REQUEUE if not decision.is_attempt:
+    match decision.action:
+        case Decision.REQUEUE if not decision.is_attempt:
             tasks.hand_back(session, task, decision.reason)
-        case Verdict.REQUEUE:
+        case Decision.REQUEUE:
             tasks.fail(session, task, decision.reason, retry=True)
-        case Verdict.GIVE_UP:
+        case Decision.GIVE_UP:
             tasks.fail(session, task, decision.reason, retry=False)
-        case Verdict.CANCEL:
+        case Decision.CANCEL:
             tasks.cancel(session, task, decision.reason)
-        case Verdict.ASK_TO_END:
+        case Decision.ASK_TO_END:
             tasks.request_cancel(session, task)
-        case Verdict.LAUNCH:
+        case Decision.LAUNCH:
             pass
 
 

@@ -16,17 +16,18 @@ from embedd_dagster.catalog import resyncs, run_heartbeats, tasks, vector_tables
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.fairness import QueuePlace
+from embedd_dagster.core.run_names import JOB_NAME, PARTITION_TAG, TASK_TAG
 from embedd_dagster.core.status import TaskStatus, TaskType
-from embedd_dagster.defs.backfills import ASSET_KEY, JOB_NAME, GivenUpWork, read_backfills
+from embedd_dagster.defs.backfills import ASSET_KEY, GivenUpWork, read_backfills
 from embedd_dagster.defs.liveness import CODE_SERVER_STARTED_AT, LifeSigns
 from embedd_dagster.defs.partitions import vector_tables as partitions
-from embedd_dagster.defs.reconcile.plan import IN_FLIGHT, Observation, RunFact, TaskFact
+from embedd_dagster.defs.reconcile.plan import IN_FLIGHT, RunFact, Snapshot, TaskFact
 from embedd_dagster.defs.stopping import GIVEN_UP_BACKFILL
-from embedd_dagster.defs.tags import BACKFILL_TAG, CANCELLED_BY_TAG, PARTITION_TAG, TASK_TAG
+from embedd_dagster.defs.tags import BACKFILL_TAG, CANCELLED_BY_TAG
 from embedd_dagster.engine.runtime import Runtime
 
 _TAG_VALUES_AT_ONCE = 500
-_OWED_SYNCS_AT_ONCE = 100
+_RESYNCS_AT_ONCE = 100
 _PLACES_PER_QUERY = 1000
 
 
@@ -56,9 +57,9 @@ class Memory:
         return self.watching_since is None or instant - self.watching_since > seconds
 
 
-def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> Observation:
+def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> Snapshot:
     """Both sides. Raises when one of them cannot be read: that is not the same as empty."""
-    # runs first: what is seen in flight here has its task in the catalog already, or no longer
+    # runs first: what is snapshot in flight here has its task in the catalog already, or no longer
     in_flight = _runs(instance, dg.RunsFilter(statuses=sorted(IN_FLIGHT, key=lambda status: status.value)))
     partition_keys = frozenset(instance.get_dynamic_partitions(partitions.name or ""))
     backfills = read_backfills(instance, memory.done_backfills)
@@ -67,20 +68,20 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> O
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
         wanted = catalog_partitions.present_keys(session)
         awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
-        owed = tuple(resyncs.owed(session, _OWED_SYNCS_AT_ONCE))
+        resync = tuple(resyncs.due(session, _RESYNCS_AT_ONCE))
         given_up = _still_to_do(session, backfills.given_up, wanted)
-        waiting = {*(task.vector_table_id for task in live), *awaiting, *(one.vector_table_id for one in owed)}
+        waiting = {*(task.vector_table_id for task in live), *awaiting, *(one.vector_table_id for one in resync)}
         places = _places(session, sorted(waiting | {work.vector_table_id for work in given_up}))
         heartbeats = run_heartbeats.latest(session, [run.run_id for run in in_flight])
     memory.done_backfills |= backfills.finished_ids - {work.backfill_id for work in given_up}
     instant = time.monotonic()
     stale_after = runtime.settings.stale_after_seconds
     memory.note_read(instant, stale_after / 2)
-    return Observation(
+    return Snapshot(
         now=now,
         wanted_partitions=wanted,
         awaiting_rebackfill=awaiting,
-        owed_syncs=owed,
+        pending_resyncs=resync,
         tasks=live,
         partition_keys=partition_keys,
         runs_in_flight=tuple(

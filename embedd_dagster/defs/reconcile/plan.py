@@ -15,12 +15,12 @@ from typing import TypeAlias
 
 import dagster as dg
 
-from embedd_dagster.catalog.resyncs import OwedSync
+from embedd_dagster.catalog.resyncs import PendingResync
 from embedd_dagster.core.fairness import QueuePlace, is_small
 from embedd_dagster.core.status import TaskStatus, TaskType
 from embedd_dagster.defs.backfills import GivenUpWork
 from embedd_dagster.defs.fair import Candidate, Lane, LaneLimits, choose
-from embedd_dagster.defs.liveness import LifeSigns, Patience, why_gone
+from embedd_dagster.defs.liveness import LifeSigns, SilenceLimits, why_gone
 
 IN_FLIGHT = frozenset(
     {
@@ -78,14 +78,14 @@ class RunFact:
 
 
 @dataclass(frozen=True, slots=True)
-class Observation:
+class Snapshot:
     """Both sides at one instant. Runs are read before tasks: a queued run whose task is not there has lost it."""
 
     now: datetime
     wanted_partitions: Mapping[str, str]
     """The partition keys of the vector tables that are not being deleted, by id."""
     awaiting_rebackfill: tuple[str, ...] = ()
-    owed_syncs: tuple[OwedSync, ...] = ()
+    pending_resyncs: tuple[PendingResync, ...] = ()
     tasks: tuple[TaskFact, ...] = ()
     partition_keys: frozenset[str] = frozenset()
     runs_in_flight: tuple[RunFact, ...] = ()
@@ -121,7 +121,7 @@ class Limits:
     """The daemon deletes partitions one by one, and only then ticks again."""
 
 
-class Verdict(StrEnum):
+class Decision(StrEnum):
     """What becomes of a live task."""
 
     LAUNCH = "launch"
@@ -136,7 +136,7 @@ class TaskDecision:
     """What becomes of a task, and of runs that go with it."""
 
     task: TaskFact
-    verdict: Verdict
+    action: Decision
     reason: str
     run_key: str | None = None
     ends: RunDecision | None = None
@@ -162,82 +162,86 @@ class Plan:
     partitions_to_move: Mapping[str, str] = field(default_factory=dict)
     """Of those to delete, the ones that were named by an id, with the key under which their history belongs now."""
     rebackfills: tuple[str, ...] = ()
-    syncs: tuple[OwedSync, ...] = ()
+    syncs: tuple[PendingResync, ...] = ()
     given_up: tuple[GivenUpWork, ...] = ()
     tasks: tuple[TaskDecision, ...] = ()
     runs: tuple[RunDecision, ...] = ()
     cancelled_alone: tuple[str, ...] = ()
 
 
-def plan(seen: Observation, limits: Limits) -> Plan:
+def plan(snapshot: Snapshot, limits: Limits) -> Plan:
     """What brings Dagster and the catalog together; empty where they agree."""
-    in_flight = _by_task(seen.runs_in_flight)
-    judged = [judge_task(task, in_flight.get(task.task_id, ()), seen, limits) for task in seen.tasks]
+    in_flight = _by_task(snapshot.runs_in_flight)
+    judged = [decide_task(task, in_flight.get(task.task_id, ()), snapshot, limits) for task in snapshot.tasks]
     decisions = [decision for decision in judged if decision is not None]
-    launches = _choose_launches(seen, decisions, limits)
-    settled = [one for one in decisions if one.verdict is not Verdict.LAUNCH]
-    to_add, to_delete, to_move = _change_partitions(seen, limits)
+    launches = _choose_launches(snapshot, decisions, limits)
+    settled = [one for one in decisions if one.action is not Decision.LAUNCH]
+    to_add, to_delete, to_move = _change_partitions(snapshot, limits)
     return Plan(
         partitions_to_add=to_add,
         partitions_to_delete=to_delete,
         partitions_to_move=to_move,
         rebackfills=tuple(one for one in launches if isinstance(one, str)),
-        syncs=tuple(one for one in launches if isinstance(one, OwedSync)),
+        syncs=tuple(one for one in launches if isinstance(one, PendingResync)),
         given_up=tuple(one for one in launches if isinstance(one, GivenUpWork)),
         tasks=(*settled, *(one for one in launches if isinstance(one, TaskDecision))),
-        runs=tuple(judge_runs(seen, settled, limits)),
-        cancelled_alone=seen.cancelled_alone,
+        runs=tuple(decide_runs(snapshot, settled, limits)),
+        cancelled_alone=snapshot.cancelled_alone,
     )
 
 
-Launchable: TypeAlias = TaskDecision | str | OwedSync | GivenUpWork
+Launchable: TypeAlias = TaskDecision | str | PendingResync | GivenUpWork
 
 
-def _choose_launches(seen: Observation, decisions: Sequence[TaskDecision], limits: Limits) -> list[Launchable]:
+def _choose_launches(snapshot: Snapshot, decisions: Sequence[TaskDecision], limits: Limits) -> list[Launchable]:
     """Of all that waits for a run, what gets one at this tick."""
     candidates: list[Candidate[Launchable]] = []
 
     def add(subject: Launchable, vector_table_id: str, task_type: TaskType, since: datetime) -> None:
-        place = seen.places.get(vector_table_id, QueuePlace())
+        place = snapshot.places.get(vector_table_id, QueuePlace())
         candidates.append(Candidate(subject, place, is_small(task_type, place), since))
 
     for decision in decisions:
-        if decision.verdict is Verdict.LAUNCH:
+        if decision.action is Decision.LAUNCH:
             task = decision.task
             add(decision, task.vector_table_id, task.task_type, task.created_at)
-    busy = {task.vector_table_id for task in seen.tasks}
-    for vector_table_id in seen.awaiting_rebackfill:
-        if vector_table_id not in busy and vector_table_id in seen.wanted_partitions:
-            add(vector_table_id, vector_table_id, TaskType.REBACKFILL, seen.now)
-    for owed in seen.owed_syncs:
-        add(owed, owed.vector_table_id, TaskType.SYNC, seen.now)
-    for work in seen.given_up:
-        if work.vector_table_id not in busy and work.vector_table_id in seen.wanted_partitions:
+    busy = {task.vector_table_id for task in snapshot.tasks}
+    for vector_table_id in snapshot.awaiting_rebackfill:
+        if vector_table_id not in busy and vector_table_id in snapshot.wanted_partitions:
+            add(vector_table_id, vector_table_id, TaskType.REBACKFILL, snapshot.now)
+    for resync in snapshot.pending_resyncs:
+        add(resync, resync.vector_table_id, TaskType.SYNC, snapshot.now)
+    for work in snapshot.given_up:
+        if work.vector_table_id not in busy and work.vector_table_id in snapshot.wanted_partitions:
             add(work, work.vector_table_id, TaskType.SYNC if work.is_sync else TaskType.BACKFILL, work.requested_at)
-    small, large = _lanes(seen, limits)
+    small, large = _lanes(snapshot, limits)
     return choose(candidates, small, large, limits.requests_per_tick)
 
 
-def _lanes(seen: Observation, limits: Limits) -> tuple[Lane, Lane]:
+def _lanes(snapshot: Snapshot, limits: Limits) -> tuple[Lane, Lane]:
     small, large = Lane(limits.small), Lane(limits.large)
-    tasks = {task.task_id: task for task in seen.tasks}
-    for run in seen.runs_in_flight:
+    tasks = {task.task_id: task for task in snapshot.tasks}
+    for run in snapshot.runs_in_flight:
         task = tasks.get(run.task_id or "")
-        if task is not None and not (run.status in _WAITING and _why_unwanted(task, seen)):
-            place = seen.places.get(task.vector_table_id, QueuePlace())
+        if task is not None and not (run.status in _WAITING and _why_unwanted(task, snapshot)):
+            place = snapshot.places.get(task.vector_table_id, QueuePlace())
             lane = small if is_small(task.task_type, place) else large
             lane.add(place, queued=run.status in _WAITING)
     return small, large
 
 
-def _change_partitions(seen: Observation, limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
+def _change_partitions(snapshot: Snapshot, limits: Limits) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, str]]:
     """(keys to add, keys to delete, of these the ones whose history is moved first and where to), as far as a tick goes."""
-    in_use = {run.partition_key for run in seen.runs_in_flight} | seen.targeted_keys
-    to_add, unwanted = partition_changes(seen.wanted_partitions.values(), seen.partition_keys, in_use)
-    former = [key for key in unwanted if key in seen.wanted_partitions]
+    in_use = {run.partition_key for run in snapshot.runs_in_flight} | snapshot.targeted_keys
+    to_add, unwanted = partition_changes(snapshot.wanted_partitions.values(), snapshot.partition_keys, in_use)
+    former = [key for key in unwanted if key in snapshot.wanted_partitions]
     later = set(former[limits.requests_per_tick :])
     to_delete = tuple(key for key in unwanted if key not in later)[: limits.deletions_per_tick]
-    return to_add, to_delete, {key: seen.wanted_partitions[key] for key in to_delete if key in seen.wanted_partitions}
+    return (
+        to_add,
+        to_delete,
+        {key: snapshot.wanted_partitions[key] for key in to_delete if key in snapshot.wanted_partitions},
+    )
 
 
 def partition_changes(
@@ -251,46 +255,48 @@ def partition_changes(
     return tuple(sorted(wanted - existing)), tuple(sorted(existing - wanted - set(in_use)))
 
 
-def judge_task(task: TaskFact, in_flight: Sequence[RunFact], seen: Observation, limits: Limits) -> TaskDecision | None:
+def decide_task(
+    task: TaskFact, in_flight: Sequence[RunFact], snapshot: Snapshot, limits: Limits
+) -> TaskDecision | None:
     """What becomes of one live task, given its runs in flight; None where all is well, or it is too early to say."""
     if task.status is TaskStatus.PENDING:
-        return _judge_pending(task, in_flight, seen, limits)
-    return _judge_running(task, in_flight, seen, limits)
+        return _decide_pending(task, in_flight, snapshot, limits)
+    return _decide_running(task, in_flight, snapshot, limits)
 
 
-def _judge_pending(
-    task: TaskFact, in_flight: Sequence[RunFact], seen: Observation, limits: Limits
+def _decide_pending(
+    task: TaskFact, in_flight: Sequence[RunFact], snapshot: Snapshot, limits: Limits
 ) -> TaskDecision | None:
-    unwanted = _why_unwanted(task, seen)
+    unwanted = _why_unwanted(task, snapshot)
     if unwanted:
-        return TaskDecision(task, Verdict.CANCEL, unwanted)
+        return TaskDecision(task, Decision.CANCEL, unwanted)
     if in_flight:
         return None
-    ended = seen.runs_ended.get(task.task_id, ())
+    ended = snapshot.runs_ended.get(task.task_id, ())
     if not ended:
-        early = seen.now - task.created_at < limits.launch_grace
+        early = snapshot.now - task.created_at < limits.launch_grace
         return None if early else _launch(task, ended, "No run was launched for the task yet.")
-    return _judge_after_runs(task, ended, seen, limits)
+    return _decide_after_runs(task, ended, snapshot, limits)
 
 
-def _judge_after_runs(
-    task: TaskFact, ended: Sequence[RunFact], seen: Observation, limits: Limits
+def _decide_after_runs(
+    task: TaskFact, ended: Sequence[RunFact], snapshot: Snapshot, limits: Limits
 ) -> TaskDecision | None:
     latest = ended[-1]
     if latest.status in IN_FLIGHT:
         return None  # launched since the runs in flight were read
     if latest.was_cancelled_by_somebody:
-        return TaskDecision(task, Verdict.CANCEL, f"Run {latest.run_id} was cancelled in Dagster before it began.")
+        return TaskDecision(task, Decision.CANCEL, f"Run {latest.run_id} was cancelled in Dagster before it began.")
     failures = sum(run.status is dg.DagsterRunStatus.FAILURE for run in ended)
     never_began = failures - task.attempts - task.handed_back
     if never_began >= task.max_attempts:
         return TaskDecision(
             task,
-            Verdict.GIVE_UP,
+            Decision.GIVE_UP,
             f"{never_began} runs ended before they could begin the task; see run {latest.run_id} in the Dagster UI.",
         )
     delay = limits.retry_delay * max(0, max(task.attempts, failures - task.handed_back) - 1)
-    if latest.ended_at is not None and seen.now - latest.ended_at < delay:
+    if latest.ended_at is not None and snapshot.now - latest.ended_at < delay:
         return None
     return _launch(task, ended, f"Run {latest.run_id} has ended ({latest.status.value}) and the task is still to do.")
 
@@ -299,55 +305,55 @@ def _launch(task: TaskFact, ended: Sequence[RunFact], reason: str) -> TaskDecisi
     # Dagster launches nothing for a key that one of its runs has. The latest run makes it: the same on a tick that is
     # repeated, another for the next attempt, and never one that is taken, whichever runs somebody has deleted: a run
     # that has it is itself later than the run it names
-    return TaskDecision(task, Verdict.LAUNCH, reason, run_key=f"{task.task_id}:{ended[-1].run_id if ended else 0}")
+    return TaskDecision(task, Decision.LAUNCH, reason, run_key=f"{task.task_id}:{ended[-1].run_id if ended else 0}")
 
 
-def _judge_running(
-    task: TaskFact, in_flight: Sequence[RunFact], seen: Observation, limits: Limits
+def _decide_running(
+    task: TaskFact, in_flight: Sequence[RunFact], snapshot: Snapshot, limits: Limits
 ) -> TaskDecision | None:
-    unwanted = _why_unwanted(task, seen)
+    unwanted = _why_unwanted(task, snapshot)
     owner = next((run for run in in_flight if run.run_id == task.run_id), None)
     if owner is None:
-        ended = seen.runs_ended.get(task.task_id, ())
+        ended = snapshot.runs_ended.get(task.task_id, ())
         owner = next((run for run in ended if run.run_id == task.run_id), None)
     last_seen = task.heartbeat_at or task.created_at
-    silent = seen.silence_counts and seen.now - last_seen > limits.stale_after
+    silent = snapshot.silence_counts and snapshot.now - last_seen > limits.stale_after
     if owner is not None and owner.status not in IN_FLIGHT:
         if owner.was_cancelled_by_somebody or unwanted:
-            return TaskDecision(task, Verdict.CANCEL, unwanted or f"Run {owner.run_id} was cancelled in Dagster.")
+            return TaskDecision(task, Decision.CANCEL, unwanted or f"Run {owner.run_id} was cancelled in Dagster.")
         if owner.given_up:
             reason = f"Dagster gave up backfill {owner.backfill_id} and cancelled run {owner.run_id} with it."
         else:
             reason = f"Run {owner.run_id} ended ({owner.status.value}) without finishing the task."
-        return TaskDecision(task, Verdict.REQUEUE, reason, is_attempt=not owner.given_up)
+        return TaskDecision(task, Decision.REQUEUE, reason, is_attempt=not owner.given_up)
     if silent:
         reason = (
             f"Run {task.run_id} has given no heartbeat since {last_seen:%Y-%m-%d %H:%M:%S} UTC; its process is gone."
         )
         wanted_to_end = unwanted or (owner is not None and owner.was_cancelled_by_somebody)
-        verdict = Verdict.CANCEL if wanted_to_end else Verdict.REQUEUE
-        ends = None if owner is None else RunDecision(owner.run_id, verdict is Verdict.CANCEL, reason)
+        decision = Decision.CANCEL if wanted_to_end else Decision.REQUEUE
+        ends = None if owner is None else RunDecision(owner.run_id, decision is Decision.CANCEL, reason)
         is_attempt = owner is None or not owner.given_up
-        return TaskDecision(task, verdict, unwanted or reason, ends=ends, is_attempt=is_attempt)
+        return TaskDecision(task, decision, unwanted or reason, ends=ends, is_attempt=is_attempt)
     if unwanted and not task.cancel_requested:
-        return TaskDecision(task, Verdict.ASK_TO_END, unwanted)
+        return TaskDecision(task, Decision.ASK_TO_END, unwanted)
     return None
 
 
-def _why_unwanted(task: TaskFact, seen: Observation) -> str | None:
-    if task.vector_table_id not in seen.wanted_partitions:
+def _why_unwanted(task: TaskFact, snapshot: Snapshot) -> str | None:
+    if task.vector_table_id not in snapshot.wanted_partitions:
         return "The vector table was deleted."
     return "Cancelled." if task.cancel_requested else None
 
 
-def judge_runs(seen: Observation, decisions: Sequence[TaskDecision], limits: Limits) -> list[RunDecision]:
+def decide_runs(snapshot: Snapshot, decisions: Sequence[TaskDecision], limits: Limits) -> list[RunDecision]:
     """Runs that serve nobody: queued for a task that has ended, or in flight without a task and without a process."""
-    live = {task.task_id for task in seen.tasks}
-    owners = {task.run_id for task in seen.tasks if task.status is TaskStatus.RUNNING}
-    cancelled = {decision.task.task_id for decision in decisions if decision.verdict is Verdict.CANCEL}
-    patience = Patience(seen.now, limits.stale_after, seen.code_server_started_at, seen.silence_counts)
+    live = {task.task_id for task in snapshot.tasks}
+    owners = {task.run_id for task in snapshot.tasks if task.status is TaskStatus.RUNNING}
+    cancelled = {decision.task.task_id for decision in decisions if decision.action is Decision.CANCEL}
+    patience = SilenceLimits(snapshot.now, limits.stale_after, snapshot.code_server_started_at, snapshot.silence_counts)
     ends = []
-    for run in seen.runs_in_flight:
+    for run in snapshot.runs_in_flight:
         if run.status is dg.DagsterRunStatus.QUEUED:
             if run.task_id is not None and (run.task_id not in live or run.task_id in cancelled):
                 ends.append(RunDecision(run.run_id, cancelled=True, reason="Its task has ended."))

@@ -13,9 +13,8 @@ from contextlib import closing, suppress
 from datetime import datetime
 from typing import Final
 
-from embedd_dagster.catalog import change_feeds, connections, resyncs, vector_tables
+from embedd_dagster.catalog import cdc, connections, resyncs, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.engine.cdc.lease import FeedLease, LogTooLong
 from embedd_dagster.engine.cdc.report import FollowReport, Reports
 from embedd_dagster.engine.cdc.table import Following
@@ -73,15 +72,10 @@ def follow(
         trouble = describe(error)
         if isinstance(error, PermanentError):
             with suppress(RunSuperseded, CatalogUnavailable), lease.fenced() as session:  # what is told is the error
-                change_feeds.stop_following(session, connection_id, trouble)
+                cdc.mark_stream_failed(session, connection_id, trouble)
         raise
     finally:
         lease.end(trouble)
-
-
-def _address(connection: Connection) -> tuple[object, ...]:
-    """What says which log a connection leads to."""
-    return tuple(connection.settings.get(name) for name in ("host", "port", "database"))
 
 
 class Follower:
@@ -129,7 +123,7 @@ class Follower:
 
     def run(self) -> str:
         """Follows; why it has ended."""
-        self._lease.begin(self._feed.lag_bytes)
+        self._lease.begin(self._feed.lag)
         attached_at: float | None = None
         outage_wait = wait = 0.0
         while True:
@@ -170,20 +164,20 @@ class Follower:
         # fenced: to a run that was replaced unnoticed, its successor's slot looks like one that somebody has moved
         with self._lease.fenced() as session:
             connection = connections.find(session, self._lease.connection_id)
-            rows = change_feeds.followed(session, self._lease.connection_id)
+            rows = cdc.cdc_tables(session, self._lease.connection_id)
         if connection is None or connection.updated_at != self._connection.updated_at:
-            if connection is not None and _address(connection) != _address(self._connection):
+            if connection is not None and not self._feed.reads_log_of(connection.settings):
                 self._leave_server()
             return "The connection was changed: another run goes on with it."
         self._tables.take_up(rows)
         if not rows:
             with self._lease.fenced() as session:
-                change_feeds.set_followed(session, self._lease.connection_id, {}, [])
+                cdc.record_subscribed(session, self._lease.connection_id, {}, [])
                 self._feed.drop()
-                change_feeds.remove(session, self._lease.connection_id)
+                cdc.remove(session, self._lease.connection_id)
             return "No table of this connection is to be followed any more."
         attachment = self._feed.subscribe(self._tables.sources, self._position, self._tables.shapes)
-        for key in self._tables.ids(attachment.joined):
+        for key in self._tables.ids(attachment.newly_subscribed):
             self._tables.by_id[key].forget_reader()
         self._record(attachment)
         return None
@@ -193,33 +187,32 @@ class Follower:
         try:
             self._feed.drop()
         except EmbeddError as error:
-            name = self._lease.feed_name
-            self._log(
-                f"{error.message} Run SELECT pg_drop_replication_slot('{name}') where the connection led to before."
-            )
+            self._log(f"{error.message} {self._feed.removal_advice}")
 
     def _record(self, attachment: Subscription) -> None:
         begins_anew = self._position is None or attachment.lost is not None
-        joined = self._tables.ids(attachment.joined)
-        shapes = {key: shape for source, shape in attachment.shapes.items() for key in self._tables.ids([source])}
-        refused = {key: error for source, error in attachment.refused.items() for key in self._tables.ids([source])}
+        joined = self._tables.ids(attachment.newly_subscribed)
+        shapes = {
+            key: shape for source, shape in attachment.table_fingerprints.items() for key in self._tables.ids([source])
+        }
+        refused = {key: error for source, error in attachment.rejected.items() for key in self._tables.ids([source])}
         instant = time.monotonic()
         held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
-            hidden = change_feeds.followed_among(session, self._tables.ids(attachment.hidden))
-            anew = change_feeds.set_followed(session, self._lease.connection_id, shapes, joined)
-            states = change_feeds.states(session, anew)
+            hidden = cdc.subscribed_among(session, self._tables.ids(attachment.hidden))
+            anew = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
+            states = cdc.table_states(session, anew)
             # before it was ever built there is nothing to compare, unless that is being done at this moment
             owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]
             resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
             if attachment.lost:
-                vector_tables.note_errors(session, owed, attachment.lost)
+                vector_tables.record_error(session, owed, attachment.lost)
             resyncs.request(session, hidden, "Row-level security hides rows of it since.")
             for key, error in refused.items():
                 if not isinstance(error, TransientError):
-                    vector_tables.refuse(session, key, describe(error))
+                    vector_tables.mark_failed(session, key, describe(error))
                 elif instant - held_out_since[key] > _HELD_OUT_SECONDS:  # else it is followed in a moment
-                    vector_tables.note_errors(session, [key], describe(error))
+                    vector_tables.record_error(session, [key], describe(error))
             if begins_anew:
                 self._lease.advance(session, position=attachment.position)
         self._held_out_since = held_out_since
@@ -234,7 +227,7 @@ class Follower:
         self._position = None
         with self._lease.fenced() as session:
             resyncs.request(session, self._tables.by_id, error.message)
-            vector_tables.note_errors(session, list(self._tables.by_id), error.message)
+            vector_tables.record_error(session, list(self._tables.by_id), error.message)
         self._lease.forgive()
 
     def _read(self) -> None:
@@ -251,7 +244,7 @@ class Follower:
                         self._confirm(position, None, changed=True)
         self._confirm(position, begun_at, changed=changes > 0)
 
-    def _confirm(self, position: int | None, caught_up_at: datetime | None, *, changed: bool) -> None:
+    def _confirm(self, position: str | None, caught_up_at: datetime | None, *, changed: bool) -> None:
         instant = time.monotonic()
         # the log moves with every write to the server, ours among them: that alone is no reason to write again
         idle = not changed and instant - self._confirmed_at < _IDLE_CONFIRM_SECONDS

@@ -9,10 +9,11 @@ from datetime import datetime, timedelta
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import change_feeds
+from embedd_dagster.catalog import cdc
+from embedd_dagster.deadlines import deadline
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, RunCancelled, RunSuperseded, TransientError
-from embedd_dagster.postgresql import deadline
+from embedd_dagster.protocols.cdc import Lag
 
 
 class LogTooLong(EmbeddError):
@@ -40,13 +41,13 @@ class FeedLease:
         self._should_stop = should_stop
         self._ended = threading.Event()
         self._stopped_by: BaseException | None = None
-        self._lag_bytes: Callable[[], int | None] = lambda: None
+        self._lag: Callable[[], Lag | None] = lambda: None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self.lag_bytes: int | None = None
         self.trouble: str | None = None
         """What keeps the follower from following at this moment, for users; set by whoever is in trouble."""
         with runtime.catalog.transaction() as session:
-            feed = change_feeds.claim(
+            feed = cdc.claim(
                 session,
                 connection_id,
                 run_id,
@@ -56,9 +57,9 @@ class FeedLease:
         self.feed_name = feed.name
         self.known_position = feed.position
 
-    def begin(self, lag_bytes: Callable[[], int | None]) -> None:
+    def begin(self, lag: Callable[[], Lag | None]) -> None:
         """Begins to give heartbeats, and to look how much log the source keeps."""
-        self._lag_bytes = lag_bytes
+        self._lag = lag
         self._heart.start()
 
     def end(self, error: str | None) -> None:
@@ -68,7 +69,7 @@ class FeedLease:
             self._heart.join()
         try:
             with self._runtime.catalog.transaction() as session:
-                change_feeds.end(session, self.connection_id, self.run_id, error)
+                cdc.end(session, self.connection_id, self.run_id, error)
         except TransientError as unavailable:
             self._log(f"The feed is not given up: {unavailable}")  # its silence will tell
 
@@ -88,15 +89,15 @@ class FeedLease:
         """A catalog transaction that reads."""
         return self._runtime.catalog.transaction()
 
-    def advance(self, session: Session, *, position: int | None, caught_up_at: datetime | None = None) -> None:
+    def advance(self, session: Session, *, position: str | None, caught_up_at: datetime | None = None) -> None:
         """Records a position before the source is told, and when nothing was left to apply."""
-        change_feeds.advance(session, self.connection_id, position=position, caught_up_at=caught_up_at)
+        cdc.advance(session, self.connection_id, position=position, caught_up_at=caught_up_at)
 
     @contextmanager
     def fenced(self) -> Iterator[Session]:
         """A catalog transaction that commits only while this run owns the feed."""
         with self._runtime.catalog.transaction() as session:
-            change_feeds.assert_owner(session, self.connection_id, self.run_id)
+            cdc.assert_owner(session, self.connection_id, self.run_id)
             yield session
 
     def _beat(self) -> None:
@@ -104,7 +105,7 @@ class FeedLease:
             alarm = self._look_at_lag()
             try:
                 with self._runtime.catalog.transaction() as session:
-                    change_feeds.heartbeat(session, self.connection_id, self.run_id, self.lag_bytes, alarm)
+                    cdc.heartbeat(session, self.connection_id, self.run_id, self.lag_bytes, alarm)
             except RunSuperseded as error:
                 self._stopped_by = error
                 return
@@ -115,9 +116,10 @@ class FeedLease:
         """What is wrong at this moment, if anything."""
         try:
             with deadline(self._settings.heartbeat_seconds):  # a source that hangs must not keep the heartbeat back
-                self.lag_bytes = self._lag_bytes()
+                lag = self._lag()
         except EmbeddError as error:
             return self.trouble or error.message
+        self.lag_bytes = lag.amount if lag is not None and lag.unit == "bytes" else None
         limit = self._settings.cdc_max_lag_bytes
         if not limit or self.lag_bytes is None or self.lag_bytes <= limit:
             return self.trouble

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
-from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.catalog import failed_rows, vector_tables
 from embedd_dagster.engine.pipeline import RowCounts
 from embedd_dagster.errors import PermanentError, TransientError
 
@@ -77,9 +77,9 @@ class Reports:
             try:
                 point_count = table.count_points()
                 with lease.fenced() as session:
-                    failed = vector_sets.count_failures(session, key, table.version)
+                    failed = failed_rows.count(session, key, table.version)
                     truncated = self._sums[key].counts.truncated
-                    vector_tables.note_counts(session, key, table.version, point_count, failed, truncated)
+                    vector_tables.record_counts(session, key, table.version, point_count, failed, truncated)
             except (TransientError, PermanentError):
                 continue  # numbers for people: told in a minute, with what is added until then
             total = self._sums.pop(key)

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import vector_sets
-from embedd_dagster.catalog.change_feeds import FollowedRow
+from embedd_dagster.catalog import failed_rows, vector_sets
+from embedd_dagster.catalog.cdc import CdcTableRow
+from embedd_dagster.catalog.failed_rows import RowFailure
 from embedd_dagster.catalog.tables import VectorSetRow, VectorTable
-from embedd_dagster.catalog.vector_sets import RowFailure
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.vector_table import VectorConfiguration
@@ -42,7 +42,7 @@ class Following:
 class TableFollower:
     """Applies changes to one vector table; used by one thread at a time."""
 
-    def __init__(self, following: Following, row: FollowedRow) -> None:
+    def __init__(self, following: Following, row: CdcTableRow) -> None:
         self.id = row.table.id
         self.source = CdcTable(row.table.source_table, row.table.primary_key_column)
         self.interval_seconds = row.table.sync_interval_seconds
@@ -52,7 +52,7 @@ class TableFollower:
         self._key_types: set[type] = set()
         """Of the keys that the reader was last asked for."""
 
-    def takes_over(self, row: FollowedRow) -> bool:
+    def takes_over(self, row: CdcTableRow) -> bool:
         """Whether this goes on serving the table as it is now; else it is to be made anew."""
         mine, table = self._row, row.table
         return (
@@ -97,7 +97,7 @@ class TableFollower:
     def record_failures(self, session: Session, vector_set: VectorSet, failures: list[RowFailure]) -> None:
         """Keeps failed rows, and says so in the log."""
         if failures:
-            vector_sets.record_failures(session, vector_set, failures)
+            failed_rows.record(session, vector_set, failures)
             self._following.log(f"{self.id}: {len(failures)} rows failed: {failures[0].code}.")
 
     def forget_reader(self) -> None:

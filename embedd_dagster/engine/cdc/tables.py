@@ -12,8 +12,8 @@ from typing import Final
 
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import change_feeds, resyncs, vector_tables
-from embedd_dagster.catalog.change_feeds import FollowedRow
+from embedd_dagster.catalog import cdc, resyncs, vector_tables
+from embedd_dagster.catalog.cdc import CdcTableRow
 from embedd_dagster.core.cdc import TableState, Treatment, may_have_missed, treatment
 from embedd_dagster.core.keys import Key
 from embedd_dagster.engine.cdc.buffer import NotedKeys
@@ -78,7 +78,7 @@ class CdcTables:
         intervals = [table.interval_seconds for table in self._tables.values()]
         return min((seconds or 0 for seconds in intervals), default=0)
 
-    def take_up(self, rows: Iterable[FollowedRow]) -> None:
+    def take_up(self, rows: Iterable[CdcTableRow]) -> None:
         """From now on these are followed; what was noted of others is owed to them."""
         before, self._tables, self._by_source = self._tables, {}, {}
         shapes: dict[CdcTable, list[TableFingerprint | None]] = {}
@@ -88,15 +88,15 @@ class CdcTables:
                 table = TableFollower(self._following, row)
             self._tables[table.id] = table
             self._by_source.setdefault(table.source, []).append(table.id)
-            if row.table.followed_since is not None:
-                shapes.setdefault(table.source, []).append(row.table.followed_shape)
+            if row.table.cdc.subscribed_since is not None:
+                shapes.setdefault(table.source, []).append(row.table.cdc.table_fingerprint)
         # where vector tables of one source do not agree, it is to join again: so all of them are compared
         self._shapes = {source: kept[0] for source, kept in shapes.items() if all(one == kept[0] for one in kept)}
         left = [key for key in self._noted.tables() if key not in self._tables]
         if left:
             with self._lease.fenced() as session:
                 resyncs.request(session, left, "It was paused while changes were waiting.")
-                resyncs.set_pending(session, dict.fromkeys(left, 0))
+                resyncs.record_buffered(session, dict.fromkeys(left, 0))
         for key in left:  # only now: their position is confirmed, so nobody tells them again
             self._noted.take(key)
 
@@ -107,7 +107,7 @@ class CdcTables:
         changed = {key: keys for source, keys in batch.keys.items() for key in self._by_source.get(source, ())}
         if changed:
             with self._lease.transaction() as session:
-                before = change_feeds.states(session, changed)
+                before = cdc.table_states(session, changed)
             self._treat(changed, {key: treatment(before.get(key)) for key in changed}, before, batch.committed_at)
 
     def apply_noted(self) -> None:
@@ -116,7 +116,7 @@ class CdcTables:
         if not noted:
             return
         with self._lease.transaction() as session:
-            before = change_feeds.states(session, noted)
+            before = cdc.table_states(session, noted)
         for key in noted:
             state = before.get(key)
             if state is not None and state.live_task is not None:
@@ -147,7 +147,7 @@ class CdcTables:
         wanted = {key for key, chosen in treatments.items() if chosen in (Treatment.APPLY, Treatment.APPLY_AND_NOTE)}
         counts, failed = self._write({key: changed[key] for key in wanted}, before)
         with self._lease.fenced() as session:
-            after = change_feeds.states(session, changed)
+            after = cdc.table_states(session, changed)
             again = {
                 key
                 for key, chosen in treatments.items()
@@ -157,10 +157,10 @@ class CdcTables:
             noted = {key for key in again if key in self._tables and self._noted.add(key, changed[key])}
             owed = (again - noted) | {key for key, chosen in treatments.items() if chosen is Treatment.OWE}
             owed |= wanted - counts.keys() - failed.keys() - noted  # paused in the moment of a swap
-            resyncs.request(session, noted, "A task was at work.", held_by=self._lease.run_id)
+            resyncs.request(session, noted, "A task was at work.", buffered_by=self._lease.run_id)
             resyncs.request(session, owed, "Its changes could not be followed.")
             resyncs.request(session, failed, "Its changes could not be applied.")
-            resyncs.set_pending(session, {key: self._noted.count(key) for key in noted | owed | failed.keys()})
+            resyncs.record_buffered(session, {key: self._noted.count(key) for key in noted | owed | failed.keys()})
             for key, error in failed.items():
                 self._note_error(session, key, error)
         lag = None if committed_at is None else (datetime.now(UTC) - committed_at).total_seconds()
@@ -174,7 +174,7 @@ class CdcTables:
         """Writes keys of several tables at once: what became of them, and the errors of those that failed."""
         if any(key not in self._tables or self._tables[key].version != before[key].live_version for key in wanted):
             with self._lease.transaction() as session:  # a swap since they were taken up
-                rows = change_feeds.followed(session, self._lease.connection_id)
+                rows = cdc.cdc_tables(session, self._lease.connection_id)
             self.take_up(rows)
         futures: dict[str, Future[RowCounts]] = {
             key: self._workers.submit(self._tables[key].write, keys)
@@ -200,9 +200,9 @@ class CdcTables:
         told = describe(error)
         self._following.log(f"{key}: {told}")
         if isinstance(error, TransientError):
-            vector_tables.note_errors(session, [key], told)
+            vector_tables.record_error(session, [key], told)
         else:
-            vector_tables.refuse(session, key, told)
+            vector_tables.mark_failed(session, key, told)
 
     def _owe_emptied(self, batch: ChangeBatch) -> None:
         emptied = self.ids(batch.truncated)
@@ -216,14 +216,14 @@ class CdcTables:
             self._owe(keys, error.message)
             with self._lease.fenced() as session:
                 for key in keys:
-                    vector_tables.refuse(session, key, describe(error))
+                    vector_tables.mark_failed(session, key, describe(error))
 
     def _owe(self, keys: Sequence[str], reason: str, **options: bool) -> None:
         self._following.log(f"{', '.join(sorted(keys))}: {reason} A sync compares it.")
         with self._lease.fenced() as session:
             resyncs.request(session, keys, reason, options=options)
-            resyncs.set_pending(session, dict.fromkeys(keys, 0))
+            resyncs.record_buffered(session, dict.fromkeys(keys, 0))
 
     def _settle(self, key: str) -> None:
         with self._lease.fenced() as session:
-            resyncs.settle_held(session, key, self._lease.run_id)
+            resyncs.clear_buffered(session, key, self._lease.run_id)

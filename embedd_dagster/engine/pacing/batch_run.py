@@ -1,10 +1,10 @@
-"""One batch of texts on its way to vectors: the guilty texts are found, the others get their vectors.
+"""One batch of texts: the failing texts are found, the others get their vectors.
 
-- A rejected batch (400) is halved until the guilty texts stand alone.
-- No usable answer (5xx, timeout, nonsense, a 403): a harmless text is sent. If that is answered, the batch is halved like a
-  rejected one; if not, the provider is down and is waited for (`suspicion.py`).
-- Single vectors without a direction: only their texts are asked for again, once.
-- A text that is too long for the model is cut, and the batch sent again.
+- A rejected batch (400) is halved until each failing text is alone.
+- No usable answer (5xx, timeout, nonsense, a 403): a harmless text is sent. If it is answered, the batch is halved like a
+  rejected one. If not, the provider is down, and the run waits (`fault_isolation.py`).
+- Single vectors without a direction: only their texts are sent again, once.
+- A text that is too long for the model is cut, and the batch is sent again.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import byte_count, cut_at_bytes, limit_that_keeps
+from embedd_dagster.engine.pacing.fault_isolation import FaultIsolation, failure_of
 from embedd_dagster.engine.pacing.sending import Sender, Usable
 from embedd_dagster.errors import (
     EmbeddError,
@@ -24,31 +26,30 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.cutting import byte_count, cut_at_bytes, limit_that_keeps
-from embedd_dagster.protocols.suspicion import PROBE_TEXT, Failure, Suspicion, failure_of
+from embedd_dagster.protocols.embedder import PROBE_TEXT, Failure
 
-_SUSPICIOUS_REJECTIONS = 32
+_REJECTIONS_BEFORE_PROBE = 32
 _NONSENSE_PROBES = 2
 _SHORTEST_CUT_BYTES = 64
 
 Indexes = Sequence[int]
-"""Positions in a batch: a range as long as nothing has gone wrong."""
+"""Positions in a batch: a range until something goes wrong."""
 
 
 class _TextsFail(Exception):
     """The provider works, and fails on these texts."""
 
-    def __init__(self, error: EmbeddError, strikes: int) -> None:
+    def __init__(self, error: EmbeddError, failures: int) -> None:
         super().__init__(error.message)
         self.error = error
-        self.strikes = strikes
+        self.failures = failures
 
 
 class BatchRun:
-    """One batch while it is worked on, by one thread."""
+    """One batch in progress, used by one thread."""
 
     def __init__(self, sender: Sender, texts: Sequence[str], shorten: Callable[[str, int | None], str]) -> None:
-        """`shorten` cuts a text at the model's limit, or at the one that the provider has just stated."""
+        """`shorten` cuts a text at the model's limit, or at a lower one that the provider has stated."""
         self.failed: dict[int, TextRejected] = {}
         self.cut: dict[int, str] = {}
         self.tokens = 0
@@ -57,7 +58,7 @@ class BatchRun:
         self._shorten_text = shorten
         self._texts = list(texts)
         self._parts: list[tuple[Indexes, Vectors]] = []
-        self._is_provider_cleared = False
+        self._has_provider_answered_probe = False
         self._failing_since: float | None = None
         self._nonsense_probes = 0
         self._is_limit_unknown = False
@@ -80,10 +81,10 @@ class BatchRun:
             vectors[_selection(indexes)] = part
         return vectors
 
-    def _embed_some(self, indexes: Indexes, strikes: int = 0, *, is_second: bool = False) -> bool:
-        """Whether every one of these texts got its vector. `is_second`: they got an unusable one, and others did not."""
+    def _embed_some(self, indexes: Indexes, failures: int = 0, *, is_second: bool = False) -> bool:
+        """Whether all of these texts got a vector. `is_second`: they got an unusable one before, and others did not."""
         try:
-            usable = self._request(indexes, Suspicion(len(indexes), strikes), is_second=is_second)
+            usable = self._request(indexes, FaultIsolation(len(indexes), failures), is_second=is_second)
         except TextRejected as error:
             return self._solve_rejection(indexes, error)
         except _TextsFail as failure:
@@ -99,17 +100,17 @@ class BatchRun:
         )
         bad = [index for index, good in zip(indexes, usable.mask, strict=True) if not good]
         if not is_second:
-            return self._embed_some(bad, strikes + 1, is_second=True)
+            return self._embed_some(bad, failures + 1, is_second=True)
         self.failed.update(dict.fromkeys(bad, _without_direction()))
         return False
 
     def _solve_rejection(self, indexes: Indexes, error: TextRejected) -> bool:
-        """Does what is left to do for texts of which at least one is refused."""
+        """Handles texts of which the provider refuses at least one."""
         if error.details.get("too_long") and self._shorten(indexes, error):
             return self._embed_some(indexes)
         if len(indexes) == 1:
             self.failed[indexes[0]] = error
-            self._suspect_provider()
+            self._check_provider()
             return False
         if (most := error.details.get("max_request_tokens")) and self._sender.size.note_token_limit(most):
             parts = list(self._requests_for(indexes))
@@ -119,12 +120,12 @@ class BatchRun:
         left, right = _halves(indexes)
         is_whole = self._embed_some(left) & self._embed_some(right)
         if is_whole and error.details.get("too_large") and not most:
-            # the batch was at fault, not a text: a server that takes less than its protocol says
+            # the batch was too large, not a text at fault: the server accepts less than its protocol says
             self._sender.size.note_too_large(len(right))
         return is_whole
 
     def _solve_failure(self, indexes: Indexes, failure: _TextsFail) -> bool:
-        """Does what is left to do for texts that the provider fails on while it works."""
+        """Handles texts that the provider fails on while it answers for others."""
         error = failure.error
         kind = failure_of(error)
         if len(indexes) == 1 or kind is Failure.UNUSABLE:
@@ -136,10 +137,10 @@ class BatchRun:
             self.failed.update(dict.fromkeys(indexes, rejected))
             return False
         left, right = _halves(indexes)
-        return self._embed_some(left, failure.strikes) & self._embed_some(right, failure.strikes)
+        return self._embed_some(left, failure.failures) & self._embed_some(right, failure.failures)
 
     def _shorten(self, indexes: Indexes, error: TextRejected) -> bool:
-        """Cuts texts that are too long for the model. False: nothing was cut, or the guilty one must be found first."""
+        """Cuts texts that are too long for the model. False: nothing was cut, or the too long text must be found first."""
         stated = error.details.get("max_input_tokens")
         shorter = {index: self._shorten_text(self._texts[index], stated) for index in indexes}
         shorter = {index: text for index, text in shorter.items() if text != self._texts[index]}
@@ -155,46 +156,46 @@ class BatchRun:
         return bool(shorter)
 
     def _learn_limit(self, accepted: str) -> None:
-        """A text was halved until it was taken: what it holds counts as the model's limit from now on."""
+        """A text was halved until it was accepted: its length counts as the model's limit from now on."""
         self._is_limit_unknown = False
         self._shorten_text(accepted, limit_that_keeps(accepted))
 
-    def _suspect_provider(self) -> None:
-        """Raises EmbeddingRejected if so many texts, and nothing but them, failed that a harmless one would too."""
-        if self._parts or self._is_provider_cleared or len(self.failed) < _SUSPICIOUS_REJECTIONS:
+    def _check_provider(self) -> None:
+        """Raises EmbeddingRejected if only failures came so far, many of them, and a harmless text fails too."""
+        if self._parts or self._has_provider_answered_probe or len(self.failed) < _REJECTIONS_BEFORE_PROBE:
             return
-        suspicion = Suspicion(1, is_probing=True)
+        isolation = FaultIsolation(1, is_probing=True)
         with suppress(_TextsFail):
-            self._request([next(iter(self.failed))], suspicion)
-        self._is_provider_cleared = True
+            self._request([next(iter(self.failed))], isolation)
+        self._has_provider_answered_probe = True
 
-    def _request(self, indexes: Indexes, suspicion: Suspicion, *, is_second: bool = False) -> Usable:
-        """One answer, however often it must be asked for. Raises as `embed` does, and TextRejected and _TextsFail."""
+    def _request(self, indexes: Indexes, isolation: FaultIsolation, *, is_second: bool = False) -> Usable:
+        """One answer, after as many tries as it takes. Raises as `embed` does, and TextRejected and _TextsFail."""
         texts = self._select(indexes)
         failures = 0
         last: EmbeddError = TextRejected("The provider refuses this text.")
         while True:
             try:
-                if suspicion.is_probing:
+                if isolation.is_probing:
                     self._probe()
-                    if suspicion.probe_answered():
-                        raise _TextsFail(last, suspicion.strikes)
+                    if isolation.probe_answered():
+                        raise _TextsFail(last, isolation.failures)
                 usable = self._send(texts)
                 if is_second or usable.mask is None or usable.mask.any():
                     return usable
                 raise _unusable(len(texts))
             except EmbeddingRejected as error:
-                if suspicion.is_probing or failure_of(error) is not Failure.REFUSED:
+                if isolation.is_probing or failure_of(error) is not Failure.REFUSED:
                     raise
                 last = error
                 if is_second:
                     # such as vectors of another length: others of the same answer were usable
-                    raise _TextsFail(_unusable(len(texts)), suspicion.strikes) from None
-                if suspicion.texts_failed(Failure.REFUSED):
-                    raise _TextsFail(error, suspicion.strikes) from None
+                    raise _TextsFail(_unusable(len(texts)), isolation.failures) from None
+                if isolation.texts_failed(Failure.REFUSED):
+                    raise _TextsFail(error, isolation.failures) from None
             except EmbeddingUnavailable as error:
                 failures += 1
-                last = self._note_failure(error, suspicion, last, len(texts))
+                last = self._note_failure(error, isolation, last, len(texts))
                 self._failing_since = self._failing_since or self._sender.now()
                 self._sender.wait_for_next_try(error, failures, self._failing_since)
 
@@ -208,21 +209,21 @@ class BatchRun:
         return [self._texts[index] for index in indexes]
 
     def _note_failure(
-        self, error: EmbeddingUnavailable, suspicion: Suspicion, last: EmbeddError, text_count: int
+        self, error: EmbeddingUnavailable, isolation: FaultIsolation, last: EmbeddError, text_count: int
     ) -> EmbeddError:
-        """What is known after a failure: the error of the texts. Raises where that ends the attempts."""
+        """The error to report for these texts after this failure. Raises if it ends the attempts."""
         if isinstance(error, EmbeddingRateLimited):
             return last
         kind = failure_of(error)
-        if suspicion.is_probing:
-            suspicion.probe_failed()
+        if isolation.is_probing:
+            isolation.probe_failed()
             if kind in {Failure.NONSENSE, Failure.UNUSABLE}:
                 self._note_nonsense(error)
             return last
         if kind is Failure.TIMEOUT and text_count > 1:
             self._sender.size.note_timeout(text_count)
-        if suspicion.texts_failed(kind):
-            raise _TextsFail(error, suspicion.strikes)
+        if isolation.texts_failed(kind):
+            raise _TextsFail(error, isolation.failures)
         return error
 
     def _note_nonsense(self, error: EmbeddingUnavailable) -> None:

@@ -1,4 +1,4 @@
-"""How much one request may hold: it shrinks when a request is too large or too slow, and grows back with care."""
+"""The size of a request: it shrinks when a request is too large or too slow, and grows back slowly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 
 _ANSWERS_AFTER_TIMEOUT: Final = 8
 _ANSWERS_AFTER_REFUSAL: Final = 64
-"""A server that calls a request too large most likely has a fixed limit: trying more costs a request each time."""
+"""A server that refuses a request as too large most likely has a fixed limit, and each larger try costs a request."""
 _MOST_ANSWERS: Final = 4096
 _GROWTH: Final = 1.25
 _SLOW: Final = 0.25
@@ -16,10 +16,10 @@ _SLOW: Final = 0.25
 
 
 class BatchSize:
-    """The texts and tokens that one request may hold now. Safe to use from several threads."""
+    """The texts and tokens that one request may contain at present. Safe to use from several threads."""
 
     def __init__(self, max_items: int, max_tokens: int | None, *, timeout_seconds: float) -> None:
-        """`max_tokens` is None if packing by items is enough; then tokens are not counted until a refusal demands it."""
+        """`max_tokens` None: requests are packed by items only, until the provider states a limit of tokens."""
         self._timeout_seconds = timeout_seconds
         self._most_items = self._items = max_items
         self._tokens = max_tokens
@@ -29,13 +29,13 @@ class BatchSize:
 
     @property
     def max_items(self) -> int:
-        """The number of texts that one request may hold now."""
+        """The number of texts that one request may contain at present."""
         return self._items
 
     def split(self, indexes: Sequence[int], tokens_of: Callable[[int], float]) -> Iterator[Sequence[int]]:
-        """Consecutive parts that fit into a request; a text over the limit is a part of its own.
+        """Consecutive parts that fit into a request; a text over the limit is a part by itself.
 
-        Lazy: what a part's request teaches counts for the next one.
+        Lazy: a size learnt from the request of one part counts for the next.
         """
         start = 0
         while start < len(indexes):
@@ -57,15 +57,15 @@ class BatchSize:
         return end
 
     def note_timeout(self, text_count: int) -> None:
-        """A request of so many texts was not answered in time."""
+        """A request of this many texts was not answered in time."""
         self._shrink_items(text_count // 2, _ANSWERS_AFTER_TIMEOUT)
 
     def note_too_large(self, text_count: int) -> None:
-        """A request was refused as too large, and its halves, the larger of so many texts, were not."""
+        """A request was refused as too large, but its halves were accepted; the larger has this many texts."""
         self._shrink_items(text_count, _ANSWERS_AFTER_REFUSAL)
 
     def note_token_limit(self, tokens: int) -> bool:
-        """The provider has said how many tokens a request may hold at most. Whether that is to be used."""
+        """The provider has stated the most tokens of a request. Whether the number is usable."""
         with self._lock:
             if tokens > 0:
                 self._tokens = min(tokens, self._tokens or tokens)
@@ -88,6 +88,6 @@ class BatchSize:
         with self._lock:
             if most < self._items:
                 self._items = max(1, most)
-                # each time that growing was wrong, the next try comes later
+                # after each growth that failed, the next one comes later
                 self._answers_to_grow = min(max(answers_to_grow, 2 * self._answers_to_grow), _MOST_ANSWERS)
             self._full_answers = 0

@@ -1,4 +1,4 @@
-"""Requests and tokens a minute: how long the next request of a provider must wait."""
+"""Requests and tokens per minute: how long the next request to a provider waits."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _BURST_SECONDS = 1.0
 
 
 class Budget(Protocol):
-    """What an account may use in a minute. Safe to use from several threads.
+    """The limit of an account per minute. Safe to use from several threads.
 
-    One instance may stand for the account in this process alone, or (in the catalog, in Redis) in all of them.
+    An instance counts the use of this process only, or (in the catalog, in Redis) of all processes.
     """
 
     def acquire(self, requests: int, tokens: int) -> float:
-        """Seconds to wait before a request of this size is sent. It is booked when this returns, whether or not it is sent."""
+        """Seconds to wait before a request of this size is sent. It is booked now, even if it is never sent."""
         ...
 
 
 class InProcessBudget:
-    """A budget for the runs of one process: two token buckets that hold one second's worth, None for no limit.
+    """A budget for the runs of one process: two token buckets of one second's worth, None for no limit.
 
-    A small burst keeps any minute within 1/60 of the limit. A request above the burst is let through when everything
-    before it is paid off, and those behind it wait for it.
+    The small burst keeps any minute within 1/60 of the limit. A larger request goes out once everything before it is paid
+    off, and the requests after it wait.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class InProcessBudget:
         self._lock = threading.Lock()
         self._seconds_per_request = 60 / requests_per_minute if requests_per_minute else 0.0
         self._seconds_per_token = 60 / tokens_per_minute if tokens_per_minute else 0.0
-        # when everything booked so far will have been paid off
+        # the instant when everything booked so far is paid off
         self._requests_paid_at = self._tokens_paid_at = float("-inf")
 
     @classmethod

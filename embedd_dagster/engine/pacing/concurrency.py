@@ -10,11 +10,11 @@ _SMALLEST_ROUND = 4
 
 
 class AdaptiveGate:
-    """Lets 1 … `maximum` threads through at once. It starts wide open: the maximum is the user's word.
+    """Lets 1 … `maximum` threads through at once. It starts at the maximum, which the user has set.
 
-    Answers are counted in rounds of as many as are in flight. A round with more than half of its requests refused
-    halves the number; any other adds one. Reacting to each single refusal would be wrong: a provider that refuses one
-    request in three, whatever is in flight, would be worked with one request at a time, and nobody would be helped.
+    Answers are counted in rounds of as many as are in flight. If more than half of a round is refused, the number is
+    halved; otherwise it grows by one. A reaction to each single refusal would be wrong: a provider that refuses one request
+    in three at any load would get one request at a time, which helps nobody.
     """
 
     def __init__(self, maximum: int) -> None:
@@ -27,16 +27,16 @@ class AdaptiveGate:
 
     @property
     def limit(self) -> int:
-        """How many are let through at present."""
+        """The number of threads that are let through at present."""
         return self._limit
 
     def start_with_one(self) -> None:
-        """Lets one through until `open` is called."""
+        """Lets one thread through until `open` is called."""
         self._limit = 1
         self._is_open = False
 
     def open(self, at_most: int) -> None:
-        """Lets as many through as this, within the maximum, if it has not been opened yet."""
+        """Lets at most this many through, within the maximum. Does nothing if it is open already."""
         if self._is_open:
             return
         with self._condition:
@@ -54,7 +54,7 @@ class AdaptiveGate:
             self._in_flight += 1
 
     def leave(self, *, refused: bool | None) -> None:
-        """Gives the place back; `refused` is None where the answer says nothing about the provider's load."""
+        """Gives the place back; `refused` is None if the answer says nothing about the provider's load."""
         with self._condition:
             self._in_flight -= 1
             if refused is not None and self._is_open:

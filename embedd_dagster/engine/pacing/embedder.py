@@ -1,7 +1,7 @@
-"""What every embedder needs to be used hard: limits kept, refusals waited out, the guilty texts of a batch found.
+"""Makes a raw embedder usable under load: keeps limits, waits after refusals, finds the failing texts of a batch.
 
-A refused request (429) is sent again, whole, until the provider has answered nothing for `patience_seconds`. What else may
-go wrong is solved by `batch_run.py`; `sending.py` paces the requests, `batch_size.py` says how large they may be.
+A refused request (429) is sent again, whole, until the provider has answered nothing for `patience_seconds`.
+`batch_run.py` handles all other failures, `sending.py` paces the requests, `batch_size.py` decides their size.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import CutText, cut_at_unknown_tokens
 from embedd_dagster.engine.pacing.batch_run import BatchRun
 from embedd_dagster.engine.pacing.budget import Budget, InProcessBudget
 from embedd_dagster.engine.pacing.sending import PacingCounters, Sender, Waiting
 from embedd_dagster.errors import TextRejected
-from embedd_dagster.protocols.cutting import cut_at_unknown_tokens
-from embedd_dagster.protocols.embedder import CutText, Embedder, EmbedderLimits
+from embedd_dagster.protocols.embedder import Embedder, EmbedderLimits
 
 
 class PacedResult(NamedTuple):
-    """What became of a batch of n texts.
+    """The outcome of a batch of n texts.
 
     `vectors` is float32 of shape (n, dimensions), each of length 1, with NaN for the texts in `failed`; (n, 0) if all failed.
     """
@@ -33,9 +33,9 @@ class PacedResult(NamedTuple):
     """By index of the text."""
     tokens: int
     requests: int
-    """Sent for this batch, refused ones included."""
+    """Sent for this batch, including refused ones."""
     cut: dict[int, str]
-    """By index: what is left of texts that the provider called too long, and cut here."""
+    """By index: the rest of texts that the provider refused as too long and that were cut here."""
 
 
 def _never_stop() -> None:
@@ -45,7 +45,7 @@ def _never_stop() -> None:
 class PacedEmbedder:
     """An embedder within its account's limits. Safe to use from several threads: they share limits and experience.
 
-    `limits` are those of the embedding provider; `budget` stands in for their per-minute numbers where these hold across
+    `limits` are those of the embedding provider; `budget` replaces their per-minute numbers if these hold across
     processes. `check` is called several times a second during every wait, and ends it by raising (RunCancelled).
     """
 
@@ -72,17 +72,17 @@ class PacedEmbedder:
 
     @property
     def limits(self) -> EmbedderLimits:
-        """What the provider takes, within the limits of the account."""
+        """What the provider accepts, within the limits of the account."""
         return self._limits
 
     @property
     def concurrency(self) -> int:
-        """How many requests may be in flight at present: it follows the provider's refusals."""
+        """The number of requests that may be in flight at present: it follows the provider's refusals."""
         return self._sender.concurrency
 
     @property
     def counters(self) -> PacingCounters:
-        """What was done so far: a copy."""
+        """The counts so far: a copy."""
         return self._sender.counters
 
     def cut(self, text: str) -> CutText:
@@ -99,10 +99,10 @@ class PacedEmbedder:
         return self.cut(text).text
 
     def embed(self, texts: Sequence[str]) -> PacedResult:
-        """The vectors of these texts, and which of them the provider refuses. Blocks until there is an answer for each.
+        """The vectors of these texts, and those that the provider refuses. Blocks until each text has an answer.
 
         Raises EmbeddingRejected when every text would fail; EmbeddingUnavailable when the provider has answered nothing
-        for the whole patience; and what `check` raises.
+        for `patience_seconds`; and what `check` raises.
         """
         run = BatchRun(self._sender, texts, self._shorten)
         run.embed()

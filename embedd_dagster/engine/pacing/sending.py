@@ -1,4 +1,4 @@
-"""Sending requests within an account's limits: how many at once, how many a minute, and when to try again."""
+"""Sending requests within an account's limits: how many at once, how many per minute, and when to try again."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from embedd_dagster.core.rows import Vectors
+from embedd_dagster.core.text_cutting import byte_count
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.engine.pacing.batch_size import BatchSize
 from embedd_dagster.engine.pacing.budget import Budget
 from embedd_dagster.engine.pacing.concurrency import AdaptiveGate
 from embedd_dagster.errors import EmbeddingRateLimited, EmbeddingUnavailable, TextRejected
-from embedd_dagster.protocols.cutting import byte_count
 from embedd_dagster.protocols.embedder import DEFAULT_TIMEOUT_SECONDS, Embedder
 
 _SLICE_SECONDS = 0.1
-_LONGEST_RETRY_AFTER_SECONDS = 120.0  # some providers name hours; it may be over long before
+_LONGEST_RETRY_AFTER_SECONDS = 120.0  # some providers name hours, but answer again long before
 _LONGEST_BACKOFF_SECONDS = 15.0
 _SHORTEST_BASE_SECONDS, _LONGEST_BASE_SECONDS = 0.01, 1.0
 
 
 @dataclass(slots=True)
 class PacingCounters:
-    """What pacing did, for the metadata of a run."""
+    """Counts of pacing, for the metadata of a run."""
 
     requests: int = 0
     retries: int = 0
@@ -42,7 +42,7 @@ class PacingCounters:
 
 
 class Usable(NamedTuple):
-    """An answer whose vectors have length 1; `mask` says which of them can be used, None: all."""
+    """An answer whose vectors have length 1; `mask` marks the usable ones, None: all."""
 
     vectors: Vectors
     mask: NDArray[np.bool_] | None
@@ -67,7 +67,7 @@ class Sender:
         self._embedder = embedder
         wanted = limits.get("concurrency") or embedder.limits.concurrency
         self._gate = AdaptiveGate(min(wanted, embedder.limits.concurrency))
-        # what the first answer teaches, 16 requests at once need not meet
+        # what the first answer reveals need not hit 16 requests at once
         self._gate.start_with_one()
         self._budget = budget
         self._timeout_seconds = float(limits.get("request_timeout_seconds") or DEFAULT_TIMEOUT_SECONDS)
@@ -75,7 +75,7 @@ class Sender:
             limits.get("max_batch_items") or embedder.limits.batch.max_items, embedder.limits.batch.max_items
         )
         self.size = BatchSize(max_items, _max_request_tokens(limits), timeout_seconds=self._timeout_seconds)
-        """How much one request may hold now."""
+        """The size that one request may have at present."""
         self._check = waiting.check
         self._patience_seconds = waiting.patience_seconds
         self._clock, self._sleep, self._jitter = waiting.clock, waiting.sleep, waiting.jitter
@@ -87,12 +87,12 @@ class Sender:
 
     @property
     def concurrency(self) -> int:
-        """How many requests may be in flight at present."""
+        """The number of requests that may be in flight at present."""
         return self._gate.limit
 
     @property
     def counters(self) -> PacingCounters:
-        """What was done so far: a copy."""
+        """The counts so far: a copy."""
         with self._lock:
             return replace(self._counters)
 
@@ -102,7 +102,7 @@ class Sender:
         return self._answered_at > float("-inf")
 
     def estimate_tokens(self, text: str) -> float:
-        """The tokens of a text, by what the provider has counted for others."""
+        """The tokens of a text, estimated from what the provider counted for others."""
         return byte_count(text) * self._tokens_per_byte
 
     def send(self, texts: Sequence[str]) -> Usable:
@@ -135,14 +135,14 @@ class Sender:
         return usable
 
     def wait_for_next_try(self, error: EmbeddingUnavailable, failures: int, failing_since: float) -> None:
-        """Waits before the next request. Raises the error if the provider has answered nothing for the whole patience."""
+        """Waits before the next request. Raises the error if the provider has answered nothing for `patience_seconds`."""
         now = self._clock()
         silence = now - max(failing_since, self._answered_at)
         delay = self._delay_seconds(error, failures, silence)
         if silence + delay > self._patience_seconds:
             raise error
         if isinstance(error, EmbeddingRateLimited) and error.retry_after_seconds:
-            # it holds for the account: what others would send meanwhile would be refused as well
+            # it holds for the account: requests of other threads would be refused as well
             self._resume_at = max(self._resume_at, now + delay)
         with self._lock:
             self._counters.retries += 1
@@ -150,14 +150,14 @@ class Sender:
         self._wait(delay)
 
     def now(self) -> float:
-        """The clock that `wait_for_next_try` goes by."""
+        """The clock of `wait_for_next_try`."""
         return self._clock()
 
     def _delay_seconds(self, error: EmbeddingUnavailable, failures: int, silence_seconds: float) -> float:
-        """Exponential backoff with full jitter; the provider's own word goes before it.
+        """Exponential backoff with full jitter; the provider's own Retry-After has precedence.
 
-        It starts below the time of an answer, and hardly grows while others are answered: then this batch was unlucky, and
-        would fall behind for nothing. How long nobody was answered is what an outage is known by.
+        It starts below the latency of an answer, and hardly grows while other requests are answered: then this batch was
+        only unlucky. The time without any answer shows an outage.
         """
         base = min(max(self._latency_seconds / 2, _SHORTEST_BASE_SECONDS), _LONGEST_BASE_SECONDS)
         longest = min(max(4 * base, silence_seconds), _LONGEST_BACKOFF_SECONDS)
@@ -165,7 +165,7 @@ class Sender:
         if error.retry_after_seconds is None:
             return backoff
         wanted = min(max(error.retry_after_seconds, 0.0), _LONGEST_RETRY_AFTER_SECONDS)
-        # a provider that says "at once" and refuses again is not asked without end
+        # a provider that says "at once" and refuses again is not asked endlessly
         return wanted if failures == 1 else max(wanted, backoff)
 
     def _note_answer(self, usable: Usable, text_count: int, size: int, started_at: float) -> None:
@@ -181,11 +181,11 @@ class Sender:
             self._counters.texts += usable_count
             self._counters.tokens += usable.tokens
         self.size.note_answer(text_count, seconds)
-        # if the server works on one request after the other, no more than these are answered in time
+        # if the server handles one request after the other, no more than these are answered in time
         self._gate.open(int(self._timeout_seconds / max(seconds, 1e-3)))
 
     def _wait(self, seconds: float) -> None:
-        """Waits in slices, so that a request to stop is heard."""
+        """Waits in slices, so that `check` can stop the wait."""
         if seconds <= 0:
             return
         until = self._clock() + seconds
@@ -199,6 +199,6 @@ class Sender:
 
 
 def _max_request_tokens(limits: Mapping[str, int | None]) -> int | None:
-    """What a request may hold so that the account's minute, and the limit of a batch, allow it."""
+    """The most tokens of a request within the limit of a batch and the account's limit per minute."""
     given = [number for name in ("max_batch_tokens", "tokens_per_minute") if (number := limits.get(name))]
     return min(given, default=None)

@@ -23,12 +23,21 @@ _ONE_AT_A_TIME = threading.Lock()
 # -- writing points ----------------------------------------------------------------------------------------------------
 
 
-def _upsert(collection: Collection, body: dict[str, Any]) -> int:
-    points = wire.parse_points(body, collection.settings.size)
+def write_points(collection: Collection, read: Callable[[], list[Any]]) -> int:
+    """The number of the write of the points that `read` makes, one write at a time."""
+    with _ONE_AT_A_TIME:
+        return _write_points(collection, read())
+
+
+def _write_points(collection: Collection, points: list[Any]) -> int:
     collection.strict_mode.check_upsert(len(points))
     return collection.write(
         edge.UpdateOperation.upsert_points(points), ids=(wire.parse_point_id(point.id) for point in points)
     )
+
+
+def _upsert(collection: Collection, body: dict[str, Any]) -> int:
+    return _write_points(collection, wire.parse_points(body, collection.settings.size))
 
 
 def _targets(body: dict[str, Any]) -> tuple[list[wire.PointId] | None, Any]:
@@ -117,10 +126,16 @@ def retrieve_points(call: Call) -> Any:
     """`POST …/points`."""
     asked = wire.parse(models.PointRequest, call.body())
     ids = wire.parse_point_ids(asked.ids)
-    call.collection.strict_mode.check_ids_read(len(ids))
     selector = wire.render_payload_selector(asked.with_payload, default=True)
-    found = call.collection.read(lambda shard: shard.retrieve(ids, selector, asked.with_vector or False))
+    found = read_points(call.collection, ids, selector, with_vector=asked.with_vector or False)
     return [wire.describe_point(point) for point in found]
+
+
+def read_points(collection: Collection, ids: list[wire.PointId], selector: Any, *, with_vector: Any) -> list[Any]:
+    """The points of these ids, as Edge gives them."""
+    collection.strict_mode.check_ids_read(len(ids))
+    found: list[Any] = collection.read(lambda shard: shard.retrieve(ids, selector, with_vector))
+    return found
 
 
 def get_point(call: Call) -> Any:

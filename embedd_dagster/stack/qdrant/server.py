@@ -1,6 +1,8 @@
-"""Qdrant's REST protocol over Qdrant Edge, for one machine: the demo, the tests, a laptop.
+"""Qdrant's REST and gRPC protocols over Qdrant Edge, for one machine: the demo, the tests, a laptop.
 
-``python -m embedd_dagster.stack.qdrant.server --data DIR --port N``. It answers the calls that the Qdrant connector makes in
+``python -m embedd_dagster.stack.qdrant.server --data DIR --port N [--grpc-port N]``.
+
+It answers the calls that the Qdrant connector makes in
 the real server's form, and refuses the others; production is a real Qdrant. An acknowledged write survives kill -9: it is in
 Edge's log before the answer goes out, also with `wait=false`.
 """
@@ -19,6 +21,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import grpc
 import orjson
 import structlog
 import uvicorn
@@ -35,6 +38,7 @@ from embedd_dagster import logs
 from embedd_dagster.stack.qdrant import wire
 from embedd_dagster.stack.qdrant.calls import COLLECTION_HANDLERS, Call
 from embedd_dagster.stack.qdrant.collections import QdrantCatalog
+from embedd_dagster.stack.qdrant.grpc_service import start_grpc_server
 from embedd_dagster.stack.qdrant.point_calls import POINT_HANDLERS
 from embedd_dagster.stack.qdrant.strict_mode import RateLimitedError
 from embedd_dagster.stack.qdrant.wire import RefusedError
@@ -42,13 +46,14 @@ from embedd_dagster.stack.qdrant.wire import RefusedError
 VERSION = "1.20.0"  # of the protocol: clients compare it with their own
 MAX_BODY_BYTES = 32 * 1024 * 1024  # Qdrant's `max_request_size_mb`, unless configured
 
+_GRACE_SECONDS = 10
 _ALLOCATIONS_A_COLLECTION = 100_000
 _OPEN_PATHS = frozenset({"/", "/healthz", "/readyz", "/livez"})
 _log = structlog.get_logger(__name__)
 
 
-def create_app(catalog: QdrantCatalog, api_key: str | None = None) -> Starlette:
-    """The ASGI application over an opened catalog, which it closes at its end."""
+def create_app(catalog: QdrantCatalog, api_key: str | None = None, grpc_server: grpc.Server | None = None) -> Starlette:
+    """The ASGI application over an opened catalog. At its end it stops `grpc_server`, then closes the catalog."""
 
     def route(method: str, path: str, handler: Callable[[Call], Any]) -> Route:
         async def endpoint(request: Request) -> Response:
@@ -78,6 +83,8 @@ def create_app(catalog: QdrantCatalog, api_key: str | None = None) -> Starlette:
         try:
             yield
         finally:
+            if grpc_server is not None:
+                await run_in_threadpool(lambda: grpc_server.stop(_GRACE_SECONDS).wait())
             await run_in_threadpool(catalog.close)
 
     async def version(_: Request) -> Response:
@@ -139,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="qdrant_server", description=__doc__.partition("\n")[0] if __doc__ else "")
     parser.add_argument("--data", type=Path, required=True, help="the directory to keep everything in")
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--grpc-port", type=int, help="without it, there is no gRPC")
     parser.add_argument("--host", default="127.0.0.1")
     options = parser.parse_args(arguments)
     # from the environment: arguments can be seen by every user of the machine
@@ -153,21 +161,25 @@ def main(arguments: list[str] | None = None) -> None:
     catalog = QdrantCatalog(options.data.absolute())
     catalog.open()
     _log.warning(
-        "Qdrant Edge behind Qdrant's REST protocol: for one machine, demo and tests; not for production",
+        "Qdrant Edge behind Qdrant's protocols: for one machine, demo and tests; not for production",
         data=str(options.data),
         port=options.port,
+        grpc_port=options.grpc_port,
     )
     # a body is a thousand lists and dicts that are freed at its end: looking for cycles among them is for nothing
     gc.freeze()
     gc.set_threshold(_ALLOCATIONS_A_COLLECTION, *gc.get_threshold()[1:])
+    grpc_server = None
+    if options.grpc_port:
+        grpc_server = start_grpc_server(catalog, options.host, options.grpc_port, api_key)
     uvicorn.run(
-        create_app(catalog, api_key),
+        create_app(catalog, api_key, grpc_server),
         host=options.host,
         port=options.port,
         access_log=False,
         log_level="warning",
         timeout_keep_alive=5,  # as the real server; clients must let go first
-        timeout_graceful_shutdown=10,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddingRateLimited,
@@ -60,25 +60,25 @@ def test_rows_are_asked_for_as_documents_and_questions_as_queries(server: Runnin
     assert server.stats()["last_request"] == asked | {"taskType": "RETRIEVAL_QUERY"}
 
 
-def test_vectors_cut_short_are_made_of_length_one(server: RunningServer, open_gemini: Open) -> None:
+def test_shortened_vectors_are_scaled_to_length_one(server: RunningServer, open_gemini: Open) -> None:
     vectors = open_gemini(768).embed_documents(["a", "b", "c"]).vectors
     assert server.stats()["last_request"]["outputDimensionality"] == 768
     assert np.linalg.norm(vectors, axis=1) == pytest.approx(1, abs=1e-6)
 
 
-def test_a_wrong_key_comes_as_400_and_is_nobody_elses_fault(server: RunningServer, open_gemini: Open) -> None:
+def test_a_wrong_key_is_rejected_although_the_status_is_400(server: RunningServer, open_gemini: Open) -> None:
     server.behave(api_key="another")
     with pytest.raises(EmbeddingRejected, match=r"api_key.*API_KEY_INVALID") as raised:
         open_gemini().embed_documents(["a"])
     assert KEY[:8] not in repr(raised.value.__dict__)
 
 
-def test_no_key_is_said_before_anything_is_sent() -> None:
+def test_a_missing_key_is_rejected_before_any_request() -> None:
     with pytest.raises(EmbeddingRejected, match="no api_key"):
         open_embedder("gemini", credentials={}, model="gemini-embedding-001", dimensions=3072)
 
 
-def test_a_refusal_says_in_its_body_how_long_to_wait(server: RunningServer, open_gemini: Open) -> None:
+def test_the_wait_is_read_from_the_body_of_a_refusal(server: RunningServer, open_gemini: Open) -> None:
     server.behave(refuse_next=1, retry_after_seconds=13.5)
     with pytest.raises(EmbeddingRateLimited, match="RESOURCE_EXHAUSTED") as raised:
         open_gemini().embed_documents(["a"])
@@ -86,20 +86,20 @@ def test_a_refusal_says_in_its_body_how_long_to_wait(server: RunningServer, open
 
 
 @pytest.mark.parametrize("status", [500, 503])
-def test_a_failure_passes(server: RunningServer, open_gemini: Open, status: int) -> None:
+def test_a_server_error_is_temporary(server: RunningServer, open_gemini: Open, status: int) -> None:
     server.behave(fail_next=1, fail_status=status)
     with pytest.raises(EmbeddingUnavailable, match=str(status)):
         open_gemini().embed_documents(["a"])
 
 
-def test_an_unknown_model_and_wrong_dimensions_stop_the_table(open_gemini: Open) -> None:
+def test_an_unknown_model_and_wrong_dimensions_are_rejected(open_gemini: Open) -> None:
     with pytest.raises(EmbeddingRejected, match=r"does not have model 'gemini-0'.*NOT_FOUND"):
         open_gemini(model="gemini-0").embed_documents(["a"])
     with pytest.raises(EmbeddingRejected, match="64 dimensions"):
         open_gemini(64).embed_documents(["a"])
 
 
-def test_a_batch_above_the_limit_is_the_batchs_fault(open_gemini: Open) -> None:
+def test_a_batch_above_the_limit_is_reported_as_too_large(open_gemini: Open) -> None:
     embedder = open_gemini()
     assert embedder.limits.batch.max_items == 100
     with pytest.raises(TextRejected) as raised:
@@ -107,7 +107,7 @@ def test_a_batch_above_the_limit_is_the_batchs_fault(open_gemini: Open) -> None:
     assert raised.value.details["too_large"]
 
 
-def test_one_bad_text_is_found_among_many(open_gemini: Open) -> None:
+def test_one_failing_text_is_found_among_many(open_gemini: Open) -> None:
     texts: list[str] = [f"text {number}" for number in range(90)]
     # words that a refusal may have are in it, and the server repeats them
     texts[41] = f"secret dimensions: 30 x 40, output_dimension, encoding_format, batch size {POISON}"
@@ -118,7 +118,9 @@ def test_one_bad_text_is_found_among_many(open_gemini: Open) -> None:
 
 
 @pytest.mark.parametrize("answer", [{"garble": "html"}, {"garble": "truncated"}])
-def test_what_is_no_answer_is_tried_again(server: RunningServer, open_gemini: Open, answer: dict[str, Any]) -> None:
+def test_an_answer_outside_the_protocol_is_a_temporary_error(
+    server: RunningServer, open_gemini: Open, answer: dict[str, Any]
+) -> None:
     server.behave(**answer)
-    with pytest.raises(EmbeddingUnavailable, match="not one of the embeddings protocol"):
+    with pytest.raises(EmbeddingUnavailable, match="does not follow the embeddings protocol"):
         open_gemini().embed_documents(["a"])

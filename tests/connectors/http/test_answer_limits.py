@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingUnavailable
 
 _MEGABYTE = b" " * 2**20
@@ -57,9 +57,7 @@ def _serving(megabytes: int) -> Iterator[tuple[type[_Handler], str]]:
 
 
 @pytest.mark.parametrize(("megabytes", "one_text", "is_taken"), [(0, True, True), (63, True, False), (8, False, True)])
-def test_the_answer_to_a_question_is_small_and_that_to_a_batch_may_be_large(
-    megabytes: int, one_text: bool, is_taken: bool
-) -> None:
+def test_a_question_limits_the_answer_size_more_than_a_batch(megabytes: int, one_text: bool, is_taken: bool) -> None:
     with _serving(megabytes) as (handler, url):
         embedder = open_embedder(
             "openai",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url, with_path
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingRejected
 
 UNUSABLE = [
@@ -22,13 +22,13 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("url", UNUSABLE)
-def test_a_base_url_that_no_request_can_be_sent_to_is_refused(url: str) -> None:
+def test_an_unusable_base_url_is_rejected(url: str) -> None:
     with pytest.raises(UnusableUrl, match="is accepted"):
         parse_base_url(url)
 
 
 @pytest.mark.parametrize("provider", ["openai", "gemini", "voyage"])
-def test_a_stored_base_url_with_an_encoded_control_character_is_the_configurations_fault(provider: str) -> None:
+def test_a_stored_base_url_with_an_encoded_control_character_is_a_configuration_error(provider: str) -> None:
     with pytest.raises(EmbeddingRejected, match="base_url"):
         open_embedder(
             provider, credentials={"api_key": "k", "base_url": "http://h/v1%0a"}, model="text-x", dimensions=8
@@ -52,5 +52,5 @@ def test_a_stored_base_url_with_an_encoded_control_character_is_the_configuratio
         ("http://host/v1?a=b%2Fc&d=e", b"/v1/embeddings?a=b%2Fc&d=e"),
     ],
 )  # fmt: skip
-def test_the_path_of_a_call_follows_that_of_the_base_url_as_it_was_written(base_url: str, target: bytes) -> None:
+def test_the_path_of_the_base_url_is_kept_as_written(base_url: str, target: bytes) -> None:
     assert with_path(parse_base_url(base_url), "/embeddings").raw_path == target

@@ -1,4 +1,4 @@
-"""The client against servers that nobody here wrote, each of which ends its connections in its own way."""
+"""The client against servers of other projects, which end their connections in different ways."""
 
 from __future__ import annotations
 
@@ -34,27 +34,25 @@ def _check_answer(embedder: OpenAIEmbedder, first: int, count: int, dimensions: 
 
 @pytest.mark.parametrize("path", ["/v1", "/with-length/v1"])
 @pytest.mark.parametrize(("count", "dimensions"), [(1, 8), (256, 150), (256, 1100)])
-def test_every_answer_is_read_whole_however_the_server_ends_it(
-    url: str, path: str, count: int, dimensions: int
-) -> None:
+def test_answers_of_all_sizes_and_endings_are_read_completely(url: str, path: str, count: int, dimensions: int) -> None:
     """Answers of 100 bytes, 200 KB and 1.5 MB, with Content-Length, chunked, or up to the end of the connection."""
     with _open(url, dimensions, path) as embedder:
         for first in range(0, 5 * count, count):
             _check_answer(embedder, first, count, dimensions)
 
 
-def test_an_answer_of_six_megabytes_is_read_whole(url: str) -> None:
+def test_an_answer_of_six_megabytes_is_read_completely(url: str) -> None:
     with _open(url, 2250) as embedder:
         _check_answer(embedder, 0, 512, 2250)
 
 
-def test_connections_that_a_server_keeps_ending_lose_no_answer(url: str) -> None:
+def test_no_answer_is_lost_when_the_server_closes_connections_all_the_time(url: str) -> None:
     """Workers and connections end all the time, and four threads go on asking."""
     with _open(url, 64) as embedder, ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda first: _check_answer(embedder, first, 16, 64), range(0, 640, 16)))
 
 
-def test_the_last_answer_of_a_server_that_ends_is_read_whole() -> None:
+def test_the_last_answer_of_a_server_that_shuts_down_is_read_completely() -> None:
     with running_foreign_server("uvicorn_of_three_requests") as url, _open(url, 1500) as embedder:
         for first in (0, 256, 512):
             _check_answer(embedder, first, 256, 1500)

@@ -20,10 +20,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.transport import VettedTransport
 from embedd_dagster.connectors.network import NameUnknown
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import EmbeddingRejected, EmbeddingUnavailable
 from tests.support.openai_server import RunningServer, running_openai_server
 
@@ -35,7 +35,7 @@ def server() -> Iterator[RunningServer]:
 
 
 class Names:
-    """A name server: each name's answers in turn, the last one for ever."""
+    """A name server that gives these answers in turn, and the last one from then on."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers = list(answers)
@@ -54,7 +54,7 @@ def client(names: Names, *, deny: bool = False, keep: int = 1) -> httpx.Client:
     )
 
 
-def test_connects_to_the_address_that_was_checked_under_the_name_that_was_given(server: RunningServer) -> None:
+def test_connects_to_the_checked_address_with_the_given_host_name(server: RunningServer) -> None:
     names = Names(["127.0.0.1"])
     port = httpx.URL(server.url).port
     with client(names) as http:
@@ -65,7 +65,7 @@ def test_connects_to_the_address_that_was_checked_under_the_name_that_was_given(
     assert names.asked == [("provider.example", port)]  # once a connection
 
 
-def test_a_name_that_leads_elsewhere_the_second_time_is_refused(server: RunningServer) -> None:
+def test_a_name_that_resolves_to_a_forbidden_address_later_is_refused(server: RunningServer) -> None:
     names = Names(["127.0.0.1"], ["169.254.169.254"])
     url = f"http://provider.example:{httpx.URL(server.url).port}/_stats"
     with client(names, keep=0) as http:
@@ -74,7 +74,7 @@ def test_a_name_that_leads_elsewhere_the_second_time_is_refused(server: RunningS
             http.get(url)
 
 
-def test_a_name_that_was_public_when_it_was_admitted_is_refused_when_it_is_private(server: RunningServer) -> None:
+def test_a_name_that_becomes_private_after_validation_is_refused(server: RunningServer) -> None:
     names = Names(["8.8.8.8"], ["127.0.0.1"])
     assert names("provider.example", 80) == ["8.8.8.8"]
     with client(names, deny=True) as http, pytest.raises(EmbeddingRejected, match="a private address"):
@@ -83,7 +83,7 @@ def test_a_name_that_was_public_when_it_was_admitted_is_refused_when_it_is_priva
 
 @contextmanager
 def _answering(send: Callable[[socket.socket], object]) -> Iterator[str]:
-    """A server whose one answer is sent by hand."""
+    """A server that sends one answer, byte by byte as given."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def serve() -> None:
@@ -110,7 +110,7 @@ def _trickle(head: bytes) -> Callable[[socket.socket], object]:
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nX-Header: ", b"HTTP/1.1 200 OK\r\n\r\n"])
 @pytest.mark.timeout(30)
-def test_an_answer_that_comes_byte_by_byte_is_given_up(head: bytes) -> None:
+def test_an_answer_that_arrives_byte_by_byte_times_out(head: bytes) -> None:
     with (
         _answering(_trickle(head)) as url,
         client(Names(["127.0.0.1"])) as http,
@@ -120,7 +120,7 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up(head: bytes) -> None:
 
 
 @pytest.mark.timeout(30)
-def test_an_answer_without_end_is_given_up() -> None:
+def test_an_endless_answer_is_stopped_at_the_size_limit() -> None:
     def send(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while True:
@@ -134,7 +134,7 @@ def test_an_answer_without_end_is_given_up() -> None:
         http.get(url, timeout=20)
 
 
-def test_an_answer_that_ends_too_early_is_a_fault() -> None:
+def test_a_truncated_answer_is_an_error() -> None:
     def send(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n12345")
 
@@ -151,12 +151,12 @@ def test_one_forbidden_address_among_others_refuses_the_name() -> None:
         http.get("http://provider.example:1/")
 
 
-def test_the_next_address_is_tried_where_one_does_not_answer(server: RunningServer) -> None:
+def test_the_next_address_is_tried_if_one_does_not_answer(server: RunningServer) -> None:
     with client(Names(["127.0.0.2", "127.0.0.1"])) as http:
         assert http.get(f"http://provider.example:{httpx.URL(server.url).port}/_stats").status_code == 200
 
 
-def test_a_name_that_does_not_resolve_is_a_connection_that_fails() -> None:
+def test_a_name_that_does_not_resolve_is_a_connection_error() -> None:
     def unknown(host: str, port: int) -> list[str]:
         raise NameUnknown("no such name")
 
@@ -166,7 +166,7 @@ def test_a_name_that_does_not_resolve_is_a_connection_that_fails() -> None:
 
 
 class _Closing(BaseHTTPRequestHandler):
-    """Answers, and closes the connection without a word."""
+    """Answers, and closes the connection without announcing it."""
 
     protocol_version = "HTTP/1.1"
 
@@ -182,7 +182,7 @@ class _Closing(BaseHTTPRequestHandler):
 
 
 class _ClosingServer(ThreadingHTTPServer):
-    """Says when a connection is closed."""
+    """Reports when a connection is closed."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Closing)
@@ -203,7 +203,7 @@ def closing_server() -> Iterator[_ClosingServer]:
         thread.join()
 
 
-def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(closing_server: _ClosingServer) -> None:
+def test_a_kept_connection_that_the_server_closed_is_not_used_again(closing_server: _ClosingServer) -> None:
     names = Names(["127.0.0.1"])
     with client(names) as http:
         for _ in range(3):
@@ -212,9 +212,7 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used_again(closing
     assert len(names.asked) == 3
 
 
-def test_a_certificate_is_checked_for_the_name_that_was_given(
-    closing_server: ThreadingHTTPServer, tmp_path: Path
-) -> None:
+def test_a_certificate_is_checked_for_the_given_host_name(closing_server: ThreadingHTTPServer, tmp_path: Path) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "provider.example")])
     now = datetime.now(UTC)
@@ -249,7 +247,9 @@ def test_a_certificate_is_checked_for_the_name_that_was_given(
         ("voyage", "voyage-3.5", 1024),
     ],
 )
-def test_every_provider_is_vetted(server: RunningServer, provider: str, model: str, dimensions: int) -> None:
+def test_the_address_of_every_provider_is_checked(
+    server: RunningServer, provider: str, model: str, dimensions: int
+) -> None:
     for base_url, deny in (("http://169.254.169.254/v1", False), (server.base_url, True)):
         credentials = {"api_key": "key", "base_url": base_url}
         with (
@@ -261,7 +261,7 @@ def test_every_provider_is_vetted(server: RunningServer, provider: str, model: s
             embedder.embed_documents(["a"])
 
 
-def test_an_address_is_not_handed_to_the_operators_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forbidden_address_is_not_passed_to_the_operators_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
@@ -277,7 +277,7 @@ def test_an_address_is_not_handed_to_the_operators_proxy(monkeypatch: pytest.Mon
 
 
 @pytest.mark.timeout(60)
-def test_what_comes_through_a_proxy_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_through_a_proxy_has_the_same_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     def without_end(connection: socket.socket) -> None:
         connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while True:

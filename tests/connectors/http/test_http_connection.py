@@ -7,64 +7,16 @@ import socket
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
 
-from embedd_dagster.connectors.http.connection import LARGEST_ANSWER
-from embedd_dagster.connectors.http.transport import VettedTransport
+from embedd_dagster.connectors.http.transport import LARGEST_ANSWER, VettedTransport
+from tests.support.raw_server import OK, Serve, answering, fixed, read_request, serving
 
-OK = b"HTTP/1.1 200 OK\r\n"
-Serve = Callable[[socket.socket], object]
 pytestmark = pytest.mark.timeout(60)
-
-
-@contextmanager
-def serving(*connections: Serve) -> Iterator[str]:
-    """A server that serves one connection after the other, each in the way given."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            for serve_one in connections:
-                connection, _address = listener.accept()
-                with connection, suppress(OSError):
-                    serve_one(connection)
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/"
-        thread.join(10)
-
-
-def read_request(connection: socket.socket) -> bytes:
-    """A request of any length; b"" when the client has closed the connection."""
-    received = b""
-    while b"\r\n\r\n" not in received:
-        if not (piece := connection.recv(65536)):
-            return b""
-        received += piece
-    head, _, body = received.partition(b"\r\n\r\n")
-    length = next((int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")), 0)
-    while len(body) < length:
-        body += connection.recv(65536)
-    return head
-
-
-def answering(*answers: bytes) -> Serve:
-    """One answer for each request, then the connection is closed."""
-
-    def serve(connection: socket.socket) -> None:
-        for answer in answers:
-            read_request(connection)
-            connection.sendall(answer)
-
-    return serve
-
-
-def fixed(body: bytes, *headers: bytes) -> bytes:
-    return OK + b"".join(header + b"\r\n" for header in (*headers, b"Content-Length: %d" % len(body))) + b"\r\n" + body
 
 
 @contextmanager
@@ -129,7 +81,7 @@ def test_an_answer_that_is_incomplete_too_large_or_not_http_is_a_protocol_error(
         http.post(url, content=b"x")
 
 
-def test_a_chunk_of_negative_size_is_not_read_without_end() -> None:
+def test_a_chunk_of_negative_size_is_not_read_endlessly() -> None:
     def serve(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n")
@@ -147,7 +99,7 @@ def test_bytes_after_an_answer_never_become_the_next_answer() -> None:
         assert http.post(url, content=b"x").content == b"second"
 
 
-def test_bytes_that_come_unasked_later_never_become_the_next_answer() -> None:
+def test_unrequested_bytes_that_arrive_later_never_become_the_next_answer() -> None:
     sent = threading.Event()
 
     def serve(connection: socket.socket) -> None:
@@ -210,7 +162,7 @@ def test_a_request_is_not_sent_again_when_a_part_of_its_answer_came() -> None:
         assert http.post(url, content=b"x").content == b"third"
 
 
-def test_a_request_that_nobody_answers_in_time_is_not_sent_again() -> None:
+def test_a_request_that_times_out_is_not_sent_again() -> None:
     def serve(connection: socket.socket) -> None:
         answering(fixed(b"first"))(connection)
         read_request(connection)
@@ -235,7 +187,7 @@ def test_a_refusal_is_read_although_the_server_does_not_read_the_whole_request()
         assert (response.status_code, response.content) == (413, b"long")
 
 
-def test_a_server_that_does_not_read_the_request_is_given_up_in_time() -> None:
+def test_a_server_that_does_not_read_the_request_times_out() -> None:
     def hang(connection: socket.socket) -> None:
         while connection.recv(1):
             time.sleep(0.05)
@@ -244,7 +196,7 @@ def test_a_server_that_does_not_read_the_request_is_given_up_in_time() -> None:
         http.post(url, content=bytes(2**25), timeout=0.5)
 
 
-def test_chunks_that_trickle_in_are_given_up_in_time() -> None:
+def test_an_answer_in_slow_chunks_times_out() -> None:
     def trickle(connection: socket.socket) -> None:
         read_request(connection)
         connection.sendall(OK + b"Transfer-Encoding: chunked\r\n\r\n")

@@ -171,7 +171,7 @@ TEXTS = [
         lambda quote: [{"error": {"code": 400, "message": f"Refused: {quote}", "status": "INVALID_ARGUMENT"}}],
     ],
 )
-def test_words_of_the_requests_own_texts_never_count(text: str, status: int, form: Any) -> None:
+def test_quoted_texts_of_the_request_do_not_count(text: str, status: int, form: Any) -> None:
     for quote in _escapes(text):
         raised = read(status, form(quote), ["another text", text])
         assert type(raised) is TextRejected, quote
@@ -183,14 +183,14 @@ def test_a_quoted_text_does_not_hide_that_the_server_fails(text: str) -> None:
     assert type(read(500, error(f"failed on '{text}'"), [text])) is EmbeddingUnavailable
 
 
-def test_a_refusal_in_words_is_heard_although_a_text_is_quoted_with_it() -> None:
+def test_the_words_of_a_refusal_count_next_to_a_quoted_text() -> None:
     body = error(f"batch size 64 is above the maximum; the first input is '{SHELF}'")
     raised = read(400, body, [SHELF.replace(", batch size 12", ""), SHELF])
     assert isinstance(raised, TextRejected)
     assert raised.details["too_large"]
 
 
-def test_a_parameter_is_heard_in_every_batch_that_speaks_of_it() -> None:
+def test_a_refused_parameter_is_found_if_texts_of_the_batch_mention_it() -> None:
     texts = ["Dimensions not in stock", "The dimensions", "What dimensions does it support?", "dimensions", "is"]
     for message in ("'dimensions' is not supported", "Unsupported parameter: `dimensions`", "dimensions not supported"):
         assert isinstance(read(400, error(message), texts), FieldRefused), message
@@ -218,12 +218,12 @@ def test_fields_of_the_answer_decide_before_its_words(status: int, body: object,
     assert isinstance(read(status, body), expected)
 
 
-def test_a_body_nested_without_end_is_no_trouble() -> None:
+def test_a_deeply_nested_body_is_read() -> None:
     assert type(read(400, '{"error":' * 500 + "1" + "}" * 500)) is TextRejected
     assert type(read(400, {"detail": [{"loc": ["body", "x"]}] * 100_000})) is TextRejected
 
 
-def test_only_what_is_quoted_is_blanked() -> None:
+def test_only_quoted_words_are_blanked() -> None:
     unquoted = without_quotes(f"The value '{SHELF[:20]}' of `dimensions` is wrong", [SHELF])
     assert "shelf" not in unquoted
     assert unquoted.endswith("of `dimensions` is wrong")

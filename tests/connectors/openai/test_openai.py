@@ -11,9 +11,11 @@ import numpy as np
 import orjson
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
 from embedd_dagster.connectors.http.retry_after import parse_duration, retry_after_seconds
 from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
+from embedd_dagster.connectors.openai.tokenizer import cut_at_tokens
+from embedd_dagster.connectors.registry import open_embedder
+from embedd_dagster.core.text_cutting import cut_at_bytes
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddError,
@@ -22,7 +24,6 @@ from embedd_dagster.errors import (
     EmbeddingUnavailable,
     TextRejected,
 )
-from embedd_dagster.protocols.cutting import cut_at_bytes, cut_at_tokens
 from tests.support.openai_server import FATAL, POISON, RunningServer, running_openai_server, vector_of
 
 KEY = "sk-test-0123456789abcdef"
@@ -88,7 +89,7 @@ def test_an_unknown_model_is_asked_for_dimensions_only_if_its_own_differ(
     assert server.stats()["requests"] == requests + 1, "what the server takes is remembered"
 
 
-def test_what_an_unknown_model_takes_is_found_out_with_a_word_not_with_a_batch(
+def test_the_fields_of_an_unknown_model_are_found_with_a_probe_text_instead_of_a_batch(
     server: RunningServer, open_openai: Open
 ) -> None:
     server.behave(default_dimensions=768, counts_texts=True)
@@ -123,7 +124,9 @@ def test_a_known_model_on_a_server_that_refuses_dimensions_is_asked_without(
 
 
 @pytest.mark.parametrize("answer", ["refuse", "ignore"])
-def test_a_server_without_base64_is_understood(server: RunningServer, open_openai: Open, answer: str) -> None:
+def test_a_server_that_answers_with_numbers_instead_of_base64_is_supported(
+    server: RunningServer, open_openai: Open, answer: str
+) -> None:
     server.behave(encoding_format_field=answer)
     vectors = open_openai().embed_documents(["a", "b"]).vectors
     assert vectors.dtype == np.float32
@@ -141,7 +144,7 @@ def test_answers_in_another_order_or_without_one_are_put_in_order(
 
 
 @pytest.mark.parametrize("garble", ["truncated", "html", "too_few", "too_many", "one_null_index", "negative_index"])
-def test_a_broken_answer_is_worth_another_try(server: RunningServer, open_openai: Open, garble: str) -> None:
+def test_a_broken_answer_is_a_temporary_error(server: RunningServer, open_openai: Open, garble: str) -> None:
     server.behave(garble=garble, garble_next=1)
     embedder = open_openai()
     with pytest.raises(EmbeddingUnavailable):
@@ -150,7 +153,7 @@ def test_a_broken_answer_is_worth_another_try(server: RunningServer, open_openai
 
 
 @pytest.mark.parametrize(("garble", "bad"), [("nan", 0), ("mixed_sizes", 2)])
-def test_one_vector_that_cannot_be_read_does_not_cost_the_others(
+def test_other_vectors_are_kept_if_one_cannot_be_read(
     server: RunningServer, open_openai: Open, garble: str, bad: int
 ) -> None:
     server.behave(garble=garble)
@@ -163,7 +166,7 @@ def test_one_vector_that_cannot_be_read_does_not_cost_the_others(
     "words", ["Dimensions: 30 x 40 cm", "encoding_format", "batch size", "The model x is not supported", "api key"]
 )
 @pytest.mark.parametrize(("model", "dimensions"), [("text-embedding-3-small", 16), ("bge-m3", 1536), ("bge-m3", 16)])
-def test_one_refused_text_that_speaks_of_parameters_is_one_failed_row(
+def test_a_refused_text_that_mentions_parameters_fails_one_row_only(
     open_openai: Open, model: str, dimensions: int, words: str
 ) -> None:
     texts = [f"text {number}" for number in range(40)]
@@ -176,7 +179,7 @@ def test_one_refused_text_that_speaks_of_parameters_is_one_failed_row(
 @pytest.mark.parametrize(
     ("model", "native", "wanted"), [("text-embedding-ada-002", 384, 384), ("text-embedding-3-small", 768, 2048)]
 )
-def test_a_known_name_on_an_own_server_gives_the_dimensions_that_the_server_has(
+def test_a_known_model_name_on_another_server_may_have_other_dimensions(
     server: RunningServer, open_openai: Open, model: str, native: int, wanted: int
 ) -> None:
     server.behave(default_dimensions=native, dimensions_field="refuse" if native == wanted else "take")
@@ -202,7 +205,7 @@ def test_a_known_name_on_an_own_server_gives_the_dimensions_that_the_server_has(
     ],
     ids=str,
 )
-def test_each_refusal_is_the_error_that_says_what_to_do(
+def test_each_refusal_becomes_its_error_with_a_resolution(
     server: RunningServer, open_openai: Open, behaviour: dict[str, Any], expected: type[EmbeddError], words: str
 ) -> None:
     server.behave(**behaviour)
@@ -228,7 +231,7 @@ def test_a_faulty_text_is_not_quoted(open_openai: Open, marker: str, expected: t
     ("how", "asked", "expected"),
     [("seconds", 7, 7), ("seconds", 0, 0), ("date", 30, 30), ("ms", 0.25, 0.25), ("reset", 1.5, 1.5)],
 )
-def test_says_when_to_try_again(
+def test_the_error_states_when_to_try_again(
     server: RunningServer, open_openai: Open, how: str, asked: float, expected: float
 ) -> None:
     server.behave(refuse_next=1, retry_after=how, retry_after_seconds=asked)
@@ -237,13 +240,13 @@ def test_says_when_to_try_again(
     assert raised.value.retry_after_seconds == pytest.approx(expected, abs=2 if how == "date" else 1e-6)
 
 
-def test_a_server_that_hangs_is_given_up_on(server: RunningServer, open_openai: Open) -> None:
+def test_a_server_that_hangs_times_out(server: RunningServer, open_openai: Open) -> None:
     server.behave(hang_next=1, hang_seconds=5)
     with pytest.raises(EmbeddingUnavailable, match=r"0\.2 s"):
         open_openai(timeout_seconds=0.2).embed_documents(["a"])
 
 
-def test_a_server_that_is_not_there_is_worth_another_try(open_openai: Open) -> None:
+def test_a_refused_connection_is_a_temporary_error(open_openai: Open) -> None:
     with pytest.raises(EmbeddingUnavailable, match=r"127\.0\.0\.1"):
         open_openai(base_url="http://127.0.0.1:1/v1").embed_documents(["a"])
 
@@ -256,17 +259,17 @@ def test_a_proxy_of_the_environment_is_not_asked_for_loopback(
     assert open_openai().embed_documents(["a"]).vectors.shape == (1, 1536)
 
 
-def test_the_query_of_a_base_url_stays_behind_the_path(server: RunningServer, open_openai: Open) -> None:
+def test_the_query_of_a_base_url_stays_after_the_path(server: RunningServer, open_openai: Open) -> None:
     base_url = f"{server.url}/openai/deployments/mine/?api-version=2024-10-21"
     embedder = open_openai(base_url=base_url)
     assert embedder.embed_documents(["a"]).vectors.shape == (1, 1536)
-    assert str(embedder._url) == f"{server.url}/openai/deployments/mine/embeddings?api-version=2024-10-21"
+    assert str(embedder.url) == f"{server.url}/openai/deployments/mine/embeddings?api-version=2024-10-21"
 
 
 def test_azure_gets_the_key_in_its_own_header(open_openai: Open) -> None:
     embedder = open_openai(base_url="https://mine.openai.azure.com/openai/deployments/x?api-version=2024-10-21")
-    assert embedder._http.headers["api-key"] == KEY
-    assert "authorization" not in embedder._http.headers
+    assert embedder.http.headers["api-key"] == KEY
+    assert "authorization" not in embedder.http.headers
 
 
 @pytest.mark.parametrize(
@@ -287,7 +290,7 @@ def test_credentials_that_cannot_be_right_are_rejected_at_once(open_openai: Open
     assert "sk-" not in raised.value.message
 
 
-def test_an_own_server_needs_no_key(server: RunningServer) -> None:
+def test_another_server_needs_no_key(server: RunningServer) -> None:
     credentials = {"base_url": server.base_url}
     with open_embedder("openai", credentials=credentials, model="bge-m3", dimensions=1536) as embedder:
         embedder.embed_documents(["a"])
@@ -295,7 +298,7 @@ def test_an_own_server_needs_no_key(server: RunningServer) -> None:
 
 
 @pytest.mark.parametrize("text", ["a lone \ud800 surrogate", "NUL \x00 in it"])
-def test_a_question_that_is_not_clean_is_made_so(open_openai: Open, text: str) -> None:
+def test_invalid_characters_of_a_question_are_removed(open_openai: Open, text: str) -> None:
     assert open_openai().embed_query(text).shape == (1536,)
 
 
@@ -349,7 +352,7 @@ def test_bytes_are_cut_between_characters(limit: int) -> None:
         ("1" * 100_000 + "x", None),
     ],
 )  # fmt: skip
-def test_durations(text: str, seconds: float | None) -> None:
+def test_durations_are_parsed(text: str, seconds: float | None) -> None:
     assert parse_duration(text) == (seconds if seconds is None else pytest.approx(seconds))
 
 
@@ -375,7 +378,7 @@ def test_durations(text: str, seconds: float | None) -> None:
         ),
     ],
 )
-def test_when_to_try_again(headers: dict[str, str], seconds: float | None) -> None:
+def test_the_wait_is_read_from_the_headers(headers: dict[str, str], seconds: float | None) -> None:
     now = datetime(2015, 10, 21, 7, 28, tzinfo=UTC)
     assert retry_after_seconds(headers, now=now) == (seconds if seconds is None else pytest.approx(seconds))
 
@@ -401,7 +404,9 @@ def test_when_to_try_again(headers: dict[str, str], seconds: float | None) -> No
         (529, None, EmbeddingUnavailable),
     ],
 )  # fmt: skip
-def test_refusals_of_other_servers(status: int, body: object, expected: type[EmbeddError]) -> None:
+def test_refusals_of_other_servers_become_the_right_error(
+    status: int, body: object, expected: type[EmbeddError]
+) -> None:
     import httpx
 
     from embedd_dagster.connectors.http.rejections import refusal

@@ -8,7 +8,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
+from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.protocols.cdc import CdcStream
 from embedd_dagster.protocols.source import Source
 from tests.support.followed_source import (
@@ -33,8 +34,15 @@ def writer(database_url: str) -> Iterator[Admin]:
 
 
 @pytest.fixture
-def source(database_url: str) -> Iterator[Source]:
-    with open_source("postgresql", credentials_of(database_url)) as opened:
+def stream_options() -> StreamOptions:
+    """The options of `feed`: parametrize it to change them."""
+    return StreamOptions()
+
+
+@pytest.fixture
+def source(database_url: str, stream_options: StreamOptions) -> Iterator[Source]:
+    with PostgresSource(credentials_of(database_url), statement_timeout_seconds=3600) as opened:
+        opened.stream_options = stream_options
         yield opened
 
 
@@ -61,7 +69,7 @@ def follower(feed: CdcStream, table: None) -> Follower:
     """Of `t`, attached, with nothing to read."""
     made = Follower(feed, T)
     attachment = made.subscribe()
-    assert attachment.joined == {T}
-    assert not attachment.refused
+    assert attachment.newly_subscribed == {T}
+    assert not attachment.rejected
     assert attachment.lost is None
     return made

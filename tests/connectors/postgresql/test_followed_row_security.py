@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.cdc import CdcStream
 from embedd_dagster.protocols.source import Source
@@ -86,24 +86,24 @@ def test_a_followed_table_whose_policies_begin_to_apply_is_refused_and_named_for
 ) -> None:
     admin.execute(f"{_POLICY}; ALTER TABLE t ENABLE ROW LEVEL SECURITY")
     attachment = follower.subscribe()
-    assert not attachment.refused, "its owner sees all rows"
+    assert not attachment.rejected, "its owner sees all rows"
     follower.read()
     admin.execute("ALTER TABLE t FORCE ROW LEVEL SECURITY")
     follower.read()
     assert feed.is_altered
     attachment = follower.subscribe()
     assert attachment.hidden == {T}
-    assert "row-level security" in attachment.refused[T].message
+    assert "row-level security" in attachment.rejected[T].message
     assert published(admin, name) == set()
-    admin.execute(statements_of(attachment.refused[T]))
+    admin.execute(statements_of(attachment.rejected[T]))
     attachment = follower.subscribe()
-    assert (attachment.joined, attachment.hidden, attachment.refused) == ({T}, frozenset(), {})
+    assert (attachment.newly_subscribed, attachment.hidden, attachment.rejected) == ({T}, frozenset(), {})
 
 
 def test_a_role_that_loses_bypassrls_is_refused(admin: Admin, role: str, feed: CdcStream, table: None) -> None:
     admin.execute(f"ALTER ROLE {role} BYPASSRLS; ALTER TABLE t ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
     follower = Follower(feed, T)
-    assert follower.subscribe().joined == {T}
+    assert follower.subscribe().newly_subscribed == {T}
     follower.read()
     admin.execute(f"ALTER ROLE {role} NOBYPASSRLS")
     follower.read()

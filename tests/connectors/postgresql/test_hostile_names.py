@@ -13,8 +13,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.shards import KeyRange
@@ -89,12 +88,12 @@ def test_no_name_of_a_feed_s_statements_is_hijacked(credentials: dict[str, Any],
         source.check_cdc_eligible(followed)
         follower = Follower(feed, followed)
         try:
-            assert follower.subscribe().joined == {followed}
+            assert follower.subscribe().newly_subscribed == {followed}
             with psycopg.connect(database_url, autocommit=True, options="-c search_path=pg_catalog") as admin:
                 admin.execute("INSERT INTO public.t VALUES (20000, 'y')")
             assert follower.keys(followed) == [20000]
             follower.subscribe()
-            assert feed.lag_bytes() is not None
+            assert feed.lag() is not None
         finally:
             feed.drop()
 

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import make_url
 
-from embedd_dagster.connectors.sources import open_source
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceAccessDenied
 from tests.support.followed_source import credentials_of
 from tests.support.pgbouncer import needs_pgbouncer, pgbouncer

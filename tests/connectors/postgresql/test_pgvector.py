@@ -10,30 +10,25 @@ import numpy as np
 import psycopg
 import pytest
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.postgresql.pgvector import database as pgvector_database
-from embedd_dagster.connectors.postgresql.pgvector import index_progress as pgvector_progress
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
-from embedd_dagster.connectors.postgresql.pgvector import search as pgvector_search
 from embedd_dagster.connectors.postgresql.pgvector.filters import compile_filter
 from embedd_dagster.connectors.postgresql.pgvector.objects import Place
 from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref, table_name
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
+from tests.support.followed_source import credentials_of
 
 Connection = psycopg.Connection[tuple[object, ...]]
 
 
 @pytest.fixture
 def credentials(database_url: str) -> dict[str, object]:
-    parts = conninfo_to_dict(database_url)
-    names = {"host": "host", "port": "port", "database": "dbname", "user": "user", "password": "password"}
-    return {name: parts[key] for name, key in names.items()}
+    return credentials_of(database_url)
 
 
 @pytest.fixture
@@ -356,18 +351,16 @@ def test_connections_that_died_are_replaced(store: PgvectorStore, admin: Connect
 
 
 def test_publish_waits_for_a_reader_that_holds_the_view(
-    store: PgvectorStore, admin: Connection, database_url: str, monkeypatch: pytest.MonkeyPatch
+    store: PgvectorStore, admin: Connection, database_url: str
 ) -> None:
-    monkeypatch.setattr(pgvector_database, "_LOCK_SECONDS", 1)
-    monkeypatch.setattr(pgvector_database, "_LOCK_PATIENCE_SECONDS", 1.0)
     first = built(store, new_set(), batch([1], text="old"))
     store.publish(first)
     second = built(store, new_set(2, like=first), batch([1], text="new"))
     with psycopg.connect(database_url) as reader:
         reader.execute(f"SELECT * FROM {view_of(first)}")  # type: ignore[arg-type]
-        with pytest.raises(VectorStoreUnavailable):
-            store.publish(second)
-        monkeypatch.setattr(pgvector_database, "_LOCK_PATIENCE_SECONDS", 30.0)
+        hurried = PgvectorStore(credentials_of(database_url), lock_attempt_seconds=0.5, lock_seconds=0.5)
+        with hurried, pytest.raises(VectorStoreUnavailable):
+            hurried.publish(second)
         publishing = threading.Thread(target=store.publish, args=[second])
         publishing.start()
         publishing.join(0.3)
@@ -377,15 +370,13 @@ def test_publish_waits_for_a_reader_that_holds_the_view(
     assert admin.execute(f"SELECT embedded_text FROM {view_of(first)}").fetchall() == [("new",)]  # type: ignore[arg-type]
 
 
-def test_all_matching_rows_are_found_also_by_way_of_the_index(
-    store: PgvectorStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_matching_rows_are_found_also_by_way_of_the_index(store: PgvectorStore, database_url: str) -> None:
     points = batch(list(range(4000)))
     vector_set = built(store, new_set(), points)
     tree = parse_filter({"price": {"lt": 3}}, vector_set.filter_types)
-    monkeypatch.setattr(pgvector_search, "_EXACT_ROWS", 0)
-    monkeypatch.setattr(pgvector_search, "_MAX_SCAN_TUPLES", 50)  # the walk ends early, the exact search takes over
-    hits = store.search(vector_set, points.vectors[3], limit=10, filters=tree)
+    # the scan of the index ends early, and the exact search takes over
+    with PgvectorStore(credentials_of(database_url), exact_rows=0, max_scan_tuples=50) as short:
+        hits = short.search(vector_set, points.vectors[3], limit=10, filters=tree)
     assert {hit.key for hit in hits} == set(range(6))
 
 
@@ -399,14 +390,14 @@ def test_an_address_that_is_not_to_be_reached_is_not_connected_to(host: str, den
 
 
 def test_the_index_stage_reports_how_many_rows_postgresql_has_indexed(
-    store: PgvectorStore, monkeypatch: pytest.MonkeyPatch
+    database_url: str,
 ) -> None:
-    monkeypatch.setattr(pgvector_progress, "_ASK_SECONDS", 0.01)
     vector_set = new_set(dimensions=500)
-    store.create(vector_set)
-    store.upsert(vector_set, batch(list(range(4000)), 500))
     reported: list[tuple[int, int]] = []
-    store.finish_load(vector_set, lambda indexed, total: reported.append((indexed, total)))
+    with PgvectorStore(credentials_of(database_url), report_seconds=0.01) as store:
+        store.create(vector_set)
+        store.upsert(vector_set, batch(list(range(4000)), 500))
+        store.finish_load(vector_set, lambda indexed, total: reported.append((indexed, total)))
     assert reported
     assert {total for _indexed, total in reported} == {4000}
     assert all(0 <= indexed <= total for indexed, total in reported)

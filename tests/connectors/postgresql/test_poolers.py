@@ -9,8 +9,7 @@ import psycopg
 import pytest
 from sqlalchemy import URL, make_url
 
-from embedd_dagster.connectors.sources import open_source
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.shards import KeyRange

@@ -10,8 +10,7 @@ import numpy as np
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.errors import SourceAccessDenied, VectorStoreRejected
 from tests.support.followed_source import T, credentials_of, refusal

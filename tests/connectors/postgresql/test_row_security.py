@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import SourceAccessDenied
 from embedd_dagster.protocols.source import Selection, Source
 from tests.support.followed_source import Admin, credentials_of

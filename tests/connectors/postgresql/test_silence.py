@@ -10,8 +10,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from embedd_dagster.connectors.sources import open_source
-from embedd_dagster.connectors.stores import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import SourceUnavailable, VectorStoreUnavailable

@@ -15,10 +15,10 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from psycopg import errors as psycopg_errors
-from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.postgresql.errors import Server, translate
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.errors import translate
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.embedded_text import render_value
 from embedd_dagster.core.json_text import JsonNumber
 from embedd_dagster.core.keys import Key, decode_key, encode_key
@@ -34,20 +34,9 @@ from embedd_dagster.errors import (
     SourceUnavailable,
 )
 from embedd_dagster.protocols.source import Selection, Source, TableReader
+from tests.support.followed_source import credentials_of
 
 EVERYTHING = KeyRange()
-
-
-def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
-    parts = conninfo_to_dict(url)
-    return {
-        "host": parts["host"],
-        "port": int(str(parts["port"])),
-        "database": parts["dbname"],
-        "user": parts["user"],
-        "password": parts["password"],
-        **changes,
-    }
 
 
 @pytest.fixture
@@ -641,7 +630,7 @@ class TestConnecting:
             "CREATE FUNCTION write() RETURNS int LANGUAGE sql AS 'INSERT INTO public.t VALUES (1) RETURNING id';"
             "CREATE VIEW v AS SELECT write() AS id"
         )
-        with pytest.raises(SourceRejected, match="wants to write"):
+        with pytest.raises(SourceRejected, match="the statement writes"):
             source.check_key("v", "id")
         assert admin.execute("SELECT count(*) FROM t").fetchone() == (0,)
 

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.stack.postgres import EmbeddedPostgres

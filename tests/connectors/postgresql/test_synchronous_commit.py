@@ -9,27 +9,17 @@ from typing import Any
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.postgresql.cdc import publisher as postgresql_publisher
-from embedd_dagster.connectors.postgresql.cdc import visibility as postgresql_visibility
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.cdc.visibility import Snapshot
 from embedd_dagster.errors import SourceUnavailable
 from embedd_dagster.protocols.cdc import CdcStream, CdcTable
 from embedd_dagster.protocols.source import Selection, Source
-from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.support.followed_source import Admin, Follower, T, one, wait_until
-from tests.support.synchronous_standby import WAITS, SynchronousStandby, synchronous_standby
+from tests.support.synchronous_standby import WAITS, SynchronousStandby
 
-
-@pytest.fixture(scope="module")
-def running_standby(postgres: EmbeddedPostgres) -> Iterator[SynchronousStandby]:
-    with synchronous_standby(postgres) as standby:
-        yield standby
-
-
-@pytest.fixture
-def standby(running_standby: SynchronousStandby) -> Iterator[SynchronousStandby]:
-    yield running_standby
-    running_standby.go_on()
+pytestmark = pytest.mark.parametrize(
+    "stream_options", [StreamOptions(visible_seconds=0.2, writers_seconds=0.2, commits_seconds=0.2)]
+)
 
 
 class Committing:
@@ -80,11 +70,9 @@ def test_changes_are_given_only_when_a_reader_sees_their_rows(
     follower: Follower,
     standby: SynchronousStandby,
     committing: Committing,
-    monkeypatch: pytest.MonkeyPatch,
     statement: str,
     keys: list[int],
 ) -> None:
-    monkeypatch.setattr(postgresql_visibility, "_WAIT_SECONDS", 0.2)
     standby.stop()
     done = committing.run(statement)
     waits(admin)
@@ -105,9 +93,7 @@ def test_a_truncate_is_given_only_when_a_reader_finds_the_table_empty(
     follower: Follower,
     standby: SynchronousStandby,
     committing: Committing,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(postgresql_visibility, "_WAIT_SECONDS", 0.2)
     standby.stop()
     committing.run("TRUNCATE t")
     waits(admin)
@@ -125,9 +111,7 @@ def test_nothing_is_confirmed_while_a_commit_waits_for_the_standby(
     standby: SynchronousStandby,
     committing: Committing,
     name: str,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(postgresql_visibility, "_WAIT_SECONDS", 0.1)
     statement = "SELECT confirmed_flush_lsn::text FROM pg_replication_slots WHERE slot_name = %s"
     before = one(admin, statement, name)
     standby.stop()
@@ -155,20 +139,18 @@ def test_a_table_joins_only_when_a_reader_sees_what_was_committed_before(
     follower: Follower,
     standby: SynchronousStandby,
     committing: Committing,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By a publication that the standby does not acknowledge either: the table is added all the same."""
-    monkeypatch.setattr(postgresql_publisher, "_WAIT_SECONDS", 0.2)
     admin.execute("CREATE TABLE other (id int PRIMARY KEY)")
     standby.stop()
     committing.run("INSERT INTO other VALUES (1)")
     waits(admin)
     both = Follower(feed, T, CdcTable("other", "id"))
-    both.position, both.shapes = follower.position, follower.shapes
+    both.position, both.fingerprints = follower.position, follower.fingerprints
     attachment = both.subscribe()
-    assert set(attachment.refused) == {CdcTable("other", "id")}
+    assert set(attachment.rejected) == {CdcTable("other", "id")}
     standby.go_on()
-    wait_until(lambda: both.subscribe().joined == {CdcTable("other", "id")})
+    wait_until(lambda: both.subscribe().newly_subscribed == {CdcTable("other", "id")})
     assert one(admin, "SELECT count(*) FROM other") == 1
 
 
@@ -180,18 +162,15 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
     table: None,
     standby: SynchronousStandby,
     committing: Committing,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The server looks twice for transactions that run: what begins and is logged in between is not in the slot."""
-    monkeypatch.setattr(postgresql_publisher, "_COMMIT_WAIT_SECONDS", 0.2)
-    monkeypatch.setattr(postgresql_publisher, "_WAIT_SECONDS", 0.2)
     follower = Follower(feed, T)
     with psycopg.connect(database_url) as first, ThreadPoolExecutor(1) as pool:
         waiting_for = (
             "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted AND transactionid = %s"
         )
         first_xid = _begin(first)
-        attaching = pool.submit(follower.attach)
+        attaching = pool.submit(follower.subscribe)
         wait_until(lambda: bool(one(admin, waiting_for, first_xid)))
         writer.execute("BEGIN")
         second_xid = _begin(writer)
@@ -202,9 +181,9 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
         waits(admin)
         writer.execute("ROLLBACK")
         attachment = attaching.result(60)
-    assert set(attachment.refused) == {T}, "a comparison would miss the row"
+    assert set(attachment.rejected) == {T}, "a comparison would miss the row"
     standby.go_on()
-    wait_until(lambda: T in follower.subscribe().joined)
+    wait_until(lambda: T in follower.subscribe().newly_subscribed)
     assert one(admin, "SELECT count(*) FROM t") == 4
 
 
@@ -212,7 +191,7 @@ def _begin(connection: Admin) -> Any:
     return one(connection, "SELECT pg_current_xact_id()::xid")
 
 
-def test_transaction_numbers_are_compared_across_their_wraparound() -> None:
+def test_transaction_numbers_are_compared_across_their_wraparound(stream_options: StreamOptions) -> None:
     snapshot = Snapshot.parse("12884901890:12884901900:12884901890,12884901895")  # 3 * 2^32 + 2 .. 12
     assert snapshot.unfinished([2, 3, 7, 11, 12, 20]) == {2, 7, 12, 20}
     assert snapshot.unfinished([2**32 - 1, 2**31 + 20]) == set(), "of the epoch before"

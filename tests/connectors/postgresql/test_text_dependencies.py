@@ -28,8 +28,8 @@ _MADE = {
 def _made(admin: Admin, feed: CdcStream, types: str, column: str, value: str) -> Follower:
     admin.execute(f"{types}; CREATE TABLE t (id int PRIMARY KEY, v {column}); INSERT INTO t VALUES (1, {value})")
     follower = Follower(feed, T)
-    assert follower.subscribe().joined == {T}
-    assert follower.subscribe().joined == set()
+    assert follower.subscribe().newly_subscribed == {T}
+    assert follower.subscribe().newly_subscribed == set()
     return follower
 
 
@@ -47,15 +47,15 @@ def test_a_renamed_enum_label_makes_the_tables_of_its_type_join_again(
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
     assert _text(source) != before
     assert follower.read()[-1].keys == {}, "the log says nothing of it"
-    assert follower.subscribe().joined == {T}
-    assert follower.subscribe().joined == set()
+    assert follower.subscribe().newly_subscribed == {T}
+    assert follower.subscribe().newly_subscribed == set()
 
 
 def test_a_label_that_was_renamed_and_is_what_it_was_makes_the_table_join_again(admin: Admin, feed: CdcStream) -> None:
     follower = _made(admin, feed, _MOOD, "mood", "'new'")
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
     admin.execute("ALTER TYPE mood RENAME VALUE 'fresh' TO 'new'")
-    assert follower.subscribe().joined == {T}, "a row may have been read meanwhile"
+    assert follower.subscribe().newly_subscribed == {T}, "a row may have been read meanwhile"
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_a_label_that_was_renamed_and_is_what_it_was_makes_the_table_join_again(
 def test_what_changes_no_text_does_not_make_a_table_join_again(admin: Admin, feed: CdcStream, statement: str) -> None:
     follower = _made(admin, feed, _MOOD, "mood", "'new'")
     admin.execute(statement)
-    assert follower.subscribe().joined == set()
+    assert follower.subscribe().newly_subscribed == set()
 
 
 @pytest.mark.parametrize("statement", ["ALTER TYPE c ADD ATTRIBUTE z int", "ALTER TYPE c DROP ATTRIBUTE b"])
@@ -82,8 +82,8 @@ def test_another_attribute_of_a_composite_type_makes_its_tables_join_again(
     before = _text(source)
     admin.execute(statement)
     assert _text(source) != before
-    assert follower.subscribe().joined == {T}
-    assert follower.subscribe().joined == set()
+    assert follower.subscribe().newly_subscribed == {T}
+    assert follower.subscribe().newly_subscribed == set()
 
 
 def test_another_expression_of_a_virtual_column_makes_the_table_join_again(
@@ -95,8 +95,8 @@ def test_another_expression_of_a_virtual_column_makes_the_table_join_again(
     assert _text(source) == 2
     admin.execute("ALTER TABLE t ALTER COLUMN v SET EXPRESSION AS (id + 2)")
     assert _text(source) == 3
-    assert follower.subscribe().joined == {T}
-    assert follower.subscribe().joined == set()
+    assert follower.subscribe().newly_subscribed == {T}
+    assert follower.subscribe().newly_subscribed == set()
 
 
 def test_another_output_function_of_a_type_makes_its_tables_join_again(
@@ -116,12 +116,12 @@ def test_another_output_function_of_a_type_makes_its_tables_join_again(
     replaced = make_function.format(kind="out", of="own", to="cstring", name="charout")
     admin.execute(replaced.replace("CREATE", "CREATE OR REPLACE", 1))
     assert _text(source) == "A"
-    assert follower.subscribe().joined == {T}
+    assert follower.subscribe().newly_subscribed == {T}
 
 
 def test_shapes_that_were_kept_before_meanings_were_are_no_reason_to_join_again(admin: Admin, feed: CdcStream) -> None:
     follower = _made(admin, feed, _MOOD, "mood", "'new'")
-    follower.shapes = {T: {name: value for name, value in follower.shapes[T].items() if name != "meanings"}}
-    assert follower.subscribe().joined == set()
+    follower.fingerprints = {T: {name: value for name, value in follower.fingerprints[T].items() if name != "meanings"}}
+    assert follower.subscribe().newly_subscribed == set()
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
-    assert follower.subscribe().joined == {T}
+    assert follower.subscribe().newly_subscribed == {T}

@@ -12,7 +12,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.embedded_text import render_value
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.protocols.source import Selection, Source

@@ -33,9 +33,11 @@ def vector_set() -> VectorSet:
     return VectorSet(vector_table_id, 1, f"{vector_table_id[:11]}_s", 4, types)
 
 
-@pytest.fixture
-def store(qdrant_url: str, vector_set: VectorSet) -> Iterator[QdrantStore]:
-    with QdrantStore(qdrant_url) as opened:
+@pytest.fixture(params=["rest", "grpc"])
+def store(
+    request: pytest.FixtureRequest, qdrant_url: str, qdrant_grpc_port: int, vector_set: VectorSet
+) -> Iterator[QdrantStore]:
+    with QdrantStore(qdrant_url, grpc_port=qdrant_grpc_port if request.param == "grpc" else None) as opened:
         opened.create(vector_set)
         yield opened
         opened.drop(vector_set.vector_table_id, 1)

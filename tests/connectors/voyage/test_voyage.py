@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.embedders import open_embedder
+from embedd_dagster.connectors.registry import open_embedder
 from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
@@ -71,26 +71,26 @@ def test_asks_for_dimensions_that_are_not_the_models_own(server: RunningServer, 
     assert server.stats()["last_request"]["output_dimension"] == 256
 
 
-def test_a_wrong_key_stops_the_table(server: RunningServer, open_voyage: Open) -> None:
+def test_a_wrong_key_is_rejected(server: RunningServer, open_voyage: Open) -> None:
     server.behave(api_key="another")
     with pytest.raises(EmbeddingRejected, match="refuses the api_key") as raised:
         open_voyage().embed_documents(["a"])
     assert KEY[:8] not in repr(raised.value.__dict__)
 
 
-def test_no_key_is_said_before_anything_is_sent() -> None:
+def test_a_missing_key_is_rejected_before_any_request() -> None:
     with pytest.raises(EmbeddingRejected, match="no api_key"):
         open_embedder("voyage", credentials={}, model="voyage-3.5", dimensions=1024)
 
 
-def test_an_unknown_model_and_wrong_dimensions_stop_the_table(open_voyage: Open) -> None:
+def test_an_unknown_model_and_wrong_dimensions_are_rejected(open_voyage: Open) -> None:
     with pytest.raises(EmbeddingRejected, match="does not have model 'voyage-0'"):
         open_voyage("voyage-0").embed_documents(["a"])
     with pytest.raises(EmbeddingRejected, match="300 dimensions"):
         open_voyage(dimensions=300).embed_documents(["a"])
 
 
-def test_refusals_and_failures_pass(server: RunningServer, open_voyage: Open) -> None:
+def test_rate_limits_and_server_errors_are_temporary(server: RunningServer, open_voyage: Open) -> None:
     server.behave(refuse_next=1, retry_after="seconds", retry_after_seconds=7)
     with pytest.raises(EmbeddingRateLimited) as raised:
         open_voyage().embed_documents(["a"])
@@ -103,7 +103,7 @@ def test_refusals_and_failures_pass(server: RunningServer, open_voyage: Open) ->
 @pytest.mark.parametrize(
     ("model", "tokens"), [("voyage-3-large", 120_000), ("voyage-3.5", 320_000), ("voyage-3.5-lite", 1_000_000)]
 )
-def test_the_fullest_request_is_taken_and_one_above_is_the_batchs_fault(
+def test_the_largest_request_is_accepted_and_a_larger_one_is_reported_as_too_large(
     open_voyage: Open, model: str, tokens: int
 ) -> None:
     embedder = open_voyage(model)
@@ -117,7 +117,7 @@ def test_the_fullest_request_is_taken_and_one_above_is_the_batchs_fault(
     assert raised.value.details["too_large"]
 
 
-def test_one_bad_text_is_found_among_many(open_voyage: Open) -> None:
+def test_one_failing_text_is_found_among_many(open_voyage: Open) -> None:
     texts = [f"text {number}" for number in range(200)]
     # words that a refusal may have are in it, and the server repeats them
     texts[41] = f"secret dimensions: 30 x 40, output_dimension, encoding_format, batch size {POISON}"

@@ -11,9 +11,9 @@ import psycopg
 import pytest
 from sqlalchemy import select
 
-from embedd_dagster.catalog import change_feeds, vector_tables
+from embedd_dagster.catalog import cdc, vector_tables
 from embedd_dagster.catalog.tables import Task
-from embedd_dagster.connectors.postgresql import connection as postgresql_connections
+from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.cdc.tables import CdcTables
 from embedd_dagster.errors import CatalogUnavailable
@@ -66,14 +66,14 @@ def _true_but(product: Product, without: set[int]) -> bool:
 def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product, RunningFollower]) -> None:
     product, _follower = followed
 
-    def true_until() -> Any:
+    def fresh_as_of() -> Any:
         with product.runtime.catalog.transaction() as session:
             table = vector_tables.find(session, product.vector_table_id)
             assert table is not None
-            return change_feeds.true_until(table, change_feeds.find(session, table.connection_id))
+            return cdc.fresh_as_of(table, cdc.find(session, table.connection_id))
 
-    first = true_until()
-    eventually(lambda: true_until() > first)
+    first = fresh_as_of()
+    eventually(lambda: fresh_as_of() > first)
 
 
 def test_nothing_is_lost_under_a_backfill_with_writers(cdc_product: Product) -> None:
@@ -137,7 +137,7 @@ def test_a_paused_table_is_left_alone_and_compared_when_it_goes_on(followed: tup
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
-        vector_tables.resume(session, table)
+        vector_tables.resume(table)
     with follower_of(product):
         eventually(lambda: is_followed(product))
         eventually(lambda: settled(product))
@@ -150,7 +150,7 @@ def _pause(product: Product) -> None:
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
-        vector_tables.pause(session, table)
+        vector_tables.pause(table)
 
 
 def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Product, RunningFollower]) -> None:
@@ -242,11 +242,11 @@ def test_what_was_noted_outlives_an_outage(
 
     with under_a_sync(product):
         product.sql(INSERT, 9600)
-        eventually(lambda: product.table().changes_pending == 1)
+        eventually(lambda: product.table().cdc.changes_pending == 1)
         monkeypatch.setattr(CdcTables, method, down_once)
     eventually(lambda: failed and not is_owed(product))
     assert 9600 in product.points()
-    assert product.table().changes_pending == 0
+    assert product.table().cdc.changes_pending == 0
     assert follower.error is None
 
 
@@ -259,7 +259,7 @@ def test_a_locked_table_does_not_hold_up_the_others(
     other.run()
     eventually(lambda: is_followed(other) and settled(other))
     follower.stop()
-    monkeypatch.setitem(postgresql_connections._SETTINGS, "lock_timeout", "200ms")
+    monkeypatch.setattr(PostgresSource, "lock_timeout_seconds", 0.2)
     product.sql(INSERT, 9700)
     with psycopg.connect(product.database_url) as locker:
         locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
@@ -282,11 +282,11 @@ def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple
     product.provider.behave(fail_every=1, fail_status=503)
     with under_a_sync(product):
         product.sql(INSERT, 9800)
-        eventually(lambda: product.table().changes_pending == 1)
-        held_by = product.table().resync_held_by
-    eventually(lambda: held_by and product.table().resync_held_by is None)
+        eventually(lambda: product.table().cdc.changes_pending == 1)
+        held_by = product.table().cdc.buffered_by_run_id
+    eventually(lambda: held_by and product.table().cdc.buffered_by_run_id is None)
     assert is_owed(product)
-    assert product.table().changes_pending == 0
+    assert product.table().cdc.changes_pending == 0
     product.provider.behave(fail_every=0)
     eventually(lambda: settled(product))
     eventually(is_true(product))
@@ -309,8 +309,8 @@ def test_a_sync_of_a_machine_whose_clock_is_behind_is_seen(
     with product.caught(sync) as running:
         product.sql("DELETE FROM products WHERE id <= 20")
         with follower_of(product):
-            eventually(lambda: product.table().changes_pending >= 20)
+            eventually(lambda: product.table().cdc.changes_pending >= 20)
             product.provider.behave(held=False)
             running.result(60)
-            eventually(lambda: settled(product) and product.table().changes_pending == 0)
+            eventually(lambda: settled(product) and product.table().cdc.changes_pending == 0)
     product.assert_true_to_source()

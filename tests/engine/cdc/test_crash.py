@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedd_dagster.catalog import change_feeds
+from embedd_dagster.catalog import cdc
 from embedd_dagster.core.vector_table import Mode
 from tests.engine.conftest import Product
 from tests.support.following import RunningFollower, eventually, is_followed, is_owed, is_true, settled
@@ -56,7 +56,7 @@ def test_a_killed_follower_loses_nothing(cdc_product: Product, point: str, nth: 
 
 def _owner(product: Product, connection_id: str) -> str | None:
     with product.runtime.catalog.transaction() as session:
-        feed = change_feeds.find(session, connection_id)
+        feed = cdc.find(session, connection_id)
         return feed.dagster_run_id if feed else None
 
 

@@ -106,7 +106,7 @@ def _set_paused(product: Product, *, paused: bool) -> None:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
         if table.paused != paused and tasks.find_live(session, table.id) is None:
-            (vector_tables.pause if paused else vector_tables.resume)(session, table)
+            (vector_tables.pause if paused else vector_tables.resume)(table)
 
 
 STATEMENTS = {
@@ -169,7 +169,7 @@ def _is_at_rest(product: Product, follower: Follower) -> bool:
     table = product.table()
     if table.live_version is None or table.sync_status == SyncStatus.PENDING_REBACKFILL:
         _run(product, sync=False)
-    if not (_run_owed(product) and is_followed(product) and product.table().changes_pending == 0):
+    if not (_run_owed(product) and is_followed(product) and product.table().cdc.changes_pending == 0):
         return False
     without = {row[0] for row in product.sql("SELECT id FROM products WHERE title IS NULL AND body = ''")}
     product.assert_true_to_source(without=without)

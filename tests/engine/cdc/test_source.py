@@ -10,8 +10,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 
-from embedd_dagster.catalog import change_feeds, connections, vector_tables
-from embedd_dagster.catalog.tables import ChangeFeed
+from embedd_dagster.catalog import cdc, connections, vector_tables
+from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
@@ -241,7 +241,7 @@ def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Produ
     assert product.sql("SELECT pubname FROM pg_publication") == []
     assert teardown(product.runtime, product.vector_table_id)
     with product.runtime.catalog.transaction() as session:
-        assert change_feeds.find(session, connection_id) is None
+        assert cdc.find(session, connection_id) is None
         connections.delete(session, product.environment_id, connection_id)
 
 
@@ -284,7 +284,7 @@ def test_a_connection_is_deleted_by_force_with_its_database_gone(followed: tuple
     _delete_connection(product, connection.id, force=True)
     with product.runtime.catalog.transaction() as session:
         assert connections.find(session, connection.id) is None
-        assert change_feeds.find(session, connection.id) is None
+        assert cdc.find(session, connection.id) is None
 
 
 def _delete_connection(product: Product, connection_id: str, *, force: bool = False) -> None:
@@ -365,7 +365,7 @@ def test_a_log_that_gets_too_long_while_changes_are_gathered_is_given_up(
     follower.stop()
     product.runtime.settings.__dict__.update(follow_poll_seconds=60, heartbeat_seconds=0.2)
     with follower_of(product) as gathering:
-        eventually(lambda: gathering.log or (feed_of(product) or ChangeFeed()).lag_bytes is not None)
+        eventually(lambda: gathering.log or (feed_of(product) or CdcStreamRow()).lag_bytes is not None)
         product.sql("CREATE TABLE filler AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n")
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True)
         eventually(lambda: is_owed(product))
@@ -425,7 +425,7 @@ def test_a_table_that_waits_for_a_transaction_says_so(
     with psycopg.connect(product.database_url) as writer:
         writer.execute("INSERT INTO held VALUES (1, 'written', 'and not committed', 'red', 1)")
         eventually(lambda: "is open for long" in (held.table().last_error or ""))
-        assert held.table().followed_since is None
+        assert held.table().cdc.subscribed_since is None
         product.sql(INSERT, 9700)
         eventually(lambda: 9700 in product.points())
     eventually(lambda: is_followed(held))
@@ -440,14 +440,14 @@ def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_a
     followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     product, _follower = followed
-    original, away = change_feeds.set_followed, iter([True])
+    original, away = cdc.record_subscribed, iter([True])
 
     def set_followed(session: Any, connection_id: str, shapes: Any, joined: Any) -> Any:
         if joined and next(away, False):
             raise CatalogUnavailable("The catalog database does not answer.")
         return original(session, connection_id, shapes, joined)
 
-    monkeypatch.setattr(change_feeds, "set_followed", set_followed)
+    monkeypatch.setattr(cdc, "record_subscribed", set_followed)
     publication = product.sql("SELECT pubname FROM pg_publication")[0][0]
     product.sql(f'ALTER PUBLICATION "{publication}" DROP TABLE products')
     product.sql(INSERT, 9900)
@@ -504,29 +504,29 @@ def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
 ) -> None:
     product, follower = followed
     monkeypatch.setattr(follow, "_ATTACH_SECONDS", 0.05)
-    before = product.table().followed_shape
+    before = product.table().cdc.table_fingerprint
     version = "SELECT xmin::text FROM vector_tables WHERE id = %s"
     # whatever else is written to the row is written when there are changes
     written = product.sql(version, product.vector_table_id)
     time.sleep(1)
     assert product.sql(version, product.vector_table_id) == written
     product.sql("ALTER TABLE products ADD COLUMN note text")
-    eventually(lambda: product.table().followed_shape != before)
+    eventually(lambda: product.table().cdc.table_fingerprint != before)
     assert not is_owed(product)
     with product.runtime.catalog.transaction() as session:
-        vector_tables.pause(session, vector_tables.get(session, product.environment_id, product.vector_table_id))
+        vector_tables.pause(vector_tables.get(session, product.environment_id, product.vector_table_id))
     eventually(lambda: follower.reason is not None)
-    assert product.table().followed_since is None
-    assert product.table().followed_shape is None
+    assert product.table().cdc.subscribed_since is None
+    assert product.table().cdc.table_fingerprint is None
 
 
 @ONE_STORE
 def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Product, RunningFollower]) -> None:
     product, first = followed
     first.stop()
-    product.sql("UPDATE vector_tables SET followed_shape = NULL")
+    product.sql("UPDATE cdc_states SET table_fingerprint = NULL")
     with follower_of(product):
-        eventually(lambda: product.table().followed_shape is not None)
+        eventually(lambda: product.table().cdc.table_fingerprint is not None)
         product.sql(INSERT, 6600)
         eventually(is_true(product))
         assert not is_owed(product)

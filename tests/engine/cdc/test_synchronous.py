@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 
-from embedd_dagster.connectors.postgresql.cdc import visibility as postgresql_visibility
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
+from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.core.status import SyncStatus
-from embedd_dagster.stack.postgres import EmbeddedPostgres
 from tests.engine.conftest import Product
 from tests.support.following import INSERT, ONE_STORE, RunningFollower, eventually, feed_of, is_owed, is_true
-from tests.support.synchronous_standby import WAITS, SynchronousStandby, synchronous_standby
-
-
-@pytest.fixture(scope="module")
-def running_standby(postgres: EmbeddedPostgres) -> Iterator[SynchronousStandby]:
-    with synchronous_standby(postgres) as standby:
-        yield standby
-
-
-@pytest.fixture
-def standby(running_standby: SynchronousStandby) -> Iterator[SynchronousStandby]:
-    yield running_standby
-    running_standby.go_on()
+from tests.support.synchronous_standby import WAITS, SynchronousStandby
 
 
 def _commit(product: Product, key: int) -> None:
@@ -54,7 +41,7 @@ def _decoded(product: Product) -> int:
 def test_no_committed_row_is_lost_while_commits_wait_for_a_standby(
     followed: tuple[Product, RunningFollower], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql_visibility, "_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(PostgresSource, "stream_options", StreamOptions(visible_seconds=0.3))
     product, _follower = followed
     before = len(product.points())
     with ThreadPoolExecutor(4) as pool:
@@ -76,7 +63,7 @@ def test_no_committed_row_is_lost_while_commits_wait_for_a_standby(
 def test_a_follower_says_that_it_waits_for_a_standby_and_goes_on_when_it_is_back(
     followed: tuple[Product, RunningFollower], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(postgresql_visibility, "_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(PostgresSource, "stream_options", StreamOptions(visible_seconds=0.1))
     product, _follower = followed
     standby.stop()
     with ThreadPoolExecutor(1) as pool:

@@ -66,7 +66,7 @@ def texts_of(count: int, *poisoned: int) -> list[str]:
     return [f"text {index}{POISON if index in poisoned else ''}" for index in range(count)]
 
 
-def test_a_batch_without_trouble_is_one_request() -> None:
+def test_a_batch_without_failures_is_one_request() -> None:
     paced, embedder, _provider = pace()
     result = paced.embed(texts_of(200))
     assert embedder.requests == [200]
@@ -78,7 +78,7 @@ def test_a_batch_without_trouble_is_one_request() -> None:
 
 
 @pytest.mark.parametrize("poisoned", [(0,), (255,), (17, 18), (0, 100, 200, 255), tuple(range(20, 40))])
-def test_exactly_the_guilty_texts_fail(poisoned: tuple[int, ...]) -> None:
+def test_exactly_the_failing_texts_are_reported(poisoned: tuple[int, ...]) -> None:
     paced, embedder, _provider = pace()
     texts = texts_of(256, *poisoned)
     result = paced.embed(texts)
@@ -91,20 +91,20 @@ def test_exactly_the_guilty_texts_fail(poisoned: tuple[int, ...]) -> None:
     assert result.requests == len(embedder.requests) <= 1 + 2 * 8 * len(poisoned)
 
 
-def test_one_guilty_text_costs_two_requests_a_halving() -> None:
+def test_one_failing_text_costs_two_requests_per_halving() -> None:
     paced, embedder, _provider = pace()
     paced.embed(texts_of(256, 99))
     assert len(embedder.requests) == 1 + 2 * 8
 
 
-def test_a_provider_that_refuses_every_text_is_found_out_early() -> None:
+def test_a_provider_that_refuses_every_text_is_detected_early() -> None:
     paced, embedder, _provider = pace(lambda _number, _texts: TextRejected("No."))
     with pytest.raises(EmbeddingRejected, match="every text"):
         paced.embed(texts_of(256))
     assert len(embedder.requests) < 2 * 32 + 16
 
 
-def test_a_whole_batch_of_guilty_texts_is_not_the_providers_fault() -> None:
+def test_a_whole_batch_of_failing_texts_does_not_reject_the_provider() -> None:
     paced, embedder, _provider = pace()
     result = paced.embed(texts_of(64, *range(64)))
     assert len(result.failed) == 64
@@ -112,7 +112,7 @@ def test_a_whole_batch_of_guilty_texts_is_not_the_providers_fault() -> None:
     assert embedder.embedded_count == 1, "the harmless text that cleared the provider"
 
 
-def test_a_server_that_takes_fewer_texts_is_learned_once() -> None:
+def test_a_lower_limit_of_texts_is_learnt_once() -> None:
     def too_many(_number: int, texts: Sequence[str]) -> Exception | None:
         return TextRejected("batch size", too_large=True) if len(texts) > 32 else None
 
@@ -123,7 +123,7 @@ def test_a_server_that_takes_fewer_texts_is_learned_once() -> None:
     assert embedder.requests[before:] == [32] * 8
 
 
-def test_a_guilty_text_that_is_too_large_does_not_make_batches_small() -> None:
+def test_a_single_too_large_text_does_not_shrink_batches() -> None:
     def too_long(_number: int, texts: Sequence[str]) -> Exception | None:
         return TextRejected("413", too_large=True) if any(POISON in text for text in texts) else None
 
@@ -134,7 +134,7 @@ def test_a_guilty_text_that_is_too_large_does_not_make_batches_small() -> None:
     assert embedder.requests[before:] == [256]
 
 
-def test_a_batch_waits_for_a_provider_that_is_down_by_a_harmless_text() -> None:
+def test_only_the_probe_text_is_sent_while_the_provider_is_down() -> None:
     paced, embedder, _provider = pace(lambda number, _texts: EmbeddingUnavailable("503") if number <= 4 else None)
     assert paced.embed(texts_of(100)).failed == {}
     assert embedder.requests == [100, 100, 1, 1, 1, 100], "and when that is answered, the batch is sent whole"
@@ -153,21 +153,21 @@ def test_a_refused_batch_is_sent_again_whole(error: EmbeddingUnavailable) -> Non
     assert counters.seconds_waited > 0
 
 
-def test_the_providers_word_on_when_to_come_back_is_obeyed() -> None:
+def test_retry_after_is_obeyed() -> None:
     error = EmbeddingRateLimited("429", retry_after_seconds=7)
     paced, _embedder, provider = pace(lambda number, _texts: error if number == 1 else None)
     paced.embed(["a"])
     assert 7 <= provider.sent_at[1] - provider.sent_at[0] < 8.5
 
 
-def test_an_absurd_word_on_when_to_come_back_is_capped() -> None:
+def test_a_very_long_retry_after_is_capped() -> None:
     error = EmbeddingRateLimited("429", retry_after_seconds=86_400)
     paced, _embedder, provider = pace(lambda number, _texts: error if number == 1 else None)
     paced.embed(["a"])
     assert 120 <= provider.sent_at[1] - provider.sent_at[0] < 125
 
 
-def test_backoff_grows_with_the_silence_of_the_provider_up_to_its_longest() -> None:
+def test_backoff_grows_to_its_maximum_while_the_provider_does_not_answer() -> None:
     paced, _embedder, provider = pace(lambda number, _texts: EmbeddingUnavailable("down") if number < 14 else None)
     paced.embed(["a"])
     waits = np.diff(provider.sent_at[:14]) - LATENCY_SECONDS
@@ -177,7 +177,7 @@ def test_backoff_grows_with_the_silence_of_the_provider_up_to_its_longest() -> N
     assert waits[-1] == pytest.approx(15)
 
 
-def test_backoff_does_not_grow_for_a_batch_that_is_unlucky_among_others() -> None:
+def test_backoff_does_not_grow_while_other_batches_are_answered() -> None:
     clock = Clock()
     provider = Provider(clock, lambda _number, texts: EmbeddingRateLimited("429") if unlucky(texts) else None)
     embedder = MemoryEmbedder(before_request=provider)
@@ -199,14 +199,14 @@ def test_backoff_does_not_grow_for_a_batch_that_is_unlucky_among_others() -> Non
     assert np.diff(refused_at).max() < 1
 
 
-def test_a_provider_that_stays_away_is_given_up_on_after_the_patience() -> None:
+def test_an_outage_longer_than_the_patience_raises() -> None:
     paced, _embedder, provider = pace(lambda _number, _texts: EmbeddingUnavailable("down"), patience_seconds=60)
     with pytest.raises(EmbeddingUnavailable, match="down"):
         paced.embed(texts_of(10))
     assert 40 < provider.sent_at[-1] - provider.sent_at[0] <= 60
 
 
-def test_an_outage_shorter_than_the_patience_is_waited_out() -> None:
+def test_an_outage_shorter_than_the_patience_is_survived() -> None:
     clock_start = 1000.0
     paced, embedder, provider = pace(
         lambda _number, _texts: EmbeddingUnavailable("down") if provider.clock.now < clock_start + 30 else None
@@ -217,7 +217,7 @@ def test_an_outage_shorter_than_the_patience_is_waited_out() -> None:
 
 
 @pytest.mark.parametrize("retry_after", [None, 0.0])
-def test_every_third_request_refused_costs_less_than_a_fifth_of_the_throughput(retry_after: float | None) -> None:
+def test_one_refusal_in_three_costs_less_than_a_fifth_of_the_throughput(retry_after: float | None) -> None:
     paced, embedder, provider = pace(
         lambda number, _texts: None if number % 3 else EmbeddingRateLimited("429", retry_after_seconds=retry_after),
         limits={"concurrency": 8},
@@ -235,7 +235,7 @@ def test_every_third_request_refused_costs_less_than_a_fifth_of_the_throughput(r
     assert paced.concurrency >= 0.8 * 8
 
 
-def test_rate_limited_concurrency_comes_down_and_back() -> None:
+def test_concurrency_falls_under_rate_limits_and_recovers() -> None:
     gate = AdaptiveGate(16)
 
     def answer(*refusals: bool) -> None:
@@ -254,7 +254,7 @@ def test_rate_limited_concurrency_comes_down_and_back() -> None:
     assert gate.limit == 16
 
 
-def test_a_third_of_requests_refused_leaves_the_concurrency_where_it_is() -> None:
+def test_one_refusal_in_three_does_not_change_the_concurrency() -> None:
     gate = AdaptiveGate(64)
     for number in range(5000):
         gate.enter(lambda: None)
@@ -318,14 +318,14 @@ def test_a_request_to_stop_ends_a_wait(retry_after: float | None) -> None:
     assert provider.clock.now - provider.sent_at[-1] < 0.3
 
 
-def test_a_rejection_of_all_texts_is_not_tried_again() -> None:
+def test_a_rejection_of_all_texts_is_not_retried() -> None:
     paced, embedder, _provider = pace(lambda _number, _texts: EmbeddingRejected("wrong key"))
     with pytest.raises(EmbeddingRejected, match="wrong key"):
         paced.embed(texts_of(100))
     assert embedder.requests == [100]
 
 
-def test_a_text_on_which_the_provider_breaks_is_found_while_others_are_answered() -> None:
+def test_a_text_that_breaks_the_provider_is_found_while_others_are_answered() -> None:
     clock = Clock()
 
     def broken(_number: int, texts: Sequence[str]) -> Exception | None:
@@ -347,7 +347,7 @@ def test_a_text_on_which_the_provider_breaks_is_found_while_others_are_answered(
     assert not np.isnan(result.vectors[:7]).any()
 
 
-def test_requests_a_minute_are_kept() -> None:
+def test_requests_per_minute_stay_within_the_limit() -> None:
     paced, _embedder, provider = pace(limits={"requests_per_minute": 60})
     for _ in range(200):
         paced.embed(["a"])
@@ -357,7 +357,7 @@ def test_requests_a_minute_are_kept() -> None:
     assert sent[-1] - sent[0] == pytest.approx(199, abs=2)
 
 
-def test_tokens_a_minute_are_kept_by_what_the_provider_counts() -> None:
+def test_tokens_per_minute_as_counted_by_the_provider_stay_within_the_limit() -> None:
     paced, _embedder, provider = pace(limits={"tokens_per_minute": 60_000})
     batch = ["x" * 100] * 10  # the provider counts 1,000 tokens, one a byte
     for _ in range(150):
@@ -367,7 +367,7 @@ def test_tokens_a_minute_are_kept_by_what_the_provider_counts() -> None:
     assert (late[-1] - late[0]) / (len(late) - 1) == pytest.approx(1.0, rel=0.03)
 
 
-def test_a_budget_counts_refused_requests_too() -> None:
+def test_a_budget_also_counts_refused_requests() -> None:
     class Recorder:
         requests = 0
 
@@ -385,21 +385,21 @@ def test_a_budget_counts_refused_requests_too() -> None:
     assert paced.counters.seconds_waited > 1.5
 
 
-def test_a_request_above_the_burst_is_let_through_and_paid_off_by_the_next() -> None:
+def test_a_request_above_the_burst_is_sent_and_the_next_one_waits() -> None:
     clock = Clock()
     budget = InProcessBudget(tokens_per_minute=600, clock=clock)
     assert budget.acquire(1, 6000) == 0
     assert budget.acquire(1, 10) == pytest.approx(599)
 
 
-def test_no_limit_is_no_wait() -> None:
+def test_there_is_no_wait_without_a_limit() -> None:
     budget = InProcessBudget.from_limits({"requests_per_minute": None, "concurrency": 4})
     assert sum(budget.acquire(1, 10**6) for _ in range(1000)) == 0
 
 
-def test_many_threads_against_a_provider_that_refuses_every_third() -> None:
+def test_many_threads_finish_against_a_provider_that_refuses_every_third_request() -> None:
     with running_openai_server(default_dimensions=64, refuse_every=3, latency_seconds=0.002) as server:
-        from embedd_dagster.connectors.embedders import open_embedder
+        from embedd_dagster.connectors.registry import open_embedder
 
         credentials = {"base_url": server.base_url}
         with open_embedder("openai", credentials=credentials, model="m", dimensions=64) as embedder:

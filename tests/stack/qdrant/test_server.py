@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4, uuid5
 
+import grpc
 import httpx
 import numpy as np
 import psutil
@@ -34,15 +35,17 @@ class Server:
 
     def __init__(self, data: Path, **environment: str) -> None:
         self._data, self._environment = data, {**os.environ, **environment}
-        with socket.socket() as probe:
+        with socket.socket() as probe, socket.socket() as other:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            other.bind(("127.0.0.1", 0))
+            self._port, self.grpc_port = probe.getsockname()[1], other.getsockname()[1]
         self.url = f"http://127.0.0.1:{self._port}"
         self.start()
 
     def start(self) -> None:
         command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server"]
         command += ["--data", str(self._data), "--port", str(self._port)]
+        command += ["--grpc-port", str(self.grpc_port)]
         self.process = subprocess.Popen(command, env=self._environment)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -58,8 +61,9 @@ class Server:
         self.process.send_signal(how)
         return self.process.wait(60)
 
-    def client(self) -> QdrantClient:
-        return QdrantClient(url=self.url, prefer_grpc=False, timeout=30)
+    def client(self, *, prefer_grpc: bool = False, api_key: str | None = None) -> QdrantClient:
+        options = {"grpc_port": self.grpc_port, "api_key": api_key, "check_compatibility": not prefer_grpc}
+        return QdrantClient(url=self.url, prefer_grpc=prefer_grpc, timeout=30, **options)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +116,12 @@ def refusal(call: Callable[[], Any]) -> tuple[int | None, str]:
     with pytest.raises(UnexpectedResponse) as refused:
         call()
     return refused.value.status_code, refused.value.structured()["status"]["error"]
+
+
+def grpc_refusal(server: Server, call: Callable[[QdrantClient], Any], key: str | None = None) -> grpc.StatusCode:
+    with pytest.raises(grpc.RpcError) as refused:
+        call(server.client(prefer_grpc=True, api_key=key))
+    return refused.value.code()
 
 
 # -- answers ------------------------------------------------------------------------------------------------------------
@@ -187,6 +197,12 @@ def test_a_key_is_required_where_one_is_set(tmp_path: Path) -> None:
         assert httpx.get(f"{server.url}/collections").status_code == 401
         assert httpx.get(f"{server.url}/collections", headers={"api-key": "wrong"}).status_code == 401
         assert httpx.get(f"{server.url}/collections", headers={"api-key": "s3cret"}).status_code == 200
+        for key, code in (
+            (None, grpc.StatusCode.UNAUTHENTICATED),
+            ("wrong", grpc.StatusCode.UNAUTHENTICATED),
+            ("s3cret", grpc.StatusCode.NOT_FOUND),
+        ):
+            assert grpc_refusal(server, lambda client: client.retrieve("absent", [1]), key) == code
     finally:
         assert server.end(signal.SIGTERM) == 0
 
@@ -194,7 +210,12 @@ def test_a_key_is_required_where_one_is_set(tmp_path: Path) -> None:
 # -- points -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_point_comes_back_as_it_was_given(client: QdrantClient, collection: str) -> None:
+@pytest.mark.parametrize("written_over_grpc", [False, True])
+@pytest.mark.parametrize("read_over_grpc", [False, True])
+def test_a_point_comes_back_as_it_was_given(
+    server: Server, collection: str, written_over_grpc: bool, read_over_grpc: bool
+) -> None:
+    writer, reader = (server.client(prefer_grpc=over_grpc) for over_grpc in (written_over_grpc, read_over_grpc))
     payload = {
         "true": True,
         "one": 1,
@@ -205,12 +226,26 @@ def test_a_point_comes_back_as_it_was_given(client: QdrantClient, collection: st
         "metadata": {"my col": "ä😀\u0000", "deep": {"flag": False}},
     }
     point_id = str(uuid4())
-    client.upsert(collection, [models.PointStruct(id=point_id, vector=[3.0] + [0.0] * (SIZE - 1), payload=payload)])
-    (found,) = client.retrieve(collection, [point_id], with_vectors=True)
+    writer.upsert(collection, [models.PointStruct(id=point_id, vector=[3.0] + [0.0] * (SIZE - 1), payload=payload)])
+    (found,) = reader.retrieve(collection, [point_id], with_vectors=True)
     assert found.id == point_id
     assert found.payload == payload
     assert [type(value) for value in (found.payload or {})["list"]] == [bool, int, str, type(None)]
     assert found.vector == [1.0] + [0.0] * (SIZE - 1), "as Qdrant does, cosine vectors are kept normalized"
+
+
+def test_bad_points_are_refused_over_grpc_and_none_of_the_batch_is_written(
+    server: Server, client: QdrantClient, collection: str
+) -> None:
+    good = models.PointStruct(id=1, vector=[1.0] * SIZE, payload={})
+    for bad in (
+        models.PointStruct(id=2, vector=[1.0] * (SIZE + 1), payload={}),
+        models.PointStruct(id=2, vector={"named": [1.0] * SIZE}, payload={}),
+        models.PointStruct(id="no uuid", vector=[1.0] * SIZE, payload={}),
+    ):
+        code = grpc_refusal(server, lambda over, bad=bad: over.upsert(collection, [good, bad]))
+        assert code == grpc.StatusCode.INVALID_ARGUMENT
+    assert client.count(collection).count == 0
 
 
 def test_payloads_are_changed_and_chosen(client: QdrantClient, collection: str) -> None:
@@ -617,9 +652,11 @@ def test_range_bounds_are_read_as_the_real_server_reads_them(client: QdrantClien
 WRITTEN = models.FieldCondition(key="turn", range=models.Range(gte=0))
 
 
-def write_until_killed(server: Server, name: str, acknowledged: dict[int, int], delay: float) -> None:
+def write_until_killed(
+    server: Server, name: str, acknowledged: dict[int, int], delay: float, *, over_grpc: bool
+) -> None:
     """Rewrites points 0…499 again and again; `acknowledged` holds what the server has said yes to."""
-    client = server.client()
+    client = server.client(prefer_grpc=over_grpc)
     killer = threading.Timer(delay, server.process.kill)
     killer.start()
     turn = 0
@@ -636,7 +673,8 @@ def write_until_killed(server: Server, name: str, acknowledged: dict[int, int], 
     server.process.wait(10)
 
 
-def test_kill_9_loses_no_acknowledged_write(own_server: Server) -> None:
+@pytest.mark.parametrize("over_grpc", [False, True])
+def test_kill_9_loses_no_acknowledged_write(own_server: Server, over_grpc: bool) -> None:
     client = own_server.client()
     create(client, "c")
     client.create_payload_index("c", "turn", models.PayloadSchemaType.INTEGER)
@@ -647,7 +685,8 @@ def test_kill_9_loses_no_acknowledged_write(own_server: Server) -> None:
         if round_number:
             fill(client, "c", random_vectors(3_000, seed=round_number), first=1_000 * 10**round_number)
             client.update_collection("c", optimizers_config=models.OptimizersConfigDiff(indexing_threshold=20))
-        write_until_killed(own_server, "c", acknowledged, delay)
+        write_until_killed(own_server, "c", acknowledged, delay, over_grpc=over_grpc)
+        assert acknowledged
         own_server.start()
         stored_turns = {
             point.id: (point.payload or {})["turn"]

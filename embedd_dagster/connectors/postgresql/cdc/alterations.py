@@ -1,7 +1,7 @@
-"""Whether followed tables were altered since they were last looked at whole: a cheap look, for each read of the log.
+"""Whether CDC tables were altered since the last `subscribe`: a cheap check, for each read of the log.
 
-A replica identity that is taken away makes the owner's own UPDATE and DELETE fail for as long as the table is published. So
-such a table has to leave the publication at once.
+Without a replica identity, the owner's own UPDATE and DELETE fail for as long as the table is published. So such a table has
+to leave the publication at once.
 """
 
 from __future__ import annotations

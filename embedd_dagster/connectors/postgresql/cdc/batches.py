@@ -1,7 +1,7 @@
 """pgoutput's messages of some transactions → batches of keys. No I/O.
 
-This is the loop that every logged row passes: it takes the key's text out of the row, makes of it the very key that a
-reader of the table gives, and forgets the rest.
+Every logged row passes this loop. It takes the key's text out of the row, converts it to the same key that a reader of the
+table gives, and drops the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from psycopg import pq
 from psycopg.adapt import Transformer
 
 from embedd_dagster.connectors.postgresql.cdc import pgoutput
-from embedd_dagster.connectors.postgresql.cdc.tables import Followed
+from embedd_dagster.connectors.postgresql.cdc.slot import lsn_text
+from embedd_dagster.connectors.postgresql.cdc.tables import ResolvedTable
 from embedd_dagster.connectors.postgresql.introspection import ColumnInfo
 from embedd_dagster.core.keys import Key
 from embedd_dagster.errors import EmbeddError, SourceRejected, SourceTableNotFound
@@ -42,11 +43,11 @@ class KeyLoaders:
         }
 
     def add(self, type_oid: int, column: ColumnInfo) -> None:
-        """Makes known a type that is not PostgreSQL's own: an enum, citext, a domain over whatever."""
+        """Registers a type that is not PostgreSQL's own: an enum, citext, a domain."""
         self._by_type.setdefault(type_oid, self._loader(column.base_name, column.type_oid))
 
     def get(self, type_oid: int) -> Callable[[bytes], Any] | None:
-        """Raises one of `_LOAD_ERRORS` for what can be no key. None for an unknown type."""
+        """Raises one of `_LOAD_ERRORS` for a value that cannot be a key. None for an unknown type."""
         return self._by_type.get(type_oid)
 
     def _loader(self, base_name: str, base_oid: int) -> Callable[[bytes], Any]:
@@ -72,8 +73,8 @@ def _checked(key: Any) -> Any:
 
 
 @dataclass(slots=True)
-class _Follower:
-    """A followed table as one state of one logged table has it."""
+class _Target:
+    """A CDC table, and where its key is in the logged rows of one table."""
 
     table: CdcTable
     column: int = 0
@@ -96,8 +97,9 @@ class _Open:
 
     def closed(self, position: int | None) -> ChangeBatch:
         keys = {table: list(found) for table, found in self.keys.items() if found}
+        text = None if position is None else lsn_text(position)
         return ChangeBatch(
-            keys, self.truncated, self.broken, self.change_count, self.committed_at, position, self.transactions
+            keys, self.truncated, self.broken, self.change_count, self.committed_at, text, self.transactions
         )
 
 
@@ -105,14 +107,14 @@ class ChangeBatches:
     """Makes batches of a stream of messages that begins at the start of a transaction, and ends at the end of one."""
 
     def __init__(
-        self, by_oid: Mapping[int, Sequence[Followed]], loaders: KeyLoaders, *, max_keys: int, given: int
+        self, by_oid: Mapping[int, Sequence[ResolvedTable]], loaders: KeyLoaders, *, max_keys: int, given: int
     ) -> None:
-        """`given`: transactions before it are passed over, as they were in earlier batches."""
+        """`given`: transactions before this position are skipped, as earlier batches had them."""
         self._by_oid = by_oid
         self._loaders = loaders
         self._max_keys = max_keys
         self._given = given
-        self._followers: dict[int, list[_Follower]] = {}
+        self._targets: dict[int, list[_Target]] = {}
         self._open = _Open()
         self._committed_at: datetime | None = None
         self._xid = 0
@@ -124,16 +126,16 @@ class ChangeBatches:
 
     def of(self, messages: Iterable[bytes]) -> Iterator[ChangeBatch]:
         """All full batches; the rest is in `last`. Raises MalformedMessage."""
-        followers_of = self._followers
+        targets_of = self._targets
         for data in messages:
             self.message_count += 1
             if data[0] in pgoutput.ROW_KINDS:
-                followers = followers_of.get(pgoutput.relation_oid(data))
-                if not followers or self._skips:
+                targets = targets_of.get(pgoutput.relation_oid(data))
+                if not targets or self._skips:
                     continue
                 self._count()
-                for follower in followers:
-                    self._take(data, follower)
+                for target in targets:
+                    self._take(data, target)
             else:
                 self._take_other(pgoutput.decode(data))
             if self._open.key_count >= self._max_keys:
@@ -157,45 +159,45 @@ class ChangeBatches:
         if opened.committed_at is None:
             opened.committed_at = self._committed_at
 
-    def _take(self, data: bytes, follower: _Follower) -> None:
-        if follower.broken is not None:
-            self._open.broken[follower.table] = follower.broken
+    def _take(self, data: bytes, target: _Target) -> None:
+        if target.broken is not None:
+            self._open.broken[target.table] = target.broken
             return
         if data[0] == pgoutput.INSERT:
-            self._add(pgoutput.inserted_value(data, follower.column), follower)
+            self._add(pgoutput.inserted_value(data, target.column), target)
             return
-        change = pgoutput.changed_values(data, follower.column)
-        if not follower.in_identity:
-            self._break(follower, "the replica identity did not hold it")
+        change = pgoutput.changed_values(data, target.column)
+        if not target.in_identity:
+            self._break(target, "the replica identity did not hold it")
         if change.has_old:
-            self._add(change.old, follower)
+            self._add(change.old, target)
         if change.has_new and not (change.new == pgoutput.UNCHANGED and isinstance(change.old, bytes)):
-            self._add(change.new, follower)
+            self._add(change.new, target)
 
-    def _add(self, value: pgoutput.Value, follower: _Follower) -> None:
+    def _add(self, value: pgoutput.Value, target: _Target) -> None:
         if (
             value is None
-        ):  # a row without a key, which a reader does not give; or in an old row, no part of the identity
+        ):  # a row without a key, which a reader leaves out; or an old row, whose identity lacks the column
             return
         if isinstance(value, pgoutput.Unchanged):
-            self._break(follower, "the log does not hold its value")
+            self._break(target, "the log does not hold its value")
             return
         try:
-            key = follower.load(value)
+            key = target.load(value)
         except _LOAD_ERRORS:
-            self._break(follower, "a value can be no key: an infinite date, or text that is not valid UTF-8")
+            self._break(target, "a value cannot be a key: an infinite date, or text that is not valid UTF-8")
             return
-        keys = self._open.keys.get(follower.table)
+        keys = self._open.keys.get(target.table)
         if keys is None:
-            keys = self._open.keys[follower.table] = {}
+            keys = self._open.keys[target.table] = {}
         if key not in keys:
             keys[key] = None
             self._open.key_count += 1
 
-    def _break(self, follower: _Follower, why: str) -> None:
-        table = follower.table
+    def _break(self, target: _Target, why: str) -> None:
+        table = target.table
         self._open.broken[table] = SourceRejected(
-            f"A change of table {table.table!r} cannot be told by its column {table.primary_key_column!r}: {why}."
+            f"A change of table {table.table!r} cannot be read from its column {table.primary_key_column!r}: {why}."
         )
 
     def _take_other(self, message: pgoutput.Message) -> None:
@@ -208,7 +210,7 @@ class ChangeBatches:
                 self._open.position = self.position
             case pgoutput.Relation():
                 found = self._by_oid.get(message.oid, ())
-                self._followers[message.oid] = [self._follower(one, message) for one in found]
+                self._targets[message.oid] = [self._target(one, message) for one in found]
             case pgoutput.Truncate() if not self._skips:
                 tables = {one.table for oid in message.relation_oids for one in self._by_oid.get(oid, ())}
                 if tables:
@@ -217,14 +219,14 @@ class ChangeBatches:
             case _:
                 pass
 
-    def _follower(self, one: Followed, relation: pgoutput.Relation) -> _Follower:
+    def _target(self, one: ResolvedTable, relation: pgoutput.Relation) -> _Target:
         name, label = one.key.name, one.relation.label
         column = next((column for column in relation.columns if column.name == name), None)
         if column is None:
             gone = SourceTableNotFound(f"Table {label} has no column {name!r} any more.", columns=[name])
-            return _Follower(one.table, broken=gone)
+            return _Target(one.table, broken=gone)
         load = self._loaders.get(column.type_oid)
         if load is None:
             altered = SourceRejected(f"The type of column {name!r} of {label} was altered.")
-            return _Follower(one.table, broken=altered)
-        return _Follower(one.table, relation.columns.index(column), load, column.in_identity)
+            return _Target(one.table, broken=altered)
+        return _Target(one.table, relation.columns.index(column), load, column.in_identity)

@@ -1,7 +1,7 @@
-"""Whether a table can be followed: what it must be like, and the statements that make it so.
+"""Whether CDC is possible for a table: its requirements, and the statements that meet them.
 
-Above all: publishing a table whose replica identity does not suffice makes its owner's own UPDATE and DELETE fail. So each
-rule of PostgreSQL for that is checked here before a table is published, and again at every subscribe.
+Publishing a table whose replica identity does not suffice makes its owner's own UPDATE and DELETE fail. So each rule of
+PostgreSQL for that is checked here before a table is published, and again at every subscribe.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any, Final
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, Problem, rejected
-from embedd_dagster.connectors.postgresql.errors import Server, quoted
+from embedd_dagster.connectors.postgresql.cdc.prerequisites import PREREQUISITES, Prerequisites, Problem, rejection
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.introspection import find_relation
 from embedd_dagster.errors import SourceTableNotFound
 from embedd_dagster.protocols.cdc import CdcTable
@@ -33,7 +34,7 @@ class Member:
     kind: str
     persistence: str
     file: int
-    """Changes whenever the table is written anew, which the log does not tell as changes of rows."""
+    """Changes whenever the table is rewritten, which the log does not report as changes of rows."""
     identity_kind: str
     """`pg_class.relreplident`: d default, i index, f full, n nothing."""
     identity: frozenset[str]
@@ -57,7 +58,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class TableState:
+class TableDetails:
     """A table with all that matters for publishing it."""
 
     members: tuple[Member, ...]
@@ -69,7 +70,7 @@ class TableState:
     schemas: frozenset[int]
     """Of itself and its ancestors."""
     columns: dict[str, list[int]]
-    """Number, type and type modifier of each: other ones where a column was altered, or another took its name."""
+    """Number, type and type modifier of each: they differ if the column was altered, or if another took its name."""
     is_inherited: bool
     """Whether other tables inherit from it, not as partitions: its rows are theirs too."""
     hides_rows: bool
@@ -84,7 +85,7 @@ class TableState:
 
     @property
     def files(self) -> frozenset[tuple[int, int]]:
-        """What its rows are stored in: another value where partitions came or went, or were written anew."""
+        """Where its rows are stored: differs if partitions were added, removed or rewritten."""
         return frozenset((member.oid, member.file) for member in self.members)
 
 
@@ -136,7 +137,7 @@ ORDER BY w.oid, m.oid <> w.oid, m.oid
 """
 
 
-def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> dict[int, TableState]:
+def read_table_details(connection: psycopg.Connection[Any], oids: Iterable[int]) -> dict[int, TableDetails]:
     """The tables of these OIDs that there are, in one round trip."""
     rows = connection.execute(_STATES, {"oids": sorted(set(oids))}).fetchall()
     members: dict[int, list[Member]] = {}
@@ -146,7 +147,7 @@ def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> di
         members.setdefault(row[0], []).append(Member(*row[1:8], *sets))
         heads.setdefault(row[0], row)
     return {
-        oid: TableState(
+        oid: TableDetails(
             tuple(members[oid]),
             is_owned=row[12],
             owner=row[13],
@@ -162,23 +163,23 @@ def table_states(connection: psycopg.Connection[Any], oids: Iterable[int]) -> di
 
 
 def table_problems(
-    connection: psycopg.Connection[Any], state: TableState, column: str, server: Server
+    connection: psycopg.Connection[Any], details: TableDetails, column: str, server: Server
 ) -> list[Problem]:
-    """What keeps this table from being followed by this key column, its owner aside."""
+    """Why CDC is not possible for this table and key column; the owner is not considered."""
     version = connection.info.server_version
-    table = state.table
+    table = details.table
     if table.kind in _KINDS:
         return [Problem(f"it is {_KINDS[table.kind]}", advice=_BATCH)]
     if table.persistence == "t":
         return [Problem("it is temporary", advice=_BATCH)]
-    if state.is_inherited:
+    if details.is_inherited:
         return [Problem("other tables inherit from it, and their rows would show in it", advice=_BATCH)]
     found = []
-    if state.hides_rows:
-        found.append(row_security_problem(state, server))
+    if details.hides_rows:
+        found.append(row_security_problem(details, server))
     if column in table.virtual or (column in table.stored and version < _GENERATED_ARE_LOGGED):
         found.append(Problem(f"its column {column!r} is generated, and so is not logged", advice=_BATCH))
-    for member in state.members:
+    for member in details.members:
         if member.persistence == "u":
             found.append(Problem(f"{member.label} is unlogged", f"ALTER TABLE {member.label} SET LOGGED;"))
         if member.kind == "f":
@@ -186,7 +187,7 @@ def table_problems(
     if table.kind == "p" and column not in table.primary_key:
         # The identity of one partition is not that of the next; only a primary key is given to each that is made.
         return [*found, _without_primary_key(connection, table, column)]
-    for member in state.members:
+    for member in details.members:
         if (member is table or member.kind == "r") and not member.holds(column, version):
             found.append(_identity_problem(connection, member, column, version))
     return found
@@ -236,57 +237,57 @@ def _without_primary_key(connection: psycopg.Connection[Any], table: Member, col
     reason = f"it is partitioned, and its primary key does not hold the column {column!r}"
     if not table.primary_key:
         names = [row[0] for row in connection.execute(_PARTITION_COLUMNS, [table.oid]).fetchall()]
-        if None not in names:  # else it is partitioned by an expression, over which there is no primary key
+        if None not in names:  # otherwise it is partitioned by an expression, which a primary key cannot contain
             listed = ", ".join(map(quoted, dict.fromkeys([column, *names])))
             return Problem(reason, f"ALTER TABLE {table.label} ADD PRIMARY KEY ({listed});")
     return Problem(reason, advice=_BATCH)
 
 
-def row_security_problem(state: TableState, server: Server) -> Problem:
-    """Policies decide which rows our role sees: that changes by what the log says nothing of."""
+def row_security_problem(details: TableDetails, server: Server) -> Problem:
+    """Policies decide which rows our role sees, and the log does not report when that changes."""
     reason = f"row-level security decides which rows the user {server.user!r} sees, and the log does not say when that changes"
     statement = f"ALTER ROLE {quoted(server.user)} BYPASSRLS;"
-    if state.is_owned and state.hides_rows_from_owner:
-        statement = f"ALTER TABLE {state.table.label} NO FORCE ROW LEVEL SECURITY;"
+    if details.is_owned and details.hides_rows_from_owner:
+        statement = f"ALTER TABLE {details.table.label} NO FORCE ROW LEVEL SECURITY;"
     return Problem(reason, statement, "Use sync_mode batch for it, or let the user see all of its rows.")
 
 
-def owner_problem(state: TableState, server: Server) -> Problem:
+def owner_problem(details: TableDetails, server: Server) -> Problem:
     """We may not publish the table: only its owner may."""
-    owner, user = quoted(state.owner), quoted(server.grantee)
+    owner, user = quoted(details.owner), quoted(server.grantee)
     return Problem(
-        f"only its owner {state.owner!r} may publish it",
+        f"only its owner {details.owner!r} may publish it",
         f"GRANT {owner} TO {user};",
-        f"Instead of the owner's role you may give it the table: ALTER TABLE {state.table.label} OWNER TO {user};",
+        f"Instead of the owner's role you may give it the table: ALTER TABLE {details.table.label} OWNER TO {user};",
     )
 
 
-# One that an administrator made in our name is as good as the right to make it.
+# A publication that an administrator made in our name replaces the right to make it.
 _PUBLISHED: Final = """
 SELECT EXISTS (SELECT FROM pg_catalog.pg_publication_tables
                WHERE pubname ^@ 'embedd_' AND schemaname = %s AND tablename = %s)
 """
 
 
-def check_cdc_eligible(connection: psycopg.Connection[Any], followed: CdcTable, server: Server) -> None:
-    """Returns when the table can be followed, by whatever feed. Changes nothing.
+def check_cdc_eligible(connection: psycopg.Connection[Any], cdc_table: CdcTable, server: Server) -> None:
+    """Returns when CDC is possible for the table, in any stream. Changes nothing.
 
     Raises SourceRejected with all that is missing, SourceTableNotFound, SourceAccessDenied.
     """
-    relation = find_relation(connection, followed.table, server)
-    key = relation.key(followed.primary_key_column)
+    relation = find_relation(connection, cdc_table.table, server)
+    key = relation.key(cdc_table.primary_key_column)
     row = connection.execute(PREREQUISITES).fetchone()
     prerequisites = Prerequisites(*(row or ()))
-    state = table_states(connection, [relation.oid]).get(relation.oid)
-    if state is None:
-        raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=followed.table)
-    problems = table_problems(connection, state, key.name, server)
+    details = read_table_details(connection, [relation.oid]).get(relation.oid)
+    if details is None:
+        raise SourceTableNotFound(f"Table {relation.label} was dropped just now.", table=cdc_table.table)
+    problems = table_problems(connection, details, key.name, server)
     published = connection.execute(_PUBLISHED, [relation.schema, relation.name]).fetchone() == (True,)
-    if not published and not state.is_owned and state.table.kind in "rp":
-        problems.append(owner_problem(state, server))
-    # nobody has told us the name of the slot yet: one of ours in this database is taken for it
+    if not published and not details.is_owned and details.table.kind in "rp":
+        problems.append(owner_problem(details, server))
+    # the name of the slot is not known here: any slot of ours in this database counts
     problems += prerequisites.problems(
         server, for_publication=not published, for_slot=not prerequisites.has_slot_of_ours
     )
     if problems:
-        raise rejected(f"table {relation.label}", problems)
+        raise rejection(f"table {relation.label}", problems)

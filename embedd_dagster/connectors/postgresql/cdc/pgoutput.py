@@ -1,6 +1,6 @@
 """The messages of PostgreSQL's output plugin `pgoutput`, protocol version 1: bytes → what they say. No I/O.
 
-Only what following keys needs: of a row's message, the value of one column is taken out, and the others are stepped over
+Only what CDC of keys needs: of a row's message, the value of one column is taken out, and the others are skipped
 without being looked at. `decode` is for all other messages. Values are PostgreSQL's own text.
 
 https://www.postgresql.org/docs/current/protocol-logicalrep-message-formats.html
@@ -60,7 +60,7 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """The transaction is complete; the log goes on at `end_lsn`."""
+    """The transaction is complete; the log continues at `end_lsn`."""
 
     commit_lsn: int
     end_lsn: int
@@ -134,7 +134,7 @@ def relation_oid(data: bytes) -> int:
 
 @dataclass(frozen=True, slots=True)
 class OldAndNew:
-    """The value of one column in an update or a delete, before and after, where there is such a row."""
+    """The value of one column in an update or a delete, before and after, if there is such a row."""
 
     has_old: bool
     old: Value
@@ -200,7 +200,7 @@ def _relation(data: bytes) -> Relation:
     oid = _UINT32.unpack_from(data, 1)[0]
     schema, position = _text(data, 5)
     name, position = _text(data, position)
-    count = _UINT16.unpack_from(data, position + 1)[0]  # after the replica identity, which each column tells too
+    count = _UINT16.unpack_from(data, position + 1)[0]  # after the replica identity, which each column's flags say too
     position += 3
     columns = []
     for _ in range(count):

@@ -1,20 +1,20 @@
-"""Whether a connection has a session of its own, which following changes needs."""
+"""Whether a connection has its own server session, which CDC needs."""
 
 from __future__ import annotations
 
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.connection import Connections
 from embedd_dagster.connectors.postgresql.errors import translated
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
+from embedd_dagster.connectors.postgresql.source_connections import SourceConnections
+from embedd_dagster.deadlines import Deadline
 from embedd_dagster.errors import SourceRejected, SourceUnavailable
-from embedd_dagster.postgresql import deadline
 
 _ROUNDS: Final = 3
 _WAIT_SECONDS: Final = 5.0
 
 
-def require_own_session(connections: Connections) -> None:
+def require_own_session(connections: SourceConnections) -> None:
     """Returns when each connection has a server session of its own.
 
     Raises SourceRejected behind a pooler in transaction mode, with the port of the server itself.
@@ -36,12 +36,11 @@ def require_own_session(connections: Connections) -> None:
     )
 
 
-def _shares_sessions(first: ScopedConnection, connections: Connections) -> bool:
+def _shares_sessions(first: ScopedConnection, connections: SourceConnections) -> bool:
     """Whether two connections are given the same server process, or one of them is given several."""
     first_pid = first.server_pid
     try:
-        with deadline(_WAIT_SECONDS):
-            second = connections.open()
+        second = connections.open(Deadline(_WAIT_SECONDS))
     except SourceUnavailable:
         return False  # a pooler in session mode whose only session is kept for the first connection
     try:

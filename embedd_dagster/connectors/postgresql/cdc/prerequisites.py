@@ -1,4 +1,4 @@
-"""Whether a database can be followed as a whole: what its server and our role must be like, and what makes them so."""
+"""Whether CDC is possible for a database as a whole: the requirements of server and role, and the statements that meet them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from embedd_dagster.connectors.postgresql.errors import Server, quoted
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.errors import SourceRejected
 
 _MAX_STATEMENTS: Final = 20
@@ -14,16 +15,16 @@ _MAX_STATEMENTS: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something that keeps a table, or all of a database, from being followed."""
+    """A reason why CDC is not possible for a table or a database."""
 
     reason: str
     statement: str = ""
-    """What to run against it, where SQL can do it."""
+    """The SQL that solves it, if SQL can."""
     advice: str = ""
     """What else to do."""
 
 
-def rejected(what: str, problems: Iterable[Problem]) -> SourceRejected:
+def rejection(what: str, problems: Iterable[Problem]) -> SourceRejected:
     """One error for all of them, with every statement in its resolution."""
     problems = list(problems)
     reasons = "; ".join(dict.fromkeys(problem.reason for problem in problems))
@@ -39,7 +40,7 @@ def rejected(what: str, problems: Iterable[Problem]) -> SourceRejected:
 
 @dataclass(frozen=True, slots=True)
 class Prerequisites:
-    """What the server and our role are like."""
+    """The facts of the server and of our role that CDC depends on."""
 
     is_standby: bool
     wal_level: str
@@ -48,10 +49,10 @@ class Prerequisites:
     may_create: bool
     slot_is_free: bool
     has_slot_of_ours: bool
-    """Of whichever connection."""
+    """Of any connection."""
 
     def problems(self, server: Server, *, for_publication: bool, for_slot: bool) -> list[Problem]:
-        """What is missing to read a slot; and to make a publication, or a slot, where that has to be done."""
+        """What is missing to read a slot, and to create a publication or a slot if that is needed."""
         user, found = quoted(server.grantee), []
         if self.is_standby:
             return [Problem("the server is a standby", advice="Let the connection lead to the primary server.")]

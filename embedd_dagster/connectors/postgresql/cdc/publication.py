@@ -1,4 +1,4 @@
-"""The publication that says of which tables PostgreSQL logs changes for us, as it stands; changed in `postgresql_publisher`.
+"""The publication names the tables whose changes PostgreSQL sends us. Read here, changed in `publisher`.
 
 An administrator may have made it instead of us, with more tables, or for all tables.
 """
@@ -12,12 +12,12 @@ from typing import Any, Final
 import psycopg
 from psycopg.sql import SQL
 
-from embedd_dagster.connectors.postgresql.cdc.tables import Followed
+from embedd_dagster.connectors.postgresql.cdc.tables import ResolvedTable
 
 _FILTERS: Final = 150000  # row filters, column lists and schemas of publications
 GENERATED: Final = 180000
 
-Stamp = list[int]
+PublicationFingerprint = list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Membership:
     """A table that is named in the publication."""
 
     row: int
-    """Of the catalog's row, another one if the table was taken out and in again."""
+    """The catalog row's OID: changes if the table is removed and added again."""
     schema: str
     name: str
     is_filtered: bool
@@ -34,11 +34,11 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Publication:
-    """A publication as it stands."""
+    """A publication."""
 
     oid: int
     version: int
-    """Another one whenever its settings were changed, were it back to what they had been."""
+    """Changes whenever its settings are changed, even back to what they had been."""
     is_ours: bool
     """Whether we may change it."""
     all_tables: bool
@@ -49,30 +49,30 @@ class Publication:
     schemas: frozenset[int]
     tables: dict[int, Membership]
 
-    def stamp(self, followed: Followed) -> Stamp | None:
-        """By what the table is published, whole; another value if it was taken out meanwhile. None where it is not."""
-        oid = followed.relation.oid
+    def fingerprint(self, table: ResolvedTable) -> PublicationFingerprint | None:
+        """How the whole table is published; differs if it was taken out meanwhile. None if it is not published."""
+        oid = table.relation.oid
         own = self.tables.get(oid)
         if own is not None:
-            is_whole = not own.is_filtered and (own.columns is None or followed.key.number in own.columns)
+            is_whole = not own.is_filtered and (own.columns is None or table.key.number in own.columns)
             return [oid, own.row, self.version] if is_whole else None
-        if self.all_tables or self.schemas & followed.state.schemas:
+        if self.all_tables or self.schemas & table.details.schemas:
             return [oid, self.oid, self.version]
-        above = [self.tables[oid] for oid in followed.state.ancestors if oid in self.tables]
+        above = [self.tables[oid] for oid in table.details.ancestors if oid in self.tables]
         if above and not any(one.is_filtered or one.columns is not None for one in above):
             return [oid, above[0].row, self.version]
         return None
 
-    def lacks(self, followed: Iterable[Followed]) -> list[str]:
-        """What would be left out of these tables' changes: settings, as SQL."""
-        followed = list(followed)
+    def lacks(self, tables: Iterable[ResolvedTable]) -> list[str]:
+        """The settings, as SQL, without which some changes of these tables would be left out."""
+        tables = list(tables)
         found = []
         if not self.publishes_all:
             found.append("publish = 'insert, update, delete, truncate'")
-        if not self.via_root and any(one.relation.kind == "p" or one.state.ancestors for one in followed):
+        if not self.via_root and any(one.relation.kind == "p" or one.details.ancestors for one in tables):
             found.append("publish_via_partition_root = true")
         # From version 18 on, and then an UPDATE of a table with such columns and a full identity would fail besides.
-        if not self.publishes_generated and any(member.stored for one in followed for member in one.state.members):
+        if not self.publishes_generated and any(member.stored for one in tables for member in one.details.members):
             found.append("publish_generated_columns = stored")
         return found
 
@@ -95,7 +95,7 @@ WHERE r.prpubid = %s::pg_catalog.oid
 
 
 def read_publication(connection: psycopg.Connection[Any], name: str) -> Publication | None:
-    """The publication of this name, in two round trips; None where there is none."""
+    """The publication of this name, in two round trips; None if there is none."""
     version = connection.info.server_version
     statement = SQL(_PUBLICATION).format(
         generated=SQL("p.pubgencols = 's'") if version >= GENERATED else SQL("true"),
@@ -126,7 +126,7 @@ WHERE l.locktype = 'relation' AND l.granted AND l.pid IS DISTINCT FROM pg_catalo
 """
 
 
-def writers(connection: psycopg.Connection[Any], one: Followed) -> frozenset[str]:
+def open_writers(connection: psycopg.Connection[Any], one: ResolvedTable) -> frozenset[str]:
     """The open transactions that have written to the table or its partitions, or locked it as for that."""
-    rows = connection.execute(_WRITERS, [[member.oid for member in one.state.members]]).fetchall()
+    rows = connection.execute(_WRITERS, [[member.oid for member in one.details.members]]).fetchall()
     return frozenset(row[0] for row in rows)

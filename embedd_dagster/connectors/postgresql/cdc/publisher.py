@@ -1,4 +1,4 @@
-"""Makes and mends the publication of a feed, and keeps it to the tables that are wanted.
+"""Creates and repairs the publication of a stream, and keeps it to the wanted tables.
 
 A publication that an administrator made is used as it is, and changed only where it would leave changes out.
 """
@@ -15,89 +15,97 @@ import psycopg
 from psycopg import errors, sql
 from psycopg.sql import SQL
 
-from embedd_dagster.connectors.postgresql.cdc.prerequisites import Problem, rejected
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
+from embedd_dagster.connectors.postgresql.cdc.prerequisites import Problem, rejection
 from embedd_dagster.connectors.postgresql.cdc.publication import (
     GENERATED,
     Membership,
     Publication,
-    Stamp,
+    PublicationFingerprint,
+    open_writers,
     read_publication,
-    writers,
 )
-from embedd_dagster.connectors.postgresql.cdc.tables import Followed
+from embedd_dagster.connectors.postgresql.cdc.tables import ResolvedTable
 from embedd_dagster.connectors.postgresql.cdc.visibility import commits_wait_for_a_standby
-from embedd_dagster.connectors.postgresql.errors import Server, quoted, translate
+from embedd_dagster.connectors.postgresql.credentials import Server
+from embedd_dagster.connectors.postgresql.errors import translate
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.errors import EmbeddError, SourceUnavailable
 from embedd_dagster.protocols.cdc import CdcTable
 
-_WAIT_SECONDS: Final = 2.0
-_COMMIT_WAIT_SECONDS: Final = 20.0
-"""For commits that may wait for a standby."""
 _POLL_SECONDS: Final = 0.02
 
 
 @dataclass(slots=True)
-class Published:
+class PublishResult:
     """What became of the tables."""
 
     is_new: bool
-    """Whether there was no publication: whatever the slot has seen meanwhile, it cannot tell of our tables."""
-    joined: set[CdcTable] = field(default_factory=set)
+    """Whether there was no publication: what the slot has read meanwhile has no changes of our tables."""
+    newly_subscribed: set[CdcTable] = field(default_factory=set)
     """Tables of which changes may not have been published until now."""
-    refused: dict[CdcTable, EmbeddError] = field(default_factory=dict)
-    stamps: dict[CdcTable, Stamp | None] = field(default_factory=dict)
-    """By what each is published now; None where it was taken out at this moment."""
+    rejected: dict[CdcTable, EmbeddError] = field(default_factory=dict)
+    fingerprints: dict[CdcTable, PublicationFingerprint | None] = field(default_factory=dict)
+    """How each is published now; None if it was removed at this moment."""
 
 
 class Publisher:
     """Keeps the publication of one name to the tables that are wanted.
 
-    Every table is its own statement: one that is locked or gone does not hold up the others.
+    Every table is its own statement: a locked or dropped table does not delay the others.
     """
 
-    def __init__(self, name: str, server: Server) -> None:
+    def __init__(self, name: str, server: Server, options: StreamOptions) -> None:
+        self._options = options
         self._name = name
         self._identifier = sql.Identifier(name)
         self._server = server
-        self._held_up: dict[int, frozenset[str]] = {}
-        """Tables that could not join, and the transactions that they wait for."""
+        self._blocked_by: dict[int, frozenset[str]] = {}
+        """Tables that could not be added, and the transactions that they wait for."""
 
     def publish(
         self,
         connection: psycopg.Connection[Any],
-        wanted: Sequence[Followed],
-        known: Mapping[CdcTable, Stamp | None],
+        wanted: Sequence[ResolvedTable],
+        known: Mapping[CdcTable, PublicationFingerprint | None],
         *,
         into_slot: bool,
-    ) -> Published:
-        """Publishes these tables, which must be fit for it, and no others as far as we may.
+    ) -> PublishResult:
+        """Publishes these tables, which must be eligible, and removes others if we have the right to.
 
-        `known`: of those that were published until now, by what; None where that is not known, and taken to be unchanged.
-        `into_slot`: whether there is a slot to go on with. One that is made later waits for all that is open by itself.
+        `known`: how the tables were published until now; None if that is not known, and taken to be unchanged.
+        `into_slot`: whether a slot exists. A slot that is created later waits for all open transactions by itself.
         """
         publication = read_publication(connection, self._name)
-        done = Published(is_new=publication is None)
+        done = PublishResult(is_new=publication is None)
         if publication is None:
             self._create(connection)
             publication = self._read_again(connection)
         publication = self._drop_unwanted(connection, publication, {one.relation.oid for one in wanted})
         if lacking := publication.lacks(wanted):
-            self._mend(connection, publication, wanted, lacking, done)
-        unchanged = {table for table, stamp in known.items() if stamp is None}
-        stamps = {one.table: publication.stamp(one) for one in wanted if one.table not in unchanged}
-        done.joined.update(table for table, stamp in stamps.items() if stamp and known.get(table) != stamp)
-        done.joined -= done.refused.keys()
+            self._repair(connection, publication, wanted, lacking, done)
+        unchanged = {table for table, fingerprint in known.items() if fingerprint is None}
+        fingerprints = {one.table: publication.fingerprint(one) for one in wanted if one.table not in unchanged}
+        done.newly_subscribed.update(
+            table for table, fingerprint in fingerprints.items() if fingerprint and known.get(table) != fingerprint
+        )
+        done.newly_subscribed -= done.rejected.keys()
         self._add_missing(connection, publication, wanted, done)
-        if done.joined:
+        if done.newly_subscribed:
             if into_slot and not done.is_new:
-                joined = [one for one in wanted if one.table in done.joined]
-                self._hold_back(connection, self._await_writers(connection, joined, _WAIT_SECONDS), wanted, done)
+                newly_subscribed = [one for one in wanted if one.table in done.newly_subscribed]
+                self._withdraw(
+                    connection,
+                    self._await_writers(connection, newly_subscribed, self._options.writers_seconds),
+                    wanted,
+                    done,
+                )
             publication = self._read_again(connection)
-        done.stamps = {one.table: publication.stamp(one) for one in wanted}
+        done.fingerprints = {one.table: publication.fingerprint(one) for one in wanted}
         return done
 
     def drop(self, connection: psycopg.Connection[Any]) -> None:
-        """The publication is gone, if it was ours."""
+        """Drops the publication, if it is ours."""
         publication = read_publication(connection, self._name)
         if publication is not None and publication.is_ours:
             connection.execute(SQL("DROP PUBLICATION IF EXISTS {}").format(self._identifier))
@@ -121,7 +129,7 @@ class Publisher:
         if not publication.is_ours:
             return publication
         for oid in publication.tables.keys() - wanted:
-            # One that is locked is tried again, one that is gone has left by itself.
+            # A locked one is tried again by the next call, a dropped one has left by itself.
             with suppress(errors.LockNotAvailable, errors.UndefinedTable, errors.UndefinedObject):
                 self._drop_table(connection, publication.tables[oid])
         kept = {oid: member for oid, member in publication.tables.items() if oid in wanted}
@@ -130,115 +138,121 @@ class Publisher:
     def _drop_table(self, connection: psycopg.Connection[Any], member: Membership) -> None:
         connection.execute(self._alter("DROP TABLE ONLY {}", sql.Identifier(member.schema, member.name)))
 
-    def _mend(
+    def _repair(
         self,
         connection: psycopg.Connection[Any],
         publication: Publication,
-        wanted: Sequence[Followed],
+        wanted: Sequence[ResolvedTable],
         lacking: list[str],
-        done: Published,
+        done: PublishResult,
     ) -> None:
         if publication.is_ours:
             connection.execute(self._alter("SET ({})", _listed(lacking)))
-            done.joined.update(one.table for one in wanted)
+            done.newly_subscribed.update(one.table for one in wanted)
             return
         statement = f"ALTER PUBLICATION {quoted(self._name)} SET ({', '.join(lacking)});"
         problem = Problem(
             f"publication {self._name!r}, which is not ours to change, leaves some of them out", statement
         )
-        done.refused.update({one.table: rejected(f"table {one.relation.label}", [problem]) for one in wanted})
+        done.rejected.update({one.table: rejection(f"table {one.relation.label}", [problem]) for one in wanted})
 
     def _add_missing(
-        self, connection: psycopg.Connection[Any], publication: Publication, wanted: Sequence[Followed], done: Published
+        self,
+        connection: psycopg.Connection[Any],
+        publication: Publication,
+        wanted: Sequence[ResolvedTable],
+        done: PublishResult,
     ) -> None:
-        missing: dict[int, list[Followed]] = {}
+        missing: dict[int, list[ResolvedTable]] = {}
         for one in wanted:
-            if one.table not in done.refused and publication.stamp(one) is None:
+            if one.table not in done.rejected and publication.fingerprint(one) is None:
                 missing.setdefault(one.relation.oid, []).append(one)
         for oid, group in missing.items():
             first, tables = group[0], [one.table for one in group]
             try:
                 self._require_right(publication, first)
-                self._require_no_holdup(connection, first)
+                self._require_unblocked(connection, first)
                 self._add(connection, publication, first)
             except psycopg.Error as error:
                 if connection.closed:
                     raise
-                refusal = translate(error, self._server, relation=first.relation.label)
-                done.refused.update(dict.fromkeys(tables, refusal))
+                reason = translate(error, self._server, relation=first.relation.label)
+                done.rejected.update(dict.fromkeys(tables, reason))
             except EmbeddError as error:
-                done.refused.update(dict.fromkeys(tables, error))
+                done.rejected.update(dict.fromkeys(tables, error))
             else:
-                self._held_up.pop(oid, None)
-                done.joined.update(tables)
+                self._blocked_by.pop(oid, None)
+                done.newly_subscribed.update(tables)
 
-    def _require_right(self, publication: Publication, one: Followed) -> None:
-        if publication.is_ours and one.state.is_owned:
+    def _require_right(self, publication: Publication, one: ResolvedTable) -> None:
+        if publication.is_ours and one.details.is_owned:
             return
         statement = f"ALTER PUBLICATION {quoted(self._name)} ADD TABLE {one.relation.label};"
-        reason = f"only its owner {one.state.owner!r} may publish it"
-        raise rejected(f"table {one.relation.label}", [Problem(reason, statement)])
+        reason = f"only its owner {one.details.owner!r} may publish it"
+        raise rejection(f"table {one.relation.label}", [Problem(reason, statement)])
 
-    def _add(self, connection: psycopg.Connection[Any], publication: Publication, one: Followed) -> None:
+    def _add(self, connection: psycopg.Connection[Any], publication: Publication, one: ResolvedTable) -> None:
         table = sql.Identifier(one.relation.schema, one.relation.name)
         with connection.transaction():
             if one.relation.oid in publication.tables:  # with a filter, or without our column
                 connection.execute(self._alter("DROP TABLE ONLY {}", table))
             connection.execute(self._alter("ADD TABLE ONLY {}", table))
 
-    def _require_no_holdup(self, connection: psycopg.Connection[Any], one: Followed) -> None:
-        held_up = self._held_up.get(one.relation.oid)
-        if held_up and held_up & writers(connection, one):
-            raise self._held_up_error(one)
+    def _require_unblocked(self, connection: psycopg.Connection[Any], one: ResolvedTable) -> None:
+        blocked_by = self._blocked_by.get(one.relation.oid)
+        if blocked_by and blocked_by & open_writers(connection, one):
+            raise self._blocked_error(one)
 
-    def await_commits(self, connection: psycopg.Connection[Any], wanted: Sequence[Followed], done: Published) -> None:
-        """To be called when a slot was made just now: holds back tables of which it may have left out a commit.
+    def await_commits(
+        self, connection: psycopg.Connection[Any], wanted: Sequence[ResolvedTable], done: PublishResult
+    ) -> None:
+        """Call it after creating a slot: withdraws tables of which the slot may have left out a commit.
 
-        A slot gives what commits after it was made. A commit that was logged before, and that waits for a standby since,
-        is neither given by it nor seen by a comparison. It looks like any open transaction: all of them are waited for.
-        Where no commit waits for a standby, one takes no longer than a moment, and what is open for longer will be given.
+        A slot gives what commits after it was created. A commit that was logged before, and that still waits for a standby,
+        is neither given by the slot nor visible to a sync. It looks like any open transaction, so all of them are awaited.
+        If commits do not wait for a standby, they take only a moment, and what stays open for longer will be given.
         """
         may_wait = commits_wait_for_a_standby(connection)
-        seconds = _COMMIT_WAIT_SECONDS if may_wait else _WAIT_SECONDS
+        seconds = self._options.commits_seconds if may_wait else self._options.writers_seconds
         waiting = self._await_writers(connection, wanted, seconds)
         if may_wait:
-            self._hold_back(connection, waiting, wanted, done)
+            self._withdraw(connection, waiting, wanted, done)
 
     def _await_writers(
-        self, connection: psycopg.Connection[Any], joined: Sequence[Followed], seconds: float
-    ) -> dict[int, tuple[Followed, frozenset[str]]]:
-        """Waits until the transactions end that have written to these tables by now; gives those that last."""
-        waiting = {one.relation.oid: (one, writers(connection, one)) for one in joined}
+        self, connection: psycopg.Connection[Any], newly_subscribed: Sequence[ResolvedTable], seconds: float
+    ) -> dict[int, tuple[ResolvedTable, frozenset[str]]]:
+        """Waits until the transactions that have written to these tables end; returns those that do not."""
+        waiting = {one.relation.oid: (one, open_writers(connection, one)) for one in newly_subscribed}
         deadline = time.monotonic() + seconds
         while waiting := {oid: (one, left) for oid, (one, left) in waiting.items() if left}:
             if time.monotonic() > deadline:
                 break
             time.sleep(_POLL_SECONDS)
-            waiting = {oid: (one, left & writers(connection, one)) for oid, (one, left) in waiting.items()}
+            waiting = {oid: (one, left & open_writers(connection, one)) for oid, (one, left) in waiting.items()}
         return waiting
 
-    def _hold_back(
+    def _withdraw(
         self,
         connection: psycopg.Connection[Any],
-        waiting: Mapping[int, tuple[Followed, frozenset[str]]],
-        wanted: Sequence[Followed],
-        done: Published,
+        waiting: Mapping[int, tuple[ResolvedTable, frozenset[str]]],
+        wanted: Sequence[ResolvedTable],
+        done: PublishResult,
     ) -> None:
-        """Holds back tables until the transactions end that wrote to them before they were published.
+        """Removes tables again, until the transactions end that wrote to them before they were published.
 
-        What those wrote is never published, and no comparison can read it before they end. One that lasts keeps its
-        table out: in the publication are only tables of which nothing can be missing.
+        What those wrote is never published, and a sync cannot read it before they end. So the publication only has tables
+        of which nothing can be missing.
         """
         publication = self._read_again(connection) if waiting else None
         for oid, (one, left) in waiting.items():
-            if publication is not None and publication.is_ours and one.state.is_owned and oid in publication.tables:
+            if publication is not None and publication.is_ours and one.details.is_owned and oid in publication.tables:
                 self._drop_table(connection, publication.tables[oid])
-            self._held_up[oid] = left
+            self._blocked_by[oid] = left
             tables = [other.table for other in wanted if other.relation.oid == oid]
-            done.joined.difference_update(tables)
-            done.refused.update(dict.fromkeys(tables, self._held_up_error(one)))
+            done.newly_subscribed.difference_update(tables)
+            done.rejected.update(dict.fromkeys(tables, self._blocked_error(one)))
 
-    def _held_up_error(self, one: Followed) -> EmbeddError:
+    def _blocked_error(self, one: ResolvedTable) -> EmbeddError:
         return SourceUnavailable(
             f"Table {one.relation.label} is followed when a transaction that has written to it, and is open for long, ends.",
             resolution="Nothing to do: it is tried again. SELECT pid, xact_start, query FROM pg_stat_activity shows it.",

@@ -1,6 +1,6 @@
-"""The replication slot by which PostgreSQL keeps its log for us, over plain SQL: how it stands, and all that is done to it.
+"""The replication slot for which PostgreSQL keeps its log: its status, and every operation on it, over plain SQL.
 
-Nothing here knows of tables. The functions of SQL hold the slot only while they run, so that it is `active` for no longer.
+Nothing here knows of tables. SQL's functions occupy the slot only while they run, so it is `active` only that long.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import psycopg
 from psycopg import errors
 from psycopg.sql import SQL
 
-from embedd_dagster.connectors.postgresql.errors import Server
+from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection
 from embedd_dagster.errors import SourceUnavailable
 
@@ -24,7 +24,7 @@ _CHUNK_ROWS: Final = 64 if psycopg.capabilities.has_stream_chunked() else 1
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """A row of `pg_replication_slots`, in any version's shape."""
+    """A row of `pg_replication_slots`, of any server version."""
 
     plugin: str | None
     database: str | None
@@ -54,7 +54,7 @@ class Slot:
         )
 
     def fault(self, database: str) -> str | None:
-        """Why nothing can be read from it, whatever has been confirmed; None where it can."""
+        """Why nothing can be read from it, at any position; None if it can be read."""
         if self.plugin != PLUGIN:
             return f"is of another kind ({self.plugin or 'physical'})"
         if self.database != database:
@@ -69,7 +69,7 @@ class Slot:
 
 
 def parse_lsn(text: str) -> int:
-    """A position in the log as a number of bytes, of PostgreSQL's own text for it."""
+    """A position in the log as a number of bytes, from PostgreSQL's text for it."""
     high, _, low = text.partition("/")
     return (int(high, 16) << 32) + int(low, 16)
 
@@ -80,8 +80,8 @@ def lsn_text(position: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """How the feed of a name stands in its database."""
+class SlotStatus:
+    """What a stream finds in its database."""
 
     name: str
     end: int | None
@@ -90,7 +90,7 @@ class Standing:
     has_publication: bool
 
     def fault(self, server: Server, known: int | None) -> str | None:
-        """Why it cannot be gone on from the known position, as a sentence; None also where there never was a slot."""
+        """Why a stream cannot continue from the known position, as a sentence. None also if there never was a slot."""
         slot, what = self.slot, slot_label(self.name, server)
         if slot is None:
             return None if known is None else f"{what} is gone."
@@ -100,7 +100,7 @@ class Standing:
             return f"Publication {self.name!r} at {server} was dropped."
         # Behind `known` the slot may well be: after a crash, the server remembers an earlier confirmation.
         if known is not None and slot.confirmed is not None and slot.confirmed > known:
-            return f"{what} was moved on to {lsn_text(slot.confirmed)} by somebody else, or made anew."
+            return f"{what} was moved on to {lsn_text(slot.confirmed)} by somebody else, or created again."
         if known is not None and self.end is not None and self.end < known:
             return f"The log at {server} ends before {lsn_text(known)}: it is another server's, or restored."
         return None
@@ -113,7 +113,7 @@ def slot_label(name: str, server: Server) -> str:
 
 # The flushed position, not the written one: a slot is decoded as far as the log is flushed, and what is confirmed must
 # have been decoded.
-_STANDING: Final = """
+_STATUS: Final = """
 SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
             THEN pg_catalog.pg_wal_lsn_diff(pg_catalog.pg_current_wal_flush_lsn(), '0/0')::pg_catalog.int8 END,
        (SELECT pg_catalog.to_jsonb(s) FROM pg_catalog.pg_replication_slots s WHERE s.slot_name = %(name)s),
@@ -121,15 +121,14 @@ SELECT CASE WHEN NOT pg_catalog.pg_is_in_recovery()
 """
 
 
-def read_standing(connection: psycopg.Connection[Any], name: str) -> Standing:
-    """How the feed of this name stands, in one round trip."""
-    row = connection.execute(_STANDING, {"name": name}).fetchone()
+def read_slot_status(connection: psycopg.Connection[Any], name: str) -> SlotStatus:
+    """The status of the slot of this name, in one round trip."""
+    row = connection.execute(_STATUS, {"name": name}).fetchone()
     end, slot, has_publication = row or (None, None, False)
-    return Standing(name, end, None if slot is None else Slot.parse(slot), has_publication)
+    return SlotStatus(name, end, None if slot is None else Slot.parse(slot), has_publication)
 
 
 _CREATE: Final = "SELECT lsn::pg_catalog.text FROM pg_catalog.pg_create_logical_replication_slot(%s, %s)"
-_CREATE_WAIT: Final = "20s"
 _DROP: Final = (
     "SELECT pg_catalog.pg_drop_replication_slot(slot_name) FROM pg_catalog.pg_replication_slots WHERE slot_name = %s"
 )
@@ -137,7 +136,7 @@ _PEEK: Final = """
 SELECT data FROM pg_catalog.pg_logical_slot_peek_binary_changes(
     %s, %s::pg_catalog.pg_lsn, %s::pg_catalog.int4, 'proto_version', '1', 'publication_names', %s)
 """
-# To go back is an error to the server, and to us nothing to do. The CASE is computed for the one row only.
+# Going back would be an error of the server; here it does nothing. The CASE is computed for the one row only.
 _ADVANCE: Final = """
 SELECT CASE WHEN s.confirmed_flush_lsn < %(to)s::pg_catalog.pg_lsn
             THEN (pg_catalog.pg_replication_slot_advance(s.slot_name, %(to)s::pg_catalog.pg_lsn)).end_lsn END
@@ -169,15 +168,17 @@ def prepare_session(connection: ScopedConnection) -> None:
         connection.execute_outside("SET idle_session_timeout = 0")
 
 
-def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) -> int:
-    """Makes the slot; the position from which on it gives everything that is committed.
+def create_slot(connection: psycopg.Connection[Any], name: str, server: Server, wait_seconds: float) -> int:
+    """Creates the slot; returns the position after which it gives everything that is committed.
 
     The server waits for transactions that have written already, so that none is seen by half. It gives up after a while,
     and has made nothing then.
     """
     try:
         with connection.transaction():
-            connection.execute("SELECT pg_catalog.set_config('lock_timeout', %s, true)", [_CREATE_WAIT])
+            connection.execute(
+                "SELECT pg_catalog.set_config('lock_timeout', %s, true)", [f"{round(wait_seconds * 1000)}ms"]
+            )
             row = connection.execute(_CREATE, [name, PLUGIN]).fetchone()
     except errors.LockNotAvailable:
         raise SourceUnavailable(
@@ -191,12 +192,12 @@ def create_slot(connection: psycopg.Connection[Any], name: str, server: Server) 
 
 
 def drop_slot(connection: psycopg.Connection[Any], name: str) -> None:
-    """The slot is gone, if there was one."""
+    """Drops the slot, if there is one."""
     connection.execute(_DROP, [name])
 
 
 def advance_slot(connection: psycopg.Connection[Any], name: str, position: int) -> bool:
-    """The server may forget its log up to here. False where there is no slot of this name."""
+    """Lets the server discard its log up to this position. False if there is no slot of this name."""
     return connection.execute(_ADVANCE, {"name": name, "to": lsn_text(position)}).fetchone() is not None
 
 
@@ -213,13 +214,13 @@ def peek_slot(connection: psycopg.Connection[Any], name: str, *, upto: int, limi
 
 
 def slot_lag_bytes(connection: psycopg.Connection[Any], name: str) -> int | None:
-    """How much log is kept for the slot; None where there is no slot, or none is kept for it."""
+    """How much log is kept for the slot; None if there is no slot, or no log is kept for it."""
     row = connection.execute(_LAG, [name]).fetchone()
     return row[0] if row else None
 
 
 def in_use(name: str, server: Server) -> SourceUnavailable:
-    """Another session holds the slot."""
+    """Another session uses the slot."""
     return SourceUnavailable(
         f"{slot_label(name, server)} is in use by another session.",
         resolution="Nothing to do if it passes: a session of ours that was cut off may still be ending. Else end what"

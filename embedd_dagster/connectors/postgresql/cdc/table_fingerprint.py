@@ -1,37 +1,44 @@
-"""The shape of a followed table: all that changes what its rows hold without an event of the log that tells of it.
+"""The fingerprint of a CDC table: reveals changes to the values of its rows that no event in the log reports.
 
-Where they are stored: it was written anew (ALTER TABLE … USING), or a partition was attached, detached, dropped or truncated
-by itself. By what it is published: it was taken out for a while. Its columns: another one took a column's name. What the text
-of its values depends on: a label of an enum was renamed.
+- `files`: where the rows are stored. ALTER TABLE … USING rewrites them. A partition is attached, detached, dropped or
+  truncated on its own.
+- `stamp`: how the table is published. It may have been taken out of the publication for a while.
+- `columns`: another column may have taken a column's name.
+- `meanings`: what the text of the values depends on, such as the labels of an enum.
+
+The catalog stores fingerprints, so these names stay.
 """
 
 from __future__ import annotations
 
 from hashlib import blake2b
 
-from embedd_dagster.connectors.postgresql.cdc.publication import Stamp
-from embedd_dagster.connectors.postgresql.cdc.tables import Followed
-from embedd_dagster.connectors.postgresql.text_dependencies import Meanings, is_another_meaning
+from embedd_dagster.connectors.postgresql.cdc.publication import PublicationFingerprint
+from embedd_dagster.connectors.postgresql.cdc.tables import ResolvedTable
+from embedd_dagster.connectors.postgresql.text_dependencies import TextDependencies, have_changed
 from embedd_dagster.protocols.cdc import TableFingerprint
 
 
-def shape_of(
-    followed: Followed, stamp: Stamp | None, meanings: Meanings, before: TableFingerprint | None
+def fingerprint_of(
+    table: ResolvedTable,
+    publication: PublicationFingerprint | None,
+    dependencies: TextDependencies,
+    before: TableFingerprint | None,
 ) -> TableFingerprint:
-    """The table as it is now, with the columns of before that are gone, as empty: what takes the name of one is another."""
-    files = blake2b(repr(sorted(followed.state.files)).encode(), digest_size=8).hexdigest()
+    """The table as it is now. Columns that it had before stay as empty entries, so a new column of that name counts."""
+    files = blake2b(repr(sorted(table.details.files)).encode(), digest_size=8).hexdigest()
     gone: dict[str, list[int]] = {name: [] for name in (before["columns"] if before else ())}
-    columns = {**gone, **followed.state.columns}
-    return {"files": files, "stamp": stamp, "columns": columns, "meanings": meanings}
+    columns = {**gone, **table.details.columns}
+    return {"files": files, "stamp": publication, "columns": columns, "meanings": dependencies}
 
 
-def stamp_of(shape: TableFingerprint | None) -> Stamp | None:
-    """By what the table was published; None where that is not known."""
-    return shape["stamp"] if shape else None
+def publication_fingerprint_of(table: TableFingerprint | None) -> PublicationFingerprint | None:
+    """How the table was published; None if that is not known."""
+    return table["stamp"] if table else None
 
 
 def is_altered(before: TableFingerprint | None, now: TableFingerprint) -> bool:
-    """Whether rows may hold something else now, or events were left out; a column that came is no reason."""
+    """Whether rows may have other values now, or events were left out. An added column does not count."""
     if before is None:
         return False
     is_same_column = (now["columns"][name] == entry for name, entry in before["columns"].items())
@@ -39,5 +46,5 @@ def is_altered(before: TableFingerprint | None, now: TableFingerprint) -> bool:
         before["files"] != now["files"]
         or before["stamp"] != now["stamp"]
         or not all(is_same_column)
-        or is_another_meaning(before.get("meanings", {}), now["meanings"])
+        or have_changed(before.get("meanings", {}), now["meanings"])
     )

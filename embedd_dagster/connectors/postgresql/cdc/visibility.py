@@ -1,8 +1,8 @@
 """Whether other sessions see a transaction that the log has given.
 
 Logical decoding gives a transaction as soon as its commit is flushed. Other sessions see its rows only when the commit
-returns. Where commits wait for a standby (`synchronous_standby_names`), that may be seconds or hours later: rows that are
-read in between are those of before the transaction.
+returns. If commits wait for a standby (`synchronous_standby_names`), that may be seconds or hours later, and rows that are
+read in between are older than the transaction.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any, Final, Self
 
 import psycopg
 
-from embedd_dagster.connectors.postgresql.errors import Server
+from embedd_dagster.connectors.postgresql.credentials import Server
 from embedd_dagster.errors import SourceUnavailable
 
-_WAIT_SECONDS: Final = 5.0
 _FIRST_POLL_SECONDS: Final = 0.005
 _LONGEST_POLL_SECONDS: Final = 0.1
 _HALF: Final = 1 << 31
@@ -52,16 +51,17 @@ class Snapshot:
 class Visibility:
     """Waits until transactions are visible to every statement that begins afterwards."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, wait_seconds: float) -> None:
         self._server = server
+        self._wait_seconds = wait_seconds
         self._snapshot: Snapshot | None = None
 
     def await_ended(self, connection: psycopg.Connection[Any], xids: Iterable[int]) -> None:
-        """Returns when these transactions have ended. Raises SourceUnavailable where that takes more than some seconds."""
+        """Returns when these transactions have ended. Raises SourceUnavailable if that takes too long."""
         waiting = set(xids)
         if self._snapshot is not None:  # what had ended then has ended
             waiting = self._snapshot.unfinished(waiting)
-        deadline = time.monotonic() + _WAIT_SECONDS
+        deadline = time.monotonic() + self._wait_seconds
         poll = 0.0
         while waiting:
             time.sleep(poll)
@@ -82,7 +82,7 @@ class Visibility:
 
 
 def read_snapshot(connection: psycopg.Connection[Any]) -> Snapshot:
-    """Which transactions have ended by now."""
+    """Which transactions have ended."""
     row = connection.execute(_SNAPSHOT).fetchone()
     return Snapshot.parse(row[0] if row else "0:0:")
 

@@ -1,10 +1,10 @@
-"""What a database cannot hold, such as a character that its encoding lacks. It only says that there is one: found by halves."""
+"""Values that a database cannot hold, such as a character that its encoding lacks. Bisection finds which ones."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from embedd_dagster.connectors.postgresql.pgvector.database import ValueRefused
+from embedd_dagster.connectors.postgresql.pgvector.database import ValueRejected
 from embedd_dagster.core.filters import And, Condition, Filter, Operator, Or, Scalar
 from embedd_dagster.core.rows import PointBatch
 from embedd_dagster.errors import RowError, RowNotStorable
@@ -17,30 +17,30 @@ _EQUALITIES = {
 }
 
 
-def find_refused(count: int, attempt: Callable[[int, int], None]) -> dict[int, ValueRefused]:
-    """Those of `count` things that an attempt at them is refused for; `attempt(start, stop)` is made until all others are in."""
-    refused: dict[int, ValueRefused] = {}
+def find_rejected(count: int, attempt: Callable[[int, int], None]) -> dict[int, ValueRejected]:
+    """The errors of the items that are rejected, by index. `attempt(start, stop)` is called until all other items succeed."""
+    rejected: dict[int, ValueRejected] = {}
     parts = [(0, count)] if count else []
     while parts:
         start, stop = parts.pop()
         try:
             attempt(start, stop)
-        except ValueRefused as error:
+        except ValueRejected as error:
             if stop - start == 1:
-                refused[start] = error
+                rejected[start] = error
                 continue
             middle = (start + stop) // 2
             parts += [(middle, stop), (start, middle)]
-    return refused
+    return rejected
 
 
 def write_holdable(points: PointBatch, write: Callable[[PointBatch], None]) -> dict[int, RowError]:
-    """Writes every point that the database can hold; why it cannot hold the others, by their index."""
+    """Writes every point that the database can hold; returns why it cannot hold the others, by their index."""
 
     def attempt(start: int, stop: int) -> None:
         write(points if stop - start == len(points) else points.part(start, stop))
 
-    return {index: RowNotStorable(error.message) for index, error in find_refused(len(points), attempt).items()}
+    return {index: RowNotStorable(error.message) for index, error in find_rejected(len(points), attempt).items()}
 
 
 def compared_texts(tree: Filter) -> Iterator[str]:

@@ -14,8 +14,6 @@ from embedd_dagster.connectors.postgresql.pgvector.objects import Place
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.protocols.store import ReportIndexed
 
-_ASK_SECONDS: Final = 2.0
-
 # by the table and not by the process: behind a pooler, nobody knows the server's process
 _PROGRESS: Final = sql.SQL("""
     SELECT p.blocks_done, p.blocks_total, c.reltuples::int8
@@ -25,17 +23,17 @@ _PROGRESS: Final = sql.SQL("""
 
 
 @contextmanager
-def reported_build(database: Database, place: Place, report: ReportIndexed) -> Iterator[None]:
-    """Calls `report` every two seconds, from another thread, while an index over the table is built in the block.
+def reported_build(database: Database, place: Place, report: ReportIndexed, seconds: float) -> Iterator[None]:
+    """Calls `report` at this interval, from another thread, while an index over the table is built in the block.
 
-    PostgreSQL counts the blocks of the table that it has read; they are told as that share of the rows. What `report` raises
+    PostgreSQL counts the blocks of the table that it has read; `report` gets that share of the rows. What `report` raises
     is raised at the end of the block.
     """
     ended = threading.Event()
     raised: list[BaseException] = []
 
     def watch() -> None:
-        while not ended.wait(_ASK_SECONDS):
+        while not ended.wait(seconds):
             try:
                 progress = _read(database, place)
                 if progress is not None:

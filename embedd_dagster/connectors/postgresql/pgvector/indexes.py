@@ -22,7 +22,7 @@ _MAX_VECTOR: Final = 2_000
 _MAX_HALFVEC: Final = 4_000
 """pgvector's limits of dimensions for HNSW over `vector` and over `halfvec`."""
 _LINKS_BYTES: Final = 600
-"""Of one point in the graph that pgvector builds in memory, beside its vector."""
+"""Of one point in the graph that pgvector builds in memory, besides its vector."""
 _MEGABYTE: Final = 2**20
 _LEAST_MEMORY_MB: Final = 64
 _MOST_MEMORY_MB: Final = 4096
@@ -45,9 +45,15 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
 
 
 def build_indexes(
-    database: Database, vector_set: VectorSet, place: Place, *, vector_schema: str, report: ReportIndexed
+    database: Database,
+    vector_set: VectorSet,
+    place: Place,
+    *,
+    vector_schema: str,
+    report: ReportIndexed,
+    report_seconds: float,
 ) -> None:
-    """Every index that is missing, each in a transaction of its own, so that a killed build loses at most one.
+    """Every index that is missing, each in its own transaction, so that a killed build loses at most one.
 
     `report` takes how far the index over the vectors is: it takes nearly all of the time.
     """
@@ -65,7 +71,7 @@ def build_indexes(
     with database.transaction(timeout_seconds=0) as connection:
         connection.execute(sql.SQL("ANALYZE {}").format(table))
     for suffix, method in wanted:
-        with reported_build(database, place, report) if suffix == "hnsw" else nullcontext():
+        with reported_build(database, place, report, report_seconds) if suffix == "hnsw" else nullcontext():
             try:
                 with database.transaction(timeout_seconds=0) as connection:
                     _build(connection, place, suffix, method, _memory(connection, table, vector_set.dimensions))
@@ -79,7 +85,7 @@ def build_indexes(
 
 
 def build_bucket_index(database: Database, place: Place) -> None:
-    """The index that tells the rows of some buckets by itself, without the wide table."""
+    """The index that finds the rows of some buckets by itself, without the wide table."""
     with database.transaction(timeout_seconds=0) as connection:
         _build(connection, place, "bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)"), {})
 

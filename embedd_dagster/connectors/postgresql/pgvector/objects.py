@@ -1,4 +1,4 @@
-"""Our tables and views in the user's own database, told from everybody else's by their comment."""
+"""Our tables and views in the user's own database, recognized by their comment."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.pgvector.database import quoted
+from embedd_dagster.connectors.postgresql.identifiers import quoted
 from embedd_dagster.connectors.postgresql.pgvector.rows import resolve_key_type
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.errors import VectorStoreRejected
@@ -66,7 +66,7 @@ def create_table(connection: Connection, vector_set: VectorSet, place: Place, ve
 def replace_view(connection: Connection, view: Place, table: sql.Identifier, vector_schema: str) -> None:
     """Makes the view show this table, under the views and grants that users have put on it.
 
-    Only a primary key of another type makes it a new view: then grants go, and views over it are refused.
+    Only a primary key of another type makes it a new view: then grants are lost, and views over it are rejected.
     """
     check_owned(connection, view)
     define = sql.SQL(
@@ -83,28 +83,28 @@ def replace_view(connection: Connection, view: Place, table: sql.Identifier, vec
 
 
 def drop_view(connection: Connection, view: Place) -> None:
-    """Removes a view of ours; one that is not there is fine. Raises VectorStoreRejected where users' views stand on it."""
+    """Removes a view of ours; one that is not there is fine. Raises VectorStoreRejected if users' views depend on it."""
     if check_owned(connection, view):
-        _refuse_dependents(view, _dependents(connection, view))
+        _require_no_dependents(view, _dependents(connection, view))
         connection.execute(sql.SQL("DROP VIEW {}").format(view.identifier))
 
 
 def drop_table(connection: Connection, table: Place) -> None:
-    """Removes a table of ours, with the public view where that shows it; one that is not there is fine.
+    """Removes a table of ours, with the public view if that shows it; one that is not there is fine.
 
-    Raises VectorStoreRejected where users' views stand on it.
+    Raises VectorStoreRejected if users' views depend on it.
     """
     if not check_owned(connection, table):
         return
     views = _dependents(connection, table)
-    _refuse_dependents(table, [view for view in views if view[2] != table.mark])
+    _require_no_dependents(table, [view for view in views if view[2] != table.mark])
     for schema, name, _comment in views:
         drop_view(connection, Place(schema, name, table.mark))
     connection.execute(sql.SQL("DROP TABLE {}").format(table.identifier))
 
 
 def check_owned(connection: Connection, place: Place) -> bool:
-    """Whether the relation is there and ours, told by its comment. Raises VectorStoreRejected for somebody else's."""
+    """Whether the relation is there and ours, by its comment. Raises VectorStoreRejected for somebody else's."""
     row = connection.execute(
         "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
         " WHERE n.nspname = %s AND c.relname = %s",
@@ -112,7 +112,7 @@ def check_owned(connection: Connection, place: Place) -> bool:
     ).fetchone()
     if row is not None and row[0] != place.mark:
         raise VectorStoreRejected(
-            f"There is something else called {place}, which is not of this vector table (its comment would say so).",
+            f"The relation {place} exists and is not part of this vector table, as its comment would say.",
             resolution=f"Rename it: ALTER TABLE {quoted(place.schema)}.{quoted(place.name)} RENAME TO …;",
         )
     return row is not None
@@ -142,7 +142,7 @@ def _dependents(connection: Connection, place: Place) -> list[tuple[str, str, st
     ).fetchall()
 
 
-def _refuse_dependents(place: Place, views: list[tuple[str, str, str | None]]) -> None:
+def _require_no_dependents(place: Place, views: list[tuple[str, str, str | None]]) -> None:
     if views:
         listed = ", ".join(f"{schema}.{name}" for schema, name, _comment in views)
         raise VectorStoreRejected(

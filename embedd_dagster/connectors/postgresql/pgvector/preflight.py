@@ -5,7 +5,9 @@ from __future__ import annotations
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.pgvector.database import Database, access_denied, quoted
+from embedd_dagster.connectors.postgresql.errors import write_denied
+from embedd_dagster.connectors.postgresql.identifiers import quoted
+from embedd_dagster.connectors.postgresql.pgvector.database import Database
 from embedd_dagster.connectors.postgresql.sessions import ScopedConnection, role_schemas
 from embedd_dagster.errors import VectorStoreRejected
 
@@ -13,7 +15,7 @@ from embedd_dagster.errors import VectorStoreRejected
 def find_schema(connection: ScopedConnection, database: Database, schema: str | None) -> str:
     """Where sets can be made: `schema`, or the first of the search path that may be written.
 
-    Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected where there is no such schema.
+    Raises SourceAccessDenied with the GRANT that is missing, or VectorStoreRejected if there is no such schema.
     """
     path = [schema] if schema else [name for name in role_schemas(connection) if not name.startswith("pg_")]
     row = connection.execute(
@@ -28,22 +30,22 @@ def find_schema(connection: ScopedConnection, database: Database, schema: str | 
     if row is None and schema is not None:
         raise VectorStoreRejected(f"There is no schema {schema} in {database.address} to write vectors to.")
     if row is None:
-        role = connection.role or database.user
+        role = connection.role or database.server.user
         raise VectorStoreRejected(
             f"The search path of {role!r} leads to no schema in {database.address}, so there is none to write vectors to.",
             resolution="Name a schema that this role may write to, as an administrator:"
-            f" ALTER ROLE {quoted(database.user)} SET search_path = <schema>;",
+            f" ALTER ROLE {quoted(database.server.user)} SET search_path = <schema>;",
         )
     found, writable = row
     if not writable:
-        role = connection.role or database.user
+        role = connection.role or database.server.user
         grant = f"GRANT USAGE, CREATE ON SCHEMA {quoted(found)} TO {quoted(role)};"
-        raise access_denied(role, database.address, f"tables to schema {found!r}", grant)
+        raise write_denied(database.server, role, f"tables to schema {found!r}", grant)
     return str(found)
 
 
 def find_vector_schema(connection: ScopedConnection, database: Database) -> str:
-    """The schema that pgvector's names are in; it is installed where it is not.
+    """The schema that pgvector's names are in; installs pgvector if it is missing.
 
     Raises SourceAccessDenied or VectorStoreRejected with the SQL that an administrator has to run.
     """
@@ -79,8 +81,7 @@ def _create_extension(connection: ScopedConnection, database: Database) -> None:
                 sql.SQL("CREATE EXTENSION IF NOT EXISTS vector SCHEMA {}").format(sql.Identifier(schema))
             )
     except psycopg.errors.InsufficientPrivilege:
-        raise access_denied(
-            connection.role or database.user, database.address, "the extension pgvector", "CREATE EXTENSION vector;"
-        ) from None
+        role = connection.role or database.server.user
+        raise write_denied(database.server, role, "the extension pgvector", "CREATE EXTENSION vector;") from None
     except (psycopg.errors.UniqueViolation, psycopg.errors.DuplicateObject):
         return  # somebody else made it just now

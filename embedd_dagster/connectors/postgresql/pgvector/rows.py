@@ -132,7 +132,7 @@ def resolve_key_type(connection: Connection[Any], name: str | None) -> KeyType:
             equals = sql.SQL("OPERATOR({}.=)").format(sql.Identifier(schema)).as_string(None).replace("%", "%%")
             return KeyType(sql_name, base_name, is_read_as_text=True, dump=_encode_text, equals=equals)
     raise VectorStoreRejected(
-        f"The database cannot store primary keys of type {name or '(unknown)'} beside vectors.",
+        f"The database cannot store primary keys of type {name or '(unknown)'} next to vectors.",
         resolution="Use a primary key of type integer, text, uuid, numeric, date or timestamp.",
     )
 
@@ -208,7 +208,7 @@ def load_vector(raw: bytes) -> Vectors:
 
 def vector_literal(vector: Vectors) -> str:
     """A vector in pgvector's text form."""
-    # each number as short as tells it from other float32: half the bytes that Python's repr of it would take
+    # each number as short as distinguishes it from other float32: half the bytes that Python's repr of it would take
     return orjson.dumps(np.ascontiguousarray(vector, dtype=np.float32), option=orjson.OPT_SERIALIZE_NUMPY).decode()
 
 
@@ -232,10 +232,10 @@ def _text_bytes(texts: list[str]) -> list[bytes]:
 def _json_bytes(metadata: list[dict[str, Any]]) -> list[bytes]:
     try:
         raw = [orjson.dumps(item) for item in metadata]
-        joined = b"".join(raw)
+        raw_text = b"".join(raw)
     except TypeError:  # a lone surrogate
-        joined = b"null"
-    if b"null" in joined or b"\\u0000" in joined:  # it seems: jsonb holds no NUL, and nulls are left out
+        raw_text = b"null"
+    if b"null" in raw_text or b"\\u0000" in raw_text:  # it seems: jsonb holds no NUL, and nulls are left out
         return [orjson.dumps(_clean(item)) for item in metadata]
     return raw
 

@@ -1,4 +1,4 @@
-"""The nearest rows of a set's table: by the index, or one by one where a filter leaves few."""
+"""The nearest rows of a set's table: by the index, or one by one if a filter leaves few."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.vector_table import FilterType
 
 FoundRow = tuple[Any, float, dict[str, Any], str]
-"""Key as read, cosine distance (NaN where there is none), metadata, embedded text."""
+"""Key as read, cosine distance (NaN if there is none), metadata, embedded text."""
 
 _TIMEOUT_SECONDS: Final = 30.0
-_EXACT_ROWS: Final = 2_000
 _EXACT_NUMBERS: Final = 4_000_000
-"""Up to so many rows behind a filter, and numbers in their vectors, are compared one by one; behind a filter that matches
-more, the index finds enough of them soon. To count up to 10,000 matches took ten times as long as the search itself."""
+"""The rows behind a filter are compared one by one if they are at most `exact_rows`, and their vectors have at most so many
+numbers. If more rows match, the index soon finds enough of them. Counting up to 10,000 matches took ten times as long as the
+search itself."""
 _EF_SEARCH: Final = 120
 _NO_JIT: Final = {"jit": "off"}
-_MAX_SCAN_TUPLES: Final = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +39,8 @@ class SearchQuery:
     limit: int
     filters: Filter | None
     filter_types: Mapping[str, FilterType]
+    exact_rows: int
+    max_scan_tuples: int
 
 
 def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
@@ -51,12 +52,14 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
     settings = {
         "hnsw.ef_search": str(min(1000, max(_EF_SEARCH, 2 * query.limit))),
         "hnsw.iterative_scan": "relaxed_order",
-        "hnsw.max_scan_tuples": str(_MAX_SCAN_TUPLES),
+        "hnsw.max_scan_tuples": str(query.max_scan_tuples),
         **_NO_JIT,
     }
     where = compile_filter(query.filters, query.filter_types) if query.filters is not None else None
     parts = _parts(query, where)
-    few = where is not None and _matches_few(database, parts, len(query.vector))
+    few = where is not None and _matches_few(
+        database, parts, min(query.exact_rows, _EXACT_NUMBERS // len(query.vector))
+    )
     if not few:
         by_index = sql.SQL(
             "SELECT {key}, {distance}, metadata, embedded_text FROM {table} WHERE {condition}"
@@ -74,7 +77,7 @@ def find_nearest(database: Database, query: SearchQuery) -> list[FoundRow]:
 
 
 def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Composable]:
-    # all literals: a parameter beside them would make every `%` in a column's name a placeholder
+    # all literals: a parameter next to them would make every `%` in a column's name a placeholder
     vectors, dimensions = sql.Identifier(query.vector_schema), len(query.vector)
     asked = sql.SQL("{}::{}.vector").format(sql.Literal(vector_literal(query.vector)), vectors)
     return {
@@ -89,8 +92,7 @@ def _parts(query: SearchQuery, where: sql.Composable | None) -> dict[str, sql.Co
     }
 
 
-def _matches_few(database: Database, parts: dict[str, sql.Composable], dimensions: int) -> bool:
-    most = min(_EXACT_ROWS, _EXACT_NUMBERS // dimensions)
+def _matches_few(database: Database, parts: dict[str, sql.Composable], most: int) -> bool:
     count = sql.SQL("SELECT count(*) FROM (SELECT FROM {table} WHERE {condition} LIMIT {cap}) AS capped")
     counted = database.read(
         count.format(**parts, cap=sql.Literal(most + 1)), timeout_seconds=_TIMEOUT_SECONDS, settings=_NO_JIT

@@ -12,15 +12,16 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, Unpack
 
 import psycopg
 from psycopg import sql
 
-from embedd_dagster.connectors.postgresql.pgvector.database import Database, TableMissing, ValueRefused
+from embedd_dagster.connectors.postgresql.connection import ConnectOptions
+from embedd_dagster.connectors.postgresql.pgvector.database import Database, TableMissing, ValueRejected
 from embedd_dagster.connectors.postgresql.pgvector.encoding import (
     compared_texts,
-    find_refused,
+    find_rejected,
     without_texts,
     write_holdable,
 )
@@ -44,7 +45,6 @@ from embedd_dagster.connectors.postgresql.pgvector.rows import (
     resolve_key_type,
 )
 from embedd_dagster.connectors.postgresql.pgvector.search import FoundRow, SearchQuery, find_nearest
-from embedd_dagster.connectors.postgresql.pool import SILENCE_SECONDS
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
@@ -64,7 +64,7 @@ _WRITERS: Final = 4
 class PgvectorStore:
     """An open platform store. Safe to use from several threads.
 
-    Its tables carry the comment `embedd:<vector table id>`; what does not is somebody else's and never touched. A vector of
+    Its tables carry the comment `embedd:<vector table id>`; what does not belongs to others and is never touched. A vector of
     zeros has no direction: it is stored and counted, and never found.
     """
 
@@ -73,17 +73,29 @@ class PgvectorStore:
         credentials: Mapping[str, Any],
         schema: str | None = None,
         *,
-        deny_private_networks: bool = False,
-        allow_unix_sockets: bool = False,
-        silence_seconds: float = SILENCE_SECONDS,
+        lock_attempt_seconds: float = 2.0,
+        lock_seconds: float = 30.0,
+        exact_rows: int = 2_000,
+        max_scan_tuples: int = 50_000,
+        report_seconds: float = 2.0,
+        **options: Unpack[ConnectOptions],
     ) -> None:
-        """`schema` is where new vector tables go: by default the first of the search path that may be written."""
+        """Opens nothing yet. Raises ConfigurationError.
+
+        Args:
+            credentials: As the API takes them.
+            schema: Where new vector tables go. None: the first schema of the search path that may be written.
+            lock_attempt_seconds: How long one attempt waits for the lock of a table or view.
+            lock_seconds: How long attempts for such a lock go on.
+            exact_rows: Up to so many rows behind a filter are compared one by one.
+            max_scan_tuples: How many rows a search by the index visits at most.
+            report_seconds: How often the progress of an index build is reported.
+            options: How to connect.
+        """
         self._database = Database(
-            credentials,
-            deny_private_networks=deny_private_networks,
-            allow_unix_sockets=allow_unix_sockets,
-            silence_seconds=silence_seconds,
+            credentials, lock_attempt_seconds=lock_attempt_seconds, lock_seconds=lock_seconds, **options
         )
+        self._exact_rows, self._max_scan_tuples, self._report_seconds = exact_rows, max_scan_tuples, report_seconds
         self._wanted_schema = schema
         self._lock = threading.Lock()
         self._writers = threading.Semaphore(_WRITERS)
@@ -116,7 +128,7 @@ class PgvectorStore:
             with self._database.transaction() as connection:
                 connection.execute("SELECT %s::pg_catalog.text[]", [list(map(clean_text, texts[start:stop]))])
 
-        return {index: error.message for index, error in find_refused(len(texts), attempt).items()}
+        return {index: error.message for index, error in find_rejected(len(texts), attempt).items()}
 
     def create(self, vector_set: VectorSet) -> None:
         """An empty table with nothing but its primary key; one that is there is kept with its rows."""
@@ -129,7 +141,7 @@ class PgvectorStore:
         """Writes the points in one transaction: by binary COPY, after the rows they replace were removed.
 
         A new set has none to remove: it is tried without, which saves a bulk load a tenth of its time. To merge from a
-        staging table instead would cost 30 %. Rows that the database cannot hold are found by halves.
+        staging table instead would cost 30 %. Rows that the database cannot hold are found by bisection.
         """
         with self._writers:
             rejected = write_holdable(points, partial(self._write, vector_set))
@@ -223,10 +235,11 @@ class PgvectorStore:
             self._table(vector_set),
             vector_schema=self._find_vector_schema(),
             report=report,
+            report_seconds=self._report_seconds,
         )
 
     def count(self, vector_set: VectorSet) -> int:
-        """The exact number of points; 0 where the table does not exist."""
+        """The exact number of points; 0 if the table does not exist."""
         query = sql.SQL("SELECT count(*) FROM {}").format(self._table(vector_set).identifier)
         try:
             with self._database.transaction() as connection:
@@ -248,7 +261,7 @@ class PgvectorStore:
             return []
         try:
             rows = self._find_nearest(vector_set, vector, limit, filters)
-        except ValueRefused:
+        except ValueRejected:
             if filters is None:
                 raise
             texts = list(compared_texts(filters))  # no row has one that the database cannot hold
@@ -272,6 +285,8 @@ class PgvectorStore:
             limit=limit,
             filters=filters,
             filter_types=vector_set.filter_types,
+            exact_rows=self._exact_rows,
+            max_scan_tuples=self._max_scan_tuples,
         )
         try:
             return find_nearest(self._database, query)
@@ -296,12 +311,12 @@ class PgvectorStore:
         return sorted({int(number) for number in numbers if number.isdecimal()})
 
     def drop(self, vector_table_id: str, version: int) -> None:
-        """Removes a table, with the public view where that shows it; views of users over the table are in the way."""
+        """Removes a table, with the public view if that shows it. Raises VectorStoreRejected if users' views depend on it."""
         table = self._place(vector_table_id, f"embedd_{vector_table_id}_v{version}")
         self._database.with_locks(lambda connection: drop_table(connection, table))
 
     def drop_public_name(self, vector_table_id: str, public_name: str) -> None:
-        """Removes the view; views of users over it are in the way."""
+        """Removes the view. Raises VectorStoreRejected if users' views depend on it."""
         view = self._place(vector_table_id, view_name(public_name))
         self._database.with_locks(lambda connection: drop_view(connection, view))
 
@@ -329,7 +344,7 @@ class PgvectorStore:
         }
 
     def close(self) -> None:
-        """Gives connections back. Idempotent."""
+        """Closes connections. Idempotent."""
         self._database.close()
 
     def __enter__(self) -> Self:
@@ -348,7 +363,7 @@ class PgvectorStore:
             return self._vector_schema
 
     def _home(self, vector_table_id: str) -> str:
-        """The schema of the vector table's objects: where they are, whatever the search path has become since."""
+        """The schema of the vector table's objects: where they are, even if the search path has changed since."""
         home = self._homes.get(vector_table_id)
         if home is not None:
             return home

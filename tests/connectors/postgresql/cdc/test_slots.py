@@ -17,8 +17,9 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from embedd_dagster.connectors.postgresql.cdc import pgoutput
-from embedd_dagster.connectors.postgresql.cdc.slot import Slot
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
+from embedd_dagster.connectors.postgresql.cdc.slot import Slot, lsn_text, parse_lsn
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import (
     CdcPositionLost,
     SourceRejected,
@@ -67,7 +68,7 @@ class TestAlterations:
             admin.execute("UPDATE t SET v = 'fails'")
         follower.read()
         assert feed.is_altered
-        assert T in follower.subscribe().refused
+        assert T in follower.subscribe().rejected
         admin.execute("UPDATE t SET v = 'goes on'")
         follower.read()
         assert not feed.is_altered
@@ -120,12 +121,12 @@ class TestLost:
         with pytest.raises(CdcPositionLost):
             follower.read()
         attachment = follower.subscribe()
-        assert attachment.joined == {T}
+        assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
         assert re.search(says, attachment.lost)
         admin.execute("INSERT INTO t VALUES (6)")
         assert follower.keys() == [6]
-        assert follower.subscribe() == Subscription(follower.position, frozenset(), follower.shapes, {})
+        assert follower.subscribe() == Subscription(follower.position, frozenset(), follower.fingerprints, {})
 
     def test_a_slot_that_is_gone_cannot_be_confirmed(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
@@ -157,7 +158,7 @@ class TestLost:
         with pytest.raises(CdcPositionLost, match="moved on"):  # what lies between would never be read
             follower.read()
         attachment = follower.subscribe()
-        assert attachment.joined == {T}
+        assert attachment.newly_subscribed == {T}
         assert "moved on" in (attachment.lost or "")
         assert follower.position == attachment.position
         assert follower.keys() == []
@@ -168,13 +169,13 @@ class TestLost:
         assert batches[-1].position is not None
         follower.position = batches[-1].position
         attachment = follower.subscribe()
-        assert (attachment.joined, attachment.lost) == (set(), None)
+        assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
         assert follower.keys() == [4]
 
     def test_a_server_that_was_restored(self, follower: Follower) -> None:
         assert follower.position is not None
-        attachment = follower.feed.subscribe([T], follower.position + 2**40, follower.shapes)
-        assert attachment.joined == {T}
+        attachment = follower.feed.subscribe([T], lsn_text(parse_lsn(follower.position) + 2**40), follower.fingerprints)
+        assert attachment.newly_subscribed == {T}
         assert "restored" in (attachment.lost or "")
 
     def test_a_slot_that_an_earlier_run_made_is_gone_on_from(
@@ -185,7 +186,7 @@ class TestLost:
         with source.cdc_stream(name) as again:
             other = Follower(again, T)
             attachment = other.subscribe()
-            assert (attachment.joined, attachment.lost) == ({T}, None)
+            assert (attachment.newly_subscribed, attachment.lost) == ({T}, None)
             assert other.keys() == [4]
 
     def test_a_slot_that_another_session_reads(
@@ -228,10 +229,10 @@ class TestLost:
             with pytest.raises(CdcPositionLost, match="invalidated"):
                 follower.read()
             with pytest.raises(CdcPositionLost, match="invalidated"):
-                feed.confirm((follower.position or 0) + 1)
-            assert feed.lag_bytes() is None
+                feed.confirm(lsn_text(parse_lsn(follower.position or "0/0") + 1))
+            assert feed.lag() is None
             attachment = follower.subscribe()
-            assert attachment.joined == {T}
+            assert attachment.newly_subscribed == {T}
             assert "invalidated" in (attachment.lost or "")
             admin.execute("INSERT INTO t VALUES (2)")
             assert follower.keys() == [2]
@@ -262,7 +263,7 @@ class TestLost:
             with pytest.raises(CdcPositionLost, match="made again"):
                 follower.read()
         attachment = follower.subscribe()
-        assert attachment.joined == {T}
+        assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
         assert follower.keys() == []
 
@@ -280,20 +281,20 @@ class TestLost:
                 follower.subscribe()
         follower.feed.close()
         with source.cdc_stream(name) as again:
-            attachment = again.subscribe([T], follower.position, follower.shapes)
-            assert attachment.joined == {T}
+            attachment = again.subscribe([T], follower.position, follower.fingerprints)
+            assert attachment.newly_subscribed == {T}
             assert attachment.lost is not None
 
+    @pytest.mark.parametrize("stream_options", [StreamOptions(create_seconds=1.0)])
     def test_a_slot_waits_for_open_transactions_and_says_so(
-        self, admin: Admin, writer: Admin, feed: CdcStream, table: None, monkeypatch: pytest.MonkeyPatch
+        self, admin: Admin, writer: Admin, feed: CdcStream, table: None
     ) -> None:
-        monkeypatch.setattr("embedd_dagster.connectors.postgresql.cdc.slot._CREATE_WAIT", "1s")
         follower = Follower(feed, T)
         with writer.transaction():
             writer.execute("INSERT INTO t VALUES (4)")
             with pytest.raises(SourceUnavailable, match="one has been open for long"):
                 follower.subscribe()
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
 
     def test_drop_leaves_nothing_and_may_be_repeated(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
@@ -302,7 +303,7 @@ class TestLost:
             assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
             assert one(admin, "SELECT count(*) FROM pg_publication") == 0
         attachment = follower.subscribe()
-        assert attachment.joined == {T}
+        assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
         assert follower.keys() == []
 
@@ -310,7 +311,7 @@ class TestLost:
         ours = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedd' AND datname = current_database()"
         )
-        follower.feed.lag_bytes()
+        follower.feed.lag()
         for _ in range(2):
             follower.feed.close()
         wait_until(lambda: one(admin, ours) == 0)
@@ -322,23 +323,23 @@ class TestPublications:
     def test_a_table_that_was_taken_out_joins_again(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
         assert follower.keys() == []
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (5)")
         assert follower.keys() == [5]
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
 
     def test_a_table_that_was_taken_out_and_put_in_joins_again(
         self, admin: Admin, follower: Follower, name: str
     ) -> None:
         admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
         admin.execute(f"ALTER PUBLICATION {name} ADD TABLE t")
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
 
     @pytest.mark.parametrize("kept", ["", "insert", "insert, update", "insert, update, delete"])
     def test_flags_that_were_turned_off(self, admin: Admin, follower: Follower, name: str, kept: str) -> None:
         admin.execute(f"ALTER PUBLICATION {name} SET (publish = '{kept}')")
-        assert follower.subscribe().joined == {T}
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == {T}
+        assert follower.subscribe().newly_subscribed == set()
         admin.execute("INSERT INTO t VALUES (4); UPDATE t SET id = 5 WHERE id = 4; DELETE FROM t WHERE id = 1")
         assert follower.keys() == [4, 5, 1]
         admin.execute("TRUNCATE t")
@@ -351,7 +352,7 @@ class TestPublications:
         admin.execute("ALTER TABLE t ADD COLUMN w int")
         admin.execute(f"ALTER PUBLICATION {name} SET TABLE {narrowed}")
         attachment = follower.subscribe()
-        assert attachment.joined == {T}  # if only as it was taken out and put in
+        assert attachment.newly_subscribed == {T}  # if only as it was taken out and put in
         admin.execute("INSERT INTO t VALUES (4, 'x'); DELETE FROM t WHERE id = 1")
         assert follower.keys() == [4, 1]
         columns = one(admin, "SELECT attnames::text FROM pg_publication_tables WHERE pubname = %s", name)
@@ -360,18 +361,18 @@ class TestPublications:
     def test_an_admins_publication_of_all_tables(self, admin: Admin, feed: CdcStream, table: None, name: str) -> None:
         admin.execute(f"CREATE PUBLICATION {name} FOR ALL TABLES; CREATE TABLE other (id int PRIMARY KEY)")
         follower = Follower(feed, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4); INSERT INTO other VALUES (1)")
         assert follower.keys() == [4]
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
 
     def test_an_admins_publication_of_a_schema(self, admin: Admin, feed: CdcStream, table: None, name: str) -> None:
         admin.execute(f"CREATE PUBLICATION {name} FOR TABLES IN SCHEMA public")
         follower = Follower(feed, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4)")
         assert follower.keys() == [4]
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
 
 
 class TestRights:
@@ -412,7 +413,7 @@ class TestRights:
             limited.check_cdc_eligible(T)
             with limited.cdc_stream(name) as feed:
                 follower = Follower(feed, T)
-                assert follower.subscribe().joined == {T}
+                assert follower.subscribe().newly_subscribed == {T}
                 admin.execute("INSERT INTO t VALUES (4)")
                 assert follower.keys() == [4]
                 admin.execute(f"ALTER ROLE {role} NOREPLICATION; INSERT INTO t VALUES (5)")
@@ -432,10 +433,10 @@ class TestRights:
         with limited.cdc_stream(name) as feed:
             follower = Follower(feed, T, mine)
             attachment = follower.subscribe()
-            assert attachment.joined == {mine}
-            assert statements_of(attachment.refused[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
-            admin.execute(statements_of(attachment.refused[T]))
-            assert follower.subscribe().joined == {T}
+            assert attachment.newly_subscribed == {mine}
+            assert statements_of(attachment.rejected[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
+            admin.execute(statements_of(attachment.rejected[T]))
+            assert follower.subscribe().newly_subscribed == {T}
             admin.execute("INSERT INTO t VALUES (4)")
             assert follower.keys() == [4]
             limited.check_cdc_eligible(T)  # as it is published already
@@ -449,12 +450,12 @@ class TestRights:
         with limited.cdc_stream(name) as feed:
             follower = Follower(feed, T, other)
             attachment = follower.subscribe()
-            assert attachment.joined == {T}
-            assert "ADD TABLE" in attachment.refused[other].resolution
+            assert attachment.newly_subscribed == {T}
+            assert "ADD TABLE" in attachment.rejected[other].resolution
             admin.execute("INSERT INTO t VALUES (4); INSERT INTO extra VALUES (1)")
             assert follower.keys() == [4]
             admin.execute(f"ALTER PUBLICATION {name} SET (publish = 'insert')")
-            refused = follower.subscribe().refused[T]
+            refused = follower.subscribe().rejected[T]
             assert "is not ours to change" in refused.message
             admin.execute(statements_of(refused))
             follower.subscribe()
@@ -487,7 +488,7 @@ class TestServers:
                         with pytest.raises(SourceRejected, match="max_replication_slots"):
                             feed.subscribe([T], None, {})
                         admin.execute("SELECT pg_drop_replication_slot('taken')")
-                        assert feed.subscribe([T], None, {}).joined == {T}
+                        assert feed.subscribe([T], None, {}).newly_subscribed == {T}
                     source.check_cdc_eligible(T)  # the one that is taken is ours
                     with (
                         source.cdc_stream("embedd_y") as another,
@@ -535,13 +536,13 @@ class TestServers:
             with psycopg.connect(url, autocommit=True) as admin:
                 admin.execute("INSERT INTO t VALUES (1)")
             own_server.stop()
-            for use in (follower.read, follower.subscribe, feed.lag_bytes, feed.drop):
+            for use in (follower.read, follower.subscribe, feed.lag, feed.drop):
                 with pytest.raises(SourceUnavailable):
                     use()
             own_server.start()
             assert own_server.url() == url
             attachment = follower.subscribe()
-            assert (attachment.joined, attachment.lost) == (set(), None)
+            assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
             assert follower.keys() == [1]
 
     def test_a_connection_that_is_lost_in_the_middle_of_a_read_is_an_error_and_not_an_end(
@@ -606,7 +607,7 @@ class TestServers:
         admin.execute("CREATE OPERATOR < (FUNCTION = evil, LEFTARG = pg_lsn, RIGHTARG = pg_lsn)")
         admin.execute(f"ALTER DATABASE {admin.info.dbname} SET search_path = public, pg_catalog")
         follower = Follower(feed, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4)")
         assert follower.keys() == [4]
         feed.drop()
@@ -643,7 +644,7 @@ class TestServers:
                 connection.execute('CREATE TABLE "tü" ("ü" text PRIMARY KEY)')
                 followed = CdcTable("tü", "ü")
                 follower = Follower(feed, followed)
-                assert follower.subscribe().joined == {followed}
+                assert follower.subscribe().newly_subscribed == {followed}
                 connection.execute("INSERT INTO \"tü\" VALUES ('fine ü'), (E'\\xff')")
                 (batch,) = follower.read()
                 assert batch.keys == {followed: ["fine ü"]}

@@ -14,7 +14,9 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from embedd_dagster.connectors.sources import open_source
+from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
+from embedd_dagster.connectors.postgresql.cdc.slot import parse_lsn
+from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.core.keys import encode_key
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import (
@@ -22,7 +24,7 @@ from embedd_dagster.errors import (
     SourceTableNotFound,
     SourceUnavailable,
 )
-from embedd_dagster.protocols.cdc import CdcStream, CdcTable, Subscription
+from embedd_dagster.protocols.cdc import CdcStream, CdcTable, Lag, Subscription
 from embedd_dagster.protocols.source import Selection, Source
 from embedd_dagster.stack.postgres import open_temporary_postgres
 from tests.support.followed_source import (
@@ -78,8 +80,8 @@ class TestChanges:
         assert batch.keys == {T: [9, 1]}
         assert batch.change_count == 3
         # The log cannot tell it from a table that was written anew: it joins again, which a comparison settles.
-        assert follower.subscribe().joined == {T}
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == {T}
+        assert follower.subscribe().newly_subscribed == set()
 
     def test_truncate_cascade_names_every_table(self, admin: Admin, feed: CdcStream, table: None) -> None:
         admin.execute("CREATE TABLE child (id int PRIMARY KEY, t_id int REFERENCES t); CREATE TABLE other (id int)")
@@ -142,11 +144,9 @@ class TestChanges:
         assert keys == list(range(10, 50))
         assert follower.keys() == []
 
+    @pytest.mark.parametrize("stream_options", [StreamOptions(peek_messages=20)])
     @pytest.mark.parametrize("confirms", [False, True])
-    def test_a_long_log_is_taken_in_parts(
-        self, admin: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch, confirms: bool
-    ) -> None:
-        monkeypatch.setattr("embedd_dagster.connectors.postgresql.cdc.stream._PEEK_MESSAGES", 20)
+    def test_a_long_log_is_taken_in_parts(self, admin: Admin, follower: Follower, confirms: bool) -> None:
         for key in range(10, 50):
             admin.execute("INSERT INTO t VALUES (%s, 'x'), (%s, 'x')", [key, -key])
         keys: list[Any] = []
@@ -185,7 +185,7 @@ class TestChanges:
             assert follower.keys() == []  # confirmed: the log of others can be forgotten
             assert follower.position is not None
             assert before is not None
-            assert follower.position > before
+            assert parse_lsn(follower.position) > parse_lsn(before)
             writer.execute("INSERT INTO t VALUES (%s)", [20 + number])
         writer.execute("COMMIT")
         assert follower.keys() == [10, 20, 21, 22, 23, 24]
@@ -199,9 +199,9 @@ class TestChanges:
         admin.execute("INSERT INTO t VALUES (5)")
         with source.cdc_stream(name) as again:
             other = Follower(again, T)
-            other.position, other.shapes = follower.position, follower.shapes
+            other.position, other.fingerprints = follower.position, follower.fingerprints
             attachment = other.subscribe()
-            assert (attachment.joined, attachment.lost) == (set(), None)
+            assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
             assert other.keys() == [4, 5]
             assert other.keys() == []
 
@@ -219,7 +219,7 @@ class TestChanges:
         follower.read()
         assert follower.position is not None
         confirmed = one(admin, "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s", name)
-        for position in (follower.position, first, 0, follower.position):
+        for position in (follower.position, first, "0/0", follower.position):
             follower.feed.confirm(position)
         assert confirmed == one(
             admin, "SELECT confirmed_flush_lsn FROM pg_replication_slots WHERE slot_name = %s", name
@@ -227,18 +227,19 @@ class TestChanges:
         assert follower.keys() == []
 
     def test_the_log_that_is_kept_is_told(self, admin: Admin, feed: CdcStream, table: None) -> None:
-        assert feed.lag_bytes() is None
+        assert feed.lag() is None
         follower = Follower(feed, T)
         follower.subscribe()
-        before = feed.lag_bytes()
+        before = feed.lag()
         assert before is not None
         admin.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(10, 9999) g")
-        found: list[int | None] = []
-        thread = threading.Thread(target=lambda: found.append(feed.lag_bytes()))
+        found: list[Lag | None] = []
+        thread = threading.Thread(target=lambda: found.append(feed.lag()))
         thread.start()
         thread.join()
         assert found[0] is not None
-        assert found[0] > before + 1_000_000
+        assert found[0].unit == "bytes"
+        assert found[0].amount > before.amount + 1_000_000
 
     def test_an_idle_read_is_two_statements_in_one_transaction(
         self, admin: Admin, follower: Follower, monkeypatch
@@ -296,7 +297,7 @@ class TestKeys:
         admin.execute(f"ALTER DATABASE {admin.info.dbname} SET DateStyle = 'SQL, DMY'")
         admin.execute(f"CREATE TABLE t (v text, id {ddl} PRIMARY KEY)")
         follower = Follower(feed, T)
-        assert not follower.subscribe().refused
+        assert not follower.subscribe().rejected
         for key in keys:
             admin.execute(f"INSERT INTO t VALUES ('x', %s::{ddl.replace('%', '%%')})", [key])
         inserted = follower.keys()
@@ -352,7 +353,7 @@ class TestKeys:
         admin.execute("ALTER TABLE t REPLICA IDENTITY FULL")
         by_slug = CdcTable("public.T", "SLUG")
         follower = Follower(feed, T, by_slug)
-        assert follower.subscribe().joined == {T, by_slug}
+        assert follower.subscribe().newly_subscribed == {T, by_slug}
         admin.execute("INSERT INTO t VALUES (1, 'one', 0); UPDATE t SET slug = 'eins'; DELETE FROM t")
         (batch,) = follower.read()
         assert batch.keys == {T: [1], by_slug: ["one", "eins"]}
@@ -375,14 +376,14 @@ class TestKeys:
         followed = CdcTable(source.tables(5)[0].name, column)
         source.check_cdc_eligible(followed)
         follower = Follower(feed, followed)
-        assert follower.subscribe().joined == {followed}
+        assert follower.subscribe().newly_subscribed == {followed}
         admin.execute(sql.SQL("INSERT INTO {} VALUES (1, 'k')").format(*names))
         assert follower.keys(followed) == ["k"]
         admin.execute(sql.SQL("ALTER TABLE {} REPLICA IDENTITY NOTHING").format(*names))
-        for error in (follower.subscribe().refused[followed], refusal(source, followed)):
+        for error in (follower.subscribe().rejected[followed], refusal(source, followed)):
             assert "REPLICA IDENTITY DEFAULT" in error.resolution
         admin.execute(statements_of(error))
-        assert follower.subscribe().joined == {followed}
+        assert follower.subscribe().newly_subscribed == {followed}
         admin.execute(sql.SQL("TRUNCATE {}").format(*names))
         assert follower.read()[0].truncated == {followed}
 
@@ -398,8 +399,10 @@ class TestChangedTables:
         admin.execute("ALTER TABLE t DROP COLUMN a; INSERT INTO t VALUES (3, 0, 'x')")
         admin.execute("BEGIN; INSERT INTO t VALUES (4); ALTER TABLE t DROP COLUMN b; INSERT INTO t VALUES (5); COMMIT")
         assert follower.keys() == [1, 2, 3, 4, 5]
-        assert follower.subscribe().joined == {T}  # no event tells of a drop, and it may be one that is configured
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == {
+            T
+        }  # no event tells of a drop, and it may be one that is configured
+        assert follower.subscribe().newly_subscribed == set()
 
     def test_the_key_column_is_renamed(self, admin: Admin, follower: Follower) -> None:
         admin.execute("INSERT INTO t VALUES (4); ALTER TABLE t RENAME COLUMN id TO nr; INSERT INTO t VALUES (5)")
@@ -407,11 +410,11 @@ class TestChangedTables:
         assert batch.keys == {T: [4]}
         assert isinstance(batch.broken[T], SourceTableNotFound)
         assert "'id'" in batch.broken[T].message
-        refused = follower.subscribe().refused[T]
+        refused = follower.subscribe().rejected[T]
         assert isinstance(refused, SourceTableNotFound)
         assert "'id'" in refused.message
         admin.execute("ALTER TABLE t RENAME COLUMN nr TO id")
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (6)")
         assert follower.keys() == [6]
 
@@ -419,7 +422,7 @@ class TestChangedTables:
         admin.execute("INSERT INTO t VALUES (4)")
         admin.execute("ALTER TABLE t ALTER COLUMN id TYPE text USING 'n' || id; INSERT INTO t VALUES ('n5')")
         assert follower.keys() == [4, "n5"]
-        assert follower.subscribe().joined == {T}  # all of its rows were written anew
+        assert follower.subscribe().newly_subscribed == {T}  # all of its rows were written anew
 
     def test_the_key_column_gets_a_type_that_was_unknown(self, admin: Admin, follower: Follower) -> None:
         admin.execute("CREATE TYPE mood AS ENUM ('sad', 'happy'); DELETE FROM t")
@@ -427,42 +430,42 @@ class TestChangedTables:
         admin.execute("ALTER TABLE t ALTER COLUMN id TYPE mood USING null; INSERT INTO t VALUES ('sad')")
         (batch,) = follower.read()
         assert "type of column 'id'" in batch.broken[T].message
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES ('happy')")
         assert follower.keys() == ["happy"]
 
     def test_the_table_is_renamed(self, admin: Admin, follower: Follower) -> None:
         admin.execute("ALTER TABLE t RENAME TO elsewhere; INSERT INTO elsewhere VALUES (4)")
         assert follower.keys() == [4]
-        refused = follower.subscribe().refused[T]
+        refused = follower.subscribe().rejected[T]
         assert isinstance(refused, SourceTableNotFound)
         assert '"public"."elsewhere"' in refused.message
-        assert follower.subscribe().refused[T].message == refused.message
+        assert follower.subscribe().rejected[T].message == refused.message
         admin.execute("ALTER TABLE elsewhere RENAME TO t")
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
 
     def test_the_table_is_swapped_for_another(self, admin: Admin, follower: Follower) -> None:
         admin.execute("CREATE TABLE new (id int PRIMARY KEY, v text)")
         admin.execute("BEGIN; ALTER TABLE t RENAME TO old; ALTER TABLE new RENAME TO t; COMMIT")
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (70); INSERT INTO old VALUES (71)")
         assert follower.keys() == [70]
 
     def test_the_table_is_dropped_and_made_again(self, admin: Admin, follower: Follower) -> None:
         admin.execute("INSERT INTO t VALUES (4); DROP TABLE t")
         assert follower.keys() == [4]
-        assert isinstance(follower.subscribe().refused[T], SourceTableNotFound)
+        assert isinstance(follower.subscribe().rejected[T], SourceTableNotFound)
         admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (5)")
         assert follower.keys() == [5]
 
     def test_a_table_that_is_written_anew_joins_again(self, admin: Admin, follower: Follower) -> None:
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
         admin.execute("ALTER TABLE t ALTER COLUMN v TYPE varchar USING upper(v)")
         assert follower.keys() == []  # the log does not tell
-        assert follower.subscribe().joined == {T}
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == {T}
+        assert follower.subscribe().newly_subscribed == set()
 
     @pytest.mark.parametrize(
         "change",
@@ -483,7 +486,7 @@ class TestChangedTables:
     def test_what_no_event_tells_joins_the_table_again_also_where_nobody_followed_it(
         self, admin: Admin, source: Source, follower: Follower, name: str, change: str, is_open: bool
     ) -> None:
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
         if not is_open:
             follower.feed.close()
         for statement in change.format(name=name).split(";"):
@@ -491,48 +494,48 @@ class TestChangedTables:
         with source.cdc_stream(name) as again:
             if not is_open:
                 follower.feed = again
-            shapes = follower.shapes
-            assert follower.subscribe().joined == {T}
-            follower.shapes = shapes  # killed before they were kept
-            assert follower.subscribe().joined == {T}
-            assert follower.subscribe().joined == set()
+            shapes = follower.fingerprints
+            assert follower.subscribe().newly_subscribed == {T}
+            follower.fingerprints = shapes  # killed before they were kept
+            assert follower.subscribe().newly_subscribed == {T}
+            assert follower.subscribe().newly_subscribed == set()
 
     def test_a_column_that_goes_is_a_reason_to_join_again_and_so_is_one_that_takes_its_name(
         self, admin: Admin, follower: Follower
     ) -> None:
         admin.execute("ALTER TABLE t ADD COLUMN w text")
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
         for statement in ("RENAME v TO o", "RENAME o TO v", "DROP COLUMN v", "RENAME w TO v"):
             admin.execute(f"ALTER TABLE t {statement}")
-            assert follower.subscribe().joined == {T}
-            assert follower.subscribe().joined == set()
+            assert follower.subscribe().newly_subscribed == {T}
+            assert follower.subscribe().newly_subscribed == set()
 
     def test_a_table_whose_shape_was_never_kept_is_taken_to_be_unchanged(
         self, admin: Admin, source: Source, follower: Follower, name: str
     ) -> None:
         """As of an installation that kept none until now."""
-        follower.shapes = {T: None}
-        assert follower.subscribe().joined == set()
+        follower.fingerprints = {T: None}
+        assert follower.subscribe().newly_subscribed == set()
         admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t")
-        follower.shapes = {T: None}
-        assert follower.subscribe().joined == {T}
+        follower.fingerprints = {T: None}
+        assert follower.subscribe().newly_subscribed == {T}
 
     def test_tables_come_and_go(self, admin: Admin, follower: Follower, name: str) -> None:
         admin.execute("CREATE TABLE u (id int PRIMARY KEY)")
         u = CdcTable("u", "id")
         admin.execute("INSERT INTO t VALUES (4); INSERT INTO u VALUES (1)")
         follower.tables = (T, u)
-        assert follower.subscribe().joined == {u}
+        assert follower.subscribe().newly_subscribed == {u}
         admin.execute("INSERT INTO u VALUES (2)")
         batches = follower.read()
         assert batches[-1].keys == {T: [4], u: [2]}
         follower.tables = (u,)
-        assert follower.subscribe() == Subscription(follower.position, frozenset(), follower.shapes, {})
+        assert follower.subscribe() == Subscription(follower.position, frozenset(), follower.fingerprints, {})
         assert published(admin, name) == {"u"}
         admin.execute("INSERT INTO t VALUES (5); INSERT INTO u VALUES (3)")
         assert follower.keys(u) == [3]
         follower.tables = ()
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
         assert published(admin, name) == set()
         admin.execute("INSERT INTO u VALUES (4)")
         assert follower.keys(u) == []
@@ -546,13 +549,13 @@ class TestChangedTables:
         writer.execute("BEGIN; INSERT INTO u VALUES (1)")
         for _ in range(2):
             attachment = follower.subscribe()
-            assert attachment.joined == set()
-            assert isinstance(attachment.refused[u], SourceUnavailable)
+            assert attachment.newly_subscribed == set()
+            assert isinstance(attachment.rejected[u], SourceUnavailable)
             assert published(admin, name) == {"t"}
         admin.execute("INSERT INTO t VALUES (4)")
         assert follower.keys() == [4]  # the others are followed all the same
         threading.Timer(0.3, lambda: writer.execute("COMMIT")).start()
-        wait_until(lambda: follower.subscribe().joined == {u})
+        wait_until(lambda: follower.subscribe().newly_subscribed == {u})
         admin.execute("INSERT INTO u VALUES (2)")
         assert follower.keys(u) == [2]
 
@@ -563,22 +566,20 @@ class TestChangedTables:
         writer.execute("BEGIN; INSERT INTO u VALUES (1)")
         timer = threading.Timer(0.5, lambda: writer.execute("COMMIT"))
         timer.start()
-        assert follower.subscribe().joined == {u}
+        assert follower.subscribe().newly_subscribed == {u}
         assert one(admin, "SELECT count(*) FROM u") == 1  # a comparison that begins now sees it
         timer.join()
 
-    def test_a_locked_table_does_not_hold_up_the_others(
-        self, admin: Admin, writer: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_locked_table_does_not_hold_up_the_others(self, admin: Admin, writer: Admin, follower: Follower) -> None:
         admin.execute("CREATE TABLE u (id int PRIMARY KEY); CREATE TABLE w (id int PRIMARY KEY)")
         u, w = CdcTable("u", "id"), CdcTable("w", "id")
         follower.tables = (T, u, w)
         with writer.transaction():
             writer.execute("LOCK TABLE u IN SHARE UPDATE EXCLUSIVE MODE")  # as VACUUM does
             attachment = follower.subscribe()
-            assert attachment.joined == {w}
-            assert isinstance(attachment.refused[u], SourceUnavailable)
-        assert follower.subscribe().joined == {u}
+            assert attachment.newly_subscribed == {w}
+            assert isinstance(attachment.rejected[u], SourceUnavailable)
+        assert follower.subscribe().newly_subscribed == {u}
 
 
 class TestPartitions:
@@ -593,7 +594,7 @@ class TestPartitions:
     def test_the_root(self, admin: Admin, source: Source, feed: CdcStream) -> None:
         source.check_cdc_eligible(T)
         follower = Follower(feed, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (1, 'x'); INSERT INTO high VALUES (101, 'x')")
         assert follower.keys() == [1, 101]
         admin.execute("UPDATE t SET id = 150 WHERE id = 1")  # moves from one partition to the other
@@ -606,11 +607,11 @@ class TestPartitions:
     def test_a_leaf_alone_and_with_its_root(self, admin: Admin, feed: CdcStream, name: str) -> None:
         low = CdcTable("low", "id")
         follower = Follower(feed, low)
-        assert follower.subscribe().joined == {low}
+        assert follower.subscribe().newly_subscribed == {low}
         admin.execute("INSERT INTO t VALUES (1, 'x'), (101, 'x')")
         assert follower.keys(low) == [1]
         follower.tables = (low, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (2, 'x')")
         (batch,) = follower.read()
         assert batch.keys == {low: [2], T: [2]}  # logged as of the root
@@ -640,11 +641,11 @@ class TestPartitions:
         follower.subscribe()
         admin.execute("INSERT INTO t VALUES (101, 'x')")
         assert follower.keys() == [101]
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == set()
         admin.execute(change)
         assert follower.keys() == []
-        assert follower.subscribe().joined == {T}
-        assert follower.subscribe().joined == set()
+        assert follower.subscribe().newly_subscribed == {T}
+        assert follower.subscribe().newly_subscribed == set()
 
     def test_partitions_of_partitions(self, admin: Admin, feed: CdcStream) -> None:
         admin.execute(
@@ -666,13 +667,13 @@ class TestPartitions:
             "ALTER TABLE p1 REPLICA IDENTITY FULL"
         )
         p = CdcTable("p", "id")
-        refused = Follower(feed, p).subscribe().refused[p]
+        refused = Follower(feed, p).subscribe().rejected[p]
         assert refused.resolution == refusal(source, p).resolution
         assert statements_of(refused) == 'ALTER TABLE "public"."p" ADD PRIMARY KEY ("id", "day");'
         admin.execute(statements_of(refused))
         source.check_cdc_eligible(p)
         follower = Follower(feed, p)
-        assert follower.subscribe().joined == {p}
+        assert follower.subscribe().newly_subscribed == {p}
         admin.execute("CREATE TABLE p2 PARTITION OF p FOR VALUES FROM ('2025-01-01') TO ('2026-01-01')")
         admin.execute("INSERT INTO p VALUES (1, '2025-02-02'); UPDATE p SET id = 2; DELETE FROM p")
         assert follower.keys(p) == [1, 2]
@@ -683,16 +684,16 @@ class TestPartitions:
         follower = Follower(feed, T)
         follower.subscribe()
         admin.execute("ALTER TABLE high REPLICA IDENTITY NOTHING; INSERT INTO t VALUES (101, 'x')")
-        refused = follower.subscribe().refused[T]
+        refused = follower.subscribe().rejected[T]
         assert statements_of(refused) == 'ALTER TABLE "public"."high" REPLICA IDENTITY DEFAULT;'
         admin.execute("UPDATE t SET v = 'y'")
         admin.execute(statements_of(refused))
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
 
     def test_an_admins_publication_by_partition_is_mended(self, admin: Admin, feed: CdcStream, name: str) -> None:
         admin.execute(f"CREATE PUBLICATION {name} FOR TABLE t")
         follower = Follower(feed, T)
-        assert follower.subscribe().joined == {T}
+        assert follower.subscribe().newly_subscribed == {T}
         admin.execute("CREATE TABLE more PARTITION OF t FOR VALUES FROM (200) TO (300); INSERT INTO t VALUES (250)")
         assert follower.keys() == [250]
 
@@ -758,19 +759,19 @@ class TestIdentities:
         if identity is not None:
             admin.execute(writes)
             assert follower.keys() == []
-            for error in (refusal(source, T), attachment.refused[T]):
+            for error in (refusal(source, T), attachment.rejected[T]):
                 assert isinstance(error, SourceRejected)
                 assert statements_of(error) == f'ALTER TABLE "public"."t" REPLICA IDENTITY {identity};'
             admin.execute(statements_of(error))
             attachment = follower.subscribe()
         source.check_cdc_eligible(T)
-        assert not attachment.refused
-        assert attachment.joined == {T}
+        assert not attachment.rejected
+        assert attachment.newly_subscribed == {T}
         admin.execute(writes)
         assert follower.keys() == ([7, 9] if "STORED PRIMARY" in ddl else [7])
         admin.execute("ALTER TABLE t REPLICA IDENTITY NOTHING; INSERT INTO t (v) VALUES (1)" if "STORED PRIMARY" in ddl
                       else "ALTER TABLE t REPLICA IDENTITY NOTHING; INSERT INTO t (id, v) VALUES (1, 1)")  # fmt: skip
-        assert T in follower.subscribe().refused
+        assert T in follower.subscribe().rejected
         admin.execute("UPDATE t SET v = 2")  # it was taken out at once
 
     def test_where_no_identity_can_be_had_it_says_so(self, admin: Admin, source: Source) -> None:
@@ -787,7 +788,7 @@ class TestIdentities:
         (batch,) = follower.read()
         assert batch.keys == {T: [1]}
         assert "replica identity" in batch.broken[T].message
-        assert T in follower.subscribe().refused
+        assert T in follower.subscribe().rejected
 
     @pytest.mark.parametrize(
         ("ddl", "says"),
@@ -805,7 +806,7 @@ class TestIdentities:
             admin.execute(ddl)
         except psycopg.errors.FeatureNotSupported:
             pytest.skip("this server has no foreign data wrapper")
-        for error in (refusal(source, T), Follower(feed, T).subscribe().refused[T]):
+        for error in (refusal(source, T), Follower(feed, T).subscribe().rejected[T]):
             assert says in error.message
             assert "sync_mode batch" in error.resolution
 
@@ -813,13 +814,13 @@ class TestIdentities:
         admin.execute("CREATE UNLOGGED TABLE t (id int PRIMARY KEY)")
         admin.execute(statements_of(refusal(source, T)))
         source.check_cdc_eligible(T)
-        assert Follower(feed, T).subscribe().joined == {T}
+        assert Follower(feed, T).subscribe().newly_subscribed == {T}
         admin.execute("ALTER TABLE t SET LOGGED")
 
     def test_a_column_that_is_no_key_or_not_there(self, admin: Admin, source: Source, feed: CdcStream) -> None:
         admin.execute("CREATE TABLE t (id int PRIMARY KEY, v float8)")
         v, w = CdcTable("t", "v"), CdcTable("t", "w")
-        refused = Follower(feed, T, v, w).subscribe().refused
+        refused = Follower(feed, T, v, w).subscribe().rejected
         assert refused.keys() == {v, w}
         assert type(refused[v]) is type(refusal(source, v)) is SourceRejected
         assert type(refused[w]) is type(refusal(source, w)) is SourceTableNotFound

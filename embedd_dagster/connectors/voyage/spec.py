@@ -1,0 +1,16 @@
+"""Voyage as the registry lists it: an embedder."""
+
+from __future__ import annotations
+
+from embedd_dagster.connectors.http.options import http_options
+from embedd_dagster.connectors.spec import ConnectorSpec, EmbedderOptions, EmbedderSpec
+from embedd_dagster.protocols.embedder import Embedder
+
+
+def _open(options: EmbedderOptions) -> Embedder:
+    from embedd_dagster.connectors.voyage.embedder import VoyageEmbedder
+
+    return VoyageEmbedder(model=options.model, dimensions=options.dimensions, **http_options(options))
+
+
+SPEC = ConnectorSpec("voyage", "Voyage", embedder=EmbedderSpec(_open))
