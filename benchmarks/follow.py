@@ -1,6 +1,6 @@
 """`make bench-follow`: from a commit in the source until the row is found, and how many changes a second are kept up with.
 
-A follower in a process of its own, as its run would be, over an indexed table of 100,000 rows; this process writes to the
+A consumer in a process of its own, as its run would be, over an indexed table of 100,000 rows; this process writes to the
 source at a steady rate, one transaction a change, and looks at the store for a tenth of the rows until they are there.
 """
 
@@ -38,8 +38,8 @@ SAMPLED = 0.1
 
 @contextmanager
 def _following(bench: Bench) -> Iterator[None]:
-    """A follower beside this process, with nothing owed any more."""
-    command = [sys.executable, "-m", "benchmarks.follow", "--follower", bench.connection_id]
+    """A consumer beside this process, with nothing owed any more."""
+    command = [sys.executable, "-m", "benchmarks.follow", "--consumer", bench.connection_id]
     process = subprocess.Popen(command, cwd=ROOT, env=bench.environment())
     try:
         while True:
@@ -57,7 +57,7 @@ def _following(bench: Bench) -> Iterator[None]:
         process.wait(30)
 
 
-def _be_the_follower(connection_id: str) -> None:
+def _be_the_consumer(connection_id: str) -> None:
     with Runtime.open(read_settings()) as runtime:
         run_consumer(
             runtime,
@@ -177,14 +177,14 @@ def _store(mode: Mode) -> str:
 
 
 def main() -> None:
-    """Everything, or (in a process of its own) the follower."""
+    """Everything, or (in a process of its own) the consumer."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--follower", metavar="CONNECTION_ID", help=argparse.SUPPRESS)
+    parser.add_argument("--consumer", metavar="CONNECTION_ID", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--rows", type=int, default=ROWS)
     options = parser.parse_args()
-    if options.follower:
-        _be_the_follower(options.follower)
+    if options.consumer:
+        _be_the_consumer(options.consumer)
         return
     with open_servers() as servers:
         measure(servers, options.seconds, options.rows)

@@ -1,4 +1,4 @@
-"""Who pays what is owed: a sync what nobody holds, the follower what it holds, and nobody twice."""
+"""Who pays what is owed: a sync what nobody holds, the consumer what it holds, and nobody twice."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def table(database_url: str) -> Iterator[_Table]:
     catalog.close()
 
 
-def test_what_is_noted_beside_the_sync_that_pays_is_the_followers_to_settle(table: _Table) -> None:
+def test_what_is_noted_beside_the_sync_that_pays_is_the_consumers_to_settle(table: _Table) -> None:
     task_id = table.begin()
     table.request(buffered_by="follower")
     table.request(buffered_by="follower")
@@ -128,7 +128,7 @@ def test_a_sync_that_does_not_complete_has_paid_nothing(table: _Table, how: str)
     with table.catalog.transaction() as session:
         resyncs.record_buffered(session, {table.id: 1})
     table.end(task_id, how)
-    assert table.row.cdc.changes_pending == 0, "also where its follower is dead"
+    assert table.row.cdc.changes_pending == 0, "also where its consumer is dead"
     table.settle()
     assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, None)
 
@@ -158,7 +158,7 @@ def test_what_is_asked_for_while_a_sync_waits_or_of_another_sync_is_not_held(tab
     assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, None), "the sync may have read before"
 
 
-def test_a_sync_that_fails_without_a_debt_leaves_the_follower_what_it_holds(table: _Table) -> None:
+def test_a_sync_that_fails_without_a_debt_leaves_the_consumer_what_it_holds(table: _Table) -> None:
     table.end(table.begin(), "completed")
     task_id = table.begin()
     table.request(buffered_by="follower")

@@ -1,4 +1,4 @@
-"""One living follower a connection: launched, buried, renewed; decided from facts alone, then carried out for real."""
+"""One living consumer a connection: launched, buried, renewed; decided from facts alone, then carried out for real."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_what_is_not_to_be_followed_gets_nothing() -> None:
 
 
 @pytest.mark.parametrize("outage", [False, True])
-def test_a_follower_is_not_buried_for_the_catalogs_silence(
+def test_a_consumer_is_not_buried_for_the_catalogs_silence(
     instance: dg.DagsterInstance, runtime: Runtime, tables: Any, outage: bool
 ) -> None:
     table_id = tables.create("a")

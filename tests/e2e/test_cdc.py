@@ -25,7 +25,7 @@ MATERIALIZATIONS = """query($partition: String!) { assetOrError(assetKey: {path:
         metadataEntries { label ... on TextMetadataEntry { text } ... on IntMetadataEntry { intValue } } } } } }"""
 
 
-def _followers(embedd: Embedd, *statuses: str) -> list[str]:
+def _consumers(embedd: Embedd, *statuses: str) -> list[str]:
     """The runs that follow one of this customer's connections."""
     runs = embedd.graphql(CONSUMERS, status=list(statuses) or ["STARTED"])["runsOrError"]["results"]
     mine = set(embedd.connection_ids.values())
@@ -80,31 +80,31 @@ def test_a_change_is_found_and_told(embedd: Embedd, followed: str, eventually: C
     assert "embedd_change_log_lag_bytes" in metrics
     assert "embedd_changes_pending" in metrics
 
-    runs = _followers(embedd)
+    runs = _consumers(embedd)
     assert len(runs) == 1
     assert embedd.api.delete(f"/v1/vector-tables/{followed}").status_code == 204
     eventually(lambda: embedd.run_status(runs[0]) == "SUCCESS")
     slots = "SELECT slot_name FROM pg_replication_slots WHERE database = current_database()"
     eventually(lambda: embedd.sql(slots) == [])
     assert embedd.sql("SELECT pubname FROM pg_publication") == []
-    assert _followers(embedd, "STARTED", "STARTING", "QUEUED") == []
+    assert _consumers(embedd, "STARTED", "STARTING", "QUEUED") == []
 
 
 @pytest.mark.parametrize("followed", ["platform"], indirect=True)
-def test_a_killed_follower_is_replaced_and_nothing_lost(
+def test_a_killed_consumer_is_replaced_and_nothing_lost(
     embedd: Embedd, followed: str, eventually: Callable[..., Any]
 ) -> None:
-    run_id = _followers(embedd)[0]
+    run_id = _consumers(embedd)[0]
     os.kill(worker_of(run_id).pid, signal.SIGKILL)
     embedd.sql("UPDATE products SET title = 'while nobody followed', body = NULL WHERE id = 7")
     eventually(lambda: embedd.run_status(run_id) == "FAILURE")
     eventually(lambda: _finds(embedd, followed, 7, "title: while nobody followed"))
-    assert [run for run in _followers(embedd) if run != run_id]
+    assert [run for run in _consumers(embedd) if run != run_id]
 
 
 @pytest.mark.parametrize("followed", ["managed"], indirect=True)
 def test_a_server_that_restarts_is_followed_on(embedd: Embedd, followed: str, eventually: Callable[..., Any]) -> None:
-    runs = _followers(embedd)
+    runs = _consumers(embedd)
     embedd.stack.stop_child("postgres")
     time.sleep(3)
     embedd.stack.start_child("postgres")
@@ -114,7 +114,7 @@ def test_a_server_that_restarts_is_followed_on(embedd: Embedd, followed: str, ev
 
     def the_same_run_goes_on() -> bool:
         with suppress(httpx.HTTPStatusError):  # Dagster's webserver meets its own lost connections first
-            return _followers(embedd) == runs
+            return _consumers(embedd) == runs
         return False
 
     eventually(the_same_run_goes_on)

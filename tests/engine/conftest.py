@@ -44,7 +44,7 @@ from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.protocols.store import Store
 from embedd_dagster.settings import Settings
-from tests.support.following import RunningFollower, eventually, follower_of, is_followed, make_cdc, settled, slots_of
+from tests.support.cdc_product import RunningConsumer, consumer_of, eventually, is_followed, make_cdc, settled, slots_of
 from tests.support.openai_server import RunningServer, running_openai_server
 
 DIMENSIONS = 16
@@ -314,9 +314,9 @@ def _drop_slots(product: Product) -> bool:
 
 
 @pytest.fixture
-def followed(cdc_product: Product) -> Iterator[tuple[Product, RunningFollower]]:
+def followed(cdc_product: Product) -> Iterator[tuple[Product, RunningConsumer]]:
     """A built table that is followed, with nothing owed."""
     cdc_product.run()
-    with follower_of(cdc_product) as follower:
+    with consumer_of(cdc_product) as consumer:
         eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
-        yield cdc_product, follower
+        yield cdc_product, consumer

@@ -10,7 +10,7 @@ from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import RunCancelled, SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.engine.test_control import cancel
-from tests.support.following import RunningFollower, eventually, follower_of, is_followed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, consumer_of, eventually, is_followed, is_true, settled
 
 PGVECTOR = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
 
@@ -39,7 +39,7 @@ def test_keys_that_change_their_case_keep_their_points(product: Product) -> None
 def test_keys_that_change_their_case_are_followed(cdc_product: Product) -> None:
     _with_citext_keys(cdc_product)
     cdc_product.run()
-    with follower_of(cdc_product):
+    with consumer_of(cdc_product):
         eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
         cdc_product.sql("UPDATE products SET id = lower(id) WHERE id <= 'user15'")
         eventually(is_true(cdc_product))
@@ -136,11 +136,11 @@ def test_a_column_whose_values_its_filter_cannot_hold_any_more_is_named(product:
 
 
 @PGVECTOR
-def test_such_a_column_stops_its_followed_table(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_such_a_column_stops_its_followed_table(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     product.sql("ALTER TABLE products ALTER price TYPE text USING 'EUR ' || price; UPDATE products SET body = 'b'")
     eventually(lambda: "'price'" in (product.table().last_error or ""))
-    assert follower.error is None
+    assert consumer.error is None
     product.sql("ALTER TABLE products ALTER price TYPE numeric(10,2) USING substr(price, 5)::numeric")
     eventually(lambda: settled(product))
     eventually(is_true(product))

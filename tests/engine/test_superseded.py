@@ -14,7 +14,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.run import run_task
 from embedd_dagster.errors import RunSuperseded
 from tests.engine.conftest import Product
-from tests.support.following import RunningFollower, eventually, is_followed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, eventually, is_followed, is_true, settled
 
 _ANSWER_SECONDS = 5.0
 
@@ -66,19 +66,19 @@ def test_a_sync_that_was_replaced_writes_nothing(product: Product) -> None:
     product.assert_true_to_source()
 
 
-def test_a_follower_that_was_replaced_writes_nothing(cdc_product: Product) -> None:
+def test_a_consumer_that_was_replaced_writes_nothing(cdc_product: Product) -> None:
     product = cdc_product
     product.run()
     connection_id = product.table().connection_id
     product.runtime.settings.__dict__.update(heartbeat_seconds=600)
-    with RunningFollower(product.runtime, connection_id) as replaced:
+    with RunningConsumer(product.runtime, connection_id) as replaced:
         eventually(lambda: is_followed(product) and settled(product))
         before = product.provider.stats()["requests"]
         product.provider.behave(latency_seconds=_ANSWER_SECONDS)
         product.sql("UPDATE products SET body = 'yesterday' WHERE id = 1")
         _wait_for_request(product, before)
         product.runtime.settings.__dict__.update(follow_renew_seconds=0.01)
-        with RunningFollower(product.runtime, connection_id):
+        with RunningConsumer(product.runtime, connection_id):
             product.sql("UPDATE products SET body = 'today' WHERE id = 1")
             eventually(is_true(product))
             assert replaced.reason is None, "its provider was to answer after its successor's"

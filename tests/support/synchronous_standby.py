@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from embedd_dagster.stack.postgres import EmbeddedPostgres
-from tests.support.followed_source import wait_until
+from tests.support.cdc_source import wait_until
 
 _NAME = "embedd_test_standby"
 WAITS = "SET synchronous_commit = 'on'"

@@ -12,9 +12,9 @@ from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.protocols.cdc import CdcStream
 from embedd_dagster.protocols.source import Source
-from tests.support.followed_source import (
+from tests.support.cdc_source import (
     Admin,
-    Follower,
+    StreamReader,
     T,
     credentials_of,
 )
@@ -65,9 +65,9 @@ def table(admin: Admin) -> None:
 
 
 @pytest.fixture
-def follower(feed: CdcStream, table: None) -> Follower:
+def stream_reader(feed: CdcStream, table: None) -> StreamReader:
     """Of `t`, attached, with nothing to read."""
-    made = Follower(feed, T)
+    made = StreamReader(feed, T)
     attachment = made.subscribe()
     assert attachment.newly_subscribed == {T}
     assert not attachment.rejected

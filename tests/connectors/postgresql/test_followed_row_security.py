@@ -11,7 +11,7 @@ from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.cdc import CdcStream
 from embedd_dagster.protocols.source import Source
-from tests.support.followed_source import Admin, Follower, T, credentials_of, published, refusal, statements_of
+from tests.support.cdc_source import Admin, StreamReader, T, credentials_of, published, refusal, statements_of
 
 _POLICY = "CREATE POLICY visible ON t USING (id < 3)"
 
@@ -82,30 +82,30 @@ def test_a_table_whose_policies_do_not_apply_to_the_role_is_followed(
 
 
 def test_a_followed_table_whose_policies_begin_to_apply_is_refused_and_named_for_a_comparison(
-    admin: Admin, role: str, source: Source, feed: CdcStream, follower: Follower, name: str
+    admin: Admin, role: str, source: Source, feed: CdcStream, stream_reader: StreamReader, name: str
 ) -> None:
     admin.execute(f"{_POLICY}; ALTER TABLE t ENABLE ROW LEVEL SECURITY")
-    attachment = follower.subscribe()
+    attachment = stream_reader.subscribe()
     assert not attachment.rejected, "its owner sees all rows"
-    follower.read()
+    stream_reader.read()
     admin.execute("ALTER TABLE t FORCE ROW LEVEL SECURITY")
-    follower.read()
+    stream_reader.read()
     assert feed.is_altered
-    attachment = follower.subscribe()
+    attachment = stream_reader.subscribe()
     assert attachment.hidden == {T}
     assert "row-level security" in attachment.rejected[T].message
     assert published(admin, name) == set()
     admin.execute(statements_of(attachment.rejected[T]))
-    attachment = follower.subscribe()
+    attachment = stream_reader.subscribe()
     assert (attachment.newly_subscribed, attachment.hidden, attachment.rejected) == ({T}, frozenset(), {})
 
 
 def test_a_role_that_loses_bypassrls_is_refused(admin: Admin, role: str, feed: CdcStream, table: None) -> None:
     admin.execute(f"ALTER ROLE {role} BYPASSRLS; ALTER TABLE t ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY")
-    follower = Follower(feed, T)
-    assert follower.subscribe().newly_subscribed == {T}
-    follower.read()
+    stream_reader = StreamReader(feed, T)
+    assert stream_reader.subscribe().newly_subscribed == {T}
+    stream_reader.read()
     admin.execute(f"ALTER ROLE {role} NOBYPASSRLS")
-    follower.read()
+    stream_reader.read()
     assert feed.is_altered
-    assert follower.subscribe().hidden == {T}
+    assert stream_reader.subscribe().hidden == {T}

@@ -21,7 +21,7 @@ from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.protocols.cdc import CdcTable
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.protocols.store import SearchRequest
-from tests.support.followed_source import Follower, credentials_of
+from tests.support.cdc_source import StreamReader, credentials_of
 from tests.support.hostile_names import plant
 
 
@@ -87,13 +87,13 @@ def test_no_name_of_a_feed_s_statements_is_hijacked(credentials: dict[str, Any],
     followed = CdcTable("t", "id")
     with open_source("postgresql", credentials) as source, source.cdc_stream(f"embedd_{uuid4().hex[:8]}") as feed:
         source.check_cdc_eligible(followed)
-        follower = Follower(feed, followed)
+        stream_reader = StreamReader(feed, followed)
         try:
-            assert follower.subscribe().newly_subscribed == {followed}
+            assert stream_reader.subscribe().newly_subscribed == {followed}
             with psycopg.connect(database_url, autocommit=True, options="-c search_path=pg_catalog") as admin:
                 admin.execute("INSERT INTO public.t VALUES (20000, 'y')")
-            assert follower.keys(followed) == [20000]
-            follower.subscribe()
+            assert stream_reader.keys(followed) == [20000]
+            stream_reader.subscribe()
             assert feed.lag() is not None
         finally:
             feed.drop()

@@ -7,7 +7,7 @@ import pytest
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.source import Selection, Source
-from tests.support.followed_source import Admin
+from tests.support.cdc_source import Admin
 
 
 def keys_of(source: Source, table: str) -> list[object]:

@@ -15,7 +15,7 @@ from sqlalchemy import make_url
 
 from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.errors import ConfigurationError, EmbeddError, SourceAccessDenied
-from tests.support.followed_source import credentials_of
+from tests.support.cdc_source import credentials_of
 from tests.support.pgbouncer import needs_pgbouncer, pgbouncer
 
 PASSWORD = "s3cret-word"

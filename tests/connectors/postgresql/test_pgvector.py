@@ -22,7 +22,7 @@ from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.protocols.store import SearchRequest
-from tests.support.followed_source import credentials_of
+from tests.support.cdc_source import credentials_of
 
 Connection = psycopg.Connection[tuple[object, ...]]
 

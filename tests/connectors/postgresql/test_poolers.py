@@ -17,7 +17,7 @@ from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.protocols.store import SearchRequest
-from tests.support.followed_source import T, credentials_of
+from tests.support.cdc_source import T, credentials_of
 from tests.support.pgbouncer import needs_pgbouncer, pgbouncer
 
 pytestmark = needs_pgbouncer

@@ -13,7 +13,7 @@ import pytest
 from embedd_dagster.connectors.registry import open_platform_store, open_source
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.errors import SourceAccessDenied, VectorStoreRejected
-from tests.support.followed_source import T, credentials_of, refusal
+from tests.support.cdc_source import T, credentials_of, refusal
 
 Admin = psycopg.Connection[Any]
 

@@ -10,7 +10,7 @@ import pytest
 from embedd_dagster.connectors.registry import open_source
 from embedd_dagster.errors import SourceAccessDenied
 from embedd_dagster.protocols.source import Selection, Source
-from tests.support.followed_source import Admin, credentials_of
+from tests.support.cdc_source import Admin, credentials_of
 
 T = Selection("t", "id", ("v",))
 

@@ -16,7 +16,7 @@ from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.errors import SourceUnavailable, VectorStoreUnavailable
 from embedd_dagster.postgresql import BoundedConnection
 from embedd_dagster.protocols.source import Selection
-from tests.support.followed_source import Follower, T, credentials_of
+from tests.support.cdc_source import StreamReader, T, credentials_of
 from tests.support.freezing_proxy import FreezingProxy, freezing_proxy
 
 SILENCE = 0.5
@@ -75,11 +75,11 @@ def test_a_statement_that_ends_while_the_server_is_asked_about_it_is_not_given_u
 def test_a_feed_that_freezes_ends(proxy: FreezingProxy, credentials: dict[str, Any]) -> None:
     with open_source("postgresql", credentials, silence_seconds=SILENCE, connect_timeout_seconds=2) as source:
         with source.cdc_stream("embedd_frozen") as feed:
-            follower = Follower(feed, T)
-            follower.subscribe()
+            stream_reader = StreamReader(feed, T)
+            stream_reader.subscribe()
             proxy.freeze()
             with pytest.raises(SourceUnavailable):
-                follower.read()
+                stream_reader.read()
             proxy.thaw()
             feed.drop()
 

@@ -34,7 +34,7 @@ from embedd_dagster.errors import (
     SourceUnavailable,
 )
 from embedd_dagster.protocols.source import Selection, Source, TableReader
-from tests.support.followed_source import credentials_of
+from tests.support.cdc_source import credentials_of
 
 EVERYTHING = KeyRange()
 

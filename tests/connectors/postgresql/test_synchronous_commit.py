@@ -14,7 +14,7 @@ from embedd_dagster.connectors.postgresql.cdc.visibility import Snapshot
 from embedd_dagster.errors import SourceUnavailable
 from embedd_dagster.protocols.cdc import CdcStream, CdcTable
 from embedd_dagster.protocols.source import Selection, Source
-from tests.support.followed_source import Admin, Follower, T, one, wait_until
+from tests.support.cdc_source import Admin, StreamReader, T, one, wait_until
 from tests.support.synchronous_standby import WAITS, SynchronousStandby
 
 pytestmark = pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def waits(admin: Admin, count: int = 1) -> None:
 def test_changes_are_given_only_when_a_reader_sees_their_rows(
     admin: Admin,
     source: Source,
-    follower: Follower,
+    stream_reader: StreamReader,
     standby: SynchronousStandby,
     committing: Committing,
     statement: str,
@@ -77,10 +77,10 @@ def test_changes_are_given_only_when_a_reader_sees_their_rows(
     done = committing.run(statement)
     waits(admin)
     with pytest.raises(SourceUnavailable, match=r"1 transaction .* synchronous standby"):
-        follower.read()
+        stream_reader.read()
     assert not done.done()
     standby.go_on()
-    assert follower.keys() == keys
+    assert stream_reader.keys() == keys
     reader = source.reader(Selection("t", "id", ("v",)))
     found = {row.key: row.values[0] for page in reader.read_keys(keys, page_bytes=1000) for row in page}
     expected = admin.execute("SELECT id, v FROM t WHERE id = ANY (%s)", [keys]).fetchall()
@@ -90,7 +90,7 @@ def test_changes_are_given_only_when_a_reader_sees_their_rows(
 
 def test_a_truncate_is_given_only_when_a_reader_finds_the_table_empty(
     admin: Admin,
-    follower: Follower,
+    stream_reader: StreamReader,
     standby: SynchronousStandby,
     committing: Committing,
 ) -> None:
@@ -98,16 +98,16 @@ def test_a_truncate_is_given_only_when_a_reader_finds_the_table_empty(
     committing.run("TRUNCATE t")
     waits(admin)
     with pytest.raises(SourceUnavailable, match="synchronous standby"):
-        follower.read()
+        stream_reader.read()
     standby.go_on()
-    (batch,) = follower.read()
+    (batch,) = stream_reader.read()
     assert batch.truncated == {T}
     assert one(admin, "SELECT count(*) FROM t") == 0
 
 
 def test_nothing_is_confirmed_while_a_commit_waits_for_the_standby(
     admin: Admin,
-    follower: Follower,
+    stream_reader: StreamReader,
     standby: SynchronousStandby,
     committing: Committing,
     name: str,
@@ -119,24 +119,24 @@ def test_nothing_is_confirmed_while_a_commit_waits_for_the_standby(
     waits(admin)
     admin.execute("UPDATE t SET v = 'does not wait' WHERE id = 2")
     with pytest.raises(SourceUnavailable):
-        follower.read()
+        stream_reader.read()
     assert one(admin, statement, name) == before
     standby.go_on()
-    assert follower.keys() == [1, 2]
+    assert stream_reader.keys() == [1, 2]
 
 
 def test_a_change_that_waits_for_no_standby_is_given_at_once(
-    admin: Admin, follower: Follower, standby: SynchronousStandby
+    admin: Admin, stream_reader: StreamReader, standby: SynchronousStandby
 ) -> None:
     standby.stop()
     admin.execute("INSERT INTO t VALUES (4)")
-    assert follower.keys() == [4]
+    assert stream_reader.keys() == [4]
 
 
 def test_a_table_joins_only_when_a_reader_sees_what_was_committed_before(
     admin: Admin,
     feed: CdcStream,
-    follower: Follower,
+    stream_reader: StreamReader,
     standby: SynchronousStandby,
     committing: Committing,
 ) -> None:
@@ -145,8 +145,8 @@ def test_a_table_joins_only_when_a_reader_sees_what_was_committed_before(
     standby.stop()
     committing.run("INSERT INTO other VALUES (1)")
     waits(admin)
-    both = Follower(feed, T, CdcTable("other", "id"))
-    both.position, both.fingerprints = follower.position, follower.fingerprints
+    both = StreamReader(feed, T, CdcTable("other", "id"))
+    both.position, both.fingerprints = stream_reader.position, stream_reader.fingerprints
     attachment = both.subscribe()
     assert set(attachment.rejected) == {CdcTable("other", "id")}
     standby.go_on()
@@ -164,13 +164,13 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
     committing: Committing,
 ) -> None:
     """The server looks twice for transactions that run: what begins and is logged in between is not in the slot."""
-    follower = Follower(feed, T)
+    stream_reader = StreamReader(feed, T)
     with psycopg.connect(database_url) as first, ThreadPoolExecutor(1) as pool:
         waiting_for = (
             "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted AND transactionid = %s"
         )
         first_xid = _begin(first)
-        attaching = pool.submit(follower.subscribe)
+        attaching = pool.submit(stream_reader.subscribe)
         wait_until(lambda: bool(one(admin, waiting_for, first_xid)))
         writer.execute("BEGIN")
         second_xid = _begin(writer)
@@ -183,7 +183,7 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
         attachment = attaching.result(60)
     assert set(attachment.rejected) == {T}, "a comparison would miss the row"
     standby.go_on()
-    wait_until(lambda: T in follower.subscribe().newly_subscribed)
+    wait_until(lambda: T in stream_reader.subscribe().newly_subscribed)
     assert one(admin, "SELECT count(*) FROM t") == 4
 
 

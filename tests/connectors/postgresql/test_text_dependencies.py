@@ -6,7 +6,7 @@ import pytest
 
 from embedd_dagster.protocols.cdc import CdcStream
 from embedd_dagster.protocols.source import Selection, Source
-from tests.support.followed_source import Admin, Follower, T
+from tests.support.cdc_source import Admin, StreamReader, T
 
 _MOOD = "CREATE TYPE mood AS ENUM ('new', 'old')"
 _MADE = {
@@ -25,12 +25,12 @@ _MADE = {
 }
 
 
-def _made(admin: Admin, feed: CdcStream, types: str, column: str, value: str) -> Follower:
+def _made(admin: Admin, feed: CdcStream, types: str, column: str, value: str) -> StreamReader:
     admin.execute(f"{types}; CREATE TABLE t (id int PRIMARY KEY, v {column}); INSERT INTO t VALUES (1, {value})")
-    follower = Follower(feed, T)
-    assert follower.subscribe().newly_subscribed == {T}
-    assert follower.subscribe().newly_subscribed == set()
-    return follower
+    stream_reader = StreamReader(feed, T)
+    assert stream_reader.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == set()
+    return stream_reader
 
 
 def _text(source: Source) -> object:
@@ -42,20 +42,20 @@ def _text(source: Source) -> object:
 def test_a_renamed_enum_label_makes_the_tables_of_its_type_join_again(
     admin: Admin, source: Source, feed: CdcStream, made: tuple[str, str, str]
 ) -> None:
-    follower = _made(admin, feed, *made)
+    stream_reader = _made(admin, feed, *made)
     before = _text(source)
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
     assert _text(source) != before
-    assert follower.read()[-1].keys == {}, "the log says nothing of it"
-    assert follower.subscribe().newly_subscribed == {T}
-    assert follower.subscribe().newly_subscribed == set()
+    assert stream_reader.read()[-1].keys == {}, "the log says nothing of it"
+    assert stream_reader.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == set()
 
 
 def test_a_label_that_was_renamed_and_is_what_it_was_makes_the_table_join_again(admin: Admin, feed: CdcStream) -> None:
-    follower = _made(admin, feed, _MOOD, "mood", "'new'")
+    stream_reader = _made(admin, feed, _MOOD, "mood", "'new'")
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
     admin.execute("ALTER TYPE mood RENAME VALUE 'fresh' TO 'new'")
-    assert follower.subscribe().newly_subscribed == {T}, "a row may have been read meanwhile"
+    assert stream_reader.subscribe().newly_subscribed == {T}, "a row may have been read meanwhile"
 
 
 @pytest.mark.parametrize(
@@ -69,21 +69,21 @@ def test_a_label_that_was_renamed_and_is_what_it_was_makes_the_table_join_again(
     ],
 )
 def test_what_changes_no_text_does_not_make_a_table_join_again(admin: Admin, feed: CdcStream, statement: str) -> None:
-    follower = _made(admin, feed, _MOOD, "mood", "'new'")
+    stream_reader = _made(admin, feed, _MOOD, "mood", "'new'")
     admin.execute(statement)
-    assert follower.subscribe().newly_subscribed == set()
+    assert stream_reader.subscribe().newly_subscribed == set()
 
 
 @pytest.mark.parametrize("statement", ["ALTER TYPE c ADD ATTRIBUTE z int", "ALTER TYPE c DROP ATTRIBUTE b"])
 def test_another_attribute_of_a_composite_type_makes_its_tables_join_again(
     admin: Admin, source: Source, feed: CdcStream, statement: str
 ) -> None:
-    follower = _made(admin, feed, "CREATE TYPE c AS (a int, b int)", "c[]", """'{"(1,2)"}'""")
+    stream_reader = _made(admin, feed, "CREATE TYPE c AS (a int, b int)", "c[]", """'{"(1,2)"}'""")
     before = _text(source)
     admin.execute(statement)
     assert _text(source) != before
-    assert follower.subscribe().newly_subscribed == {T}
-    assert follower.subscribe().newly_subscribed == set()
+    assert stream_reader.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == set()
 
 
 def test_another_expression_of_a_virtual_column_makes_the_table_join_again(
@@ -91,12 +91,12 @@ def test_another_expression_of_a_virtual_column_makes_the_table_join_again(
 ) -> None:
     options = "publish_via_partition_root = true, publish_generated_columns = stored"
     admin.execute(f"CREATE PUBLICATION {name} FOR ALL TABLES WITH ({options})")
-    follower = _made(admin, feed, "SELECT 1", "int GENERATED ALWAYS AS (id + 1) VIRTUAL", "DEFAULT")
+    stream_reader = _made(admin, feed, "SELECT 1", "int GENERATED ALWAYS AS (id + 1) VIRTUAL", "DEFAULT")
     assert _text(source) == 2
     admin.execute("ALTER TABLE t ALTER COLUMN v SET EXPRESSION AS (id + 2)")
     assert _text(source) == 3
-    assert follower.subscribe().newly_subscribed == {T}
-    assert follower.subscribe().newly_subscribed == set()
+    assert stream_reader.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == set()
 
 
 def test_another_output_function_of_a_type_makes_its_tables_join_again(
@@ -111,17 +111,19 @@ def test_another_output_function_of_a_type_makes_its_tables_join_again(
             "CREATE TYPE own (INPUT = own_in, OUTPUT = own_out, LIKE = int4)",
         ]
     )
-    follower = _made(admin, feed, own_type, "own", "'65'")
+    stream_reader = _made(admin, feed, own_type, "own", "'65'")
     assert _text(source) == "65"
     replaced = make_function.format(kind="out", of="own", to="cstring", name="charout")
     admin.execute(replaced.replace("CREATE", "CREATE OR REPLACE", 1))
     assert _text(source) == "A"
-    assert follower.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == {T}
 
 
 def test_shapes_that_were_kept_before_meanings_were_are_no_reason_to_join_again(admin: Admin, feed: CdcStream) -> None:
-    follower = _made(admin, feed, _MOOD, "mood", "'new'")
-    follower.fingerprints = {T: {name: value for name, value in follower.fingerprints[T].items() if name != "meanings"}}
-    assert follower.subscribe().newly_subscribed == set()
+    stream_reader = _made(admin, feed, _MOOD, "mood", "'new'")
+    stream_reader.fingerprints = {
+        T: {name: value for name, value in stream_reader.fingerprints[T].items() if name != "meanings"}
+    }
+    assert stream_reader.subscribe().newly_subscribed == set()
     admin.execute("ALTER TYPE mood RENAME VALUE 'new' TO 'fresh'")
-    assert follower.subscribe().newly_subscribed == {T}
+    assert stream_reader.subscribe().newly_subscribed == {T}

@@ -18,15 +18,15 @@ from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.cdc.tables import CdcTables
 from embedd_dagster.errors import CatalogUnavailable
 from tests.engine.conftest import COLUMNS, Product
-from tests.support.following import (
+from tests.support.cdc_product import (
     INSERT,
     ONE_STORE,
     Meanwhile,
-    RunningFollower,
+    RunningConsumer,
     another_table,
+    consumer_of,
     eventually,
     feed_of,
-    follower_of,
     is_followed,
     is_owed,
     is_true,
@@ -37,8 +37,8 @@ from tests.support.following import (
 )
 
 
-def test_what_changes_is_found_at_once(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_what_changes_is_found_at_once(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     before = product.provider.stats()["texts"]
     product.sql(
         """UPDATE products SET body = 'rewritten' WHERE id = 1;
@@ -53,8 +53,8 @@ def test_what_changes_is_found_at_once(followed: tuple[Product, RunningFollower]
     # a changed key is a new row to us: its text is paid for again, as nothing tells that it was another's
     assert product.provider.stats()["texts"] - before <= 3
     assert not is_owed(product)
-    eventually(lambda: follower.reports)
-    assert follower.reports[0].lag_seconds < 10
+    eventually(lambda: consumer.reports)
+    assert consumer.reports[0].lag_seconds < 10
 
 
 def _true_but(product: Product, without: set[int]) -> bool:
@@ -63,8 +63,8 @@ def _true_but(product: Product, without: set[int]) -> bool:
 
 
 @ONE_STORE
-def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
 
     def fresh_as_of() -> Any:
         with product.runtime.catalog.transaction() as session:
@@ -77,7 +77,7 @@ def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product
 
 
 def test_nothing_is_lost_under_a_backfill_with_writers(cdc_product: Product) -> None:
-    with follower_of(cdc_product) as follower:
+    with consumer_of(cdc_product) as consumer:
         eventually(lambda: is_followed(cdc_product))
         cdc_product.provider.behave(latency_seconds=0.2)
         task_id = cdc_product.add_task()
@@ -90,13 +90,13 @@ def test_nothing_is_lost_under_a_backfill_with_writers(cdc_product: Product) -> 
         assert backfill.error is None
         eventually(lambda: settled(cdc_product))
         eventually(is_true(cdc_product))
-    assert follower.error is None
+    assert consumer.error is None
 
 
 def test_what_is_live_follows_while_it_is_rebuilt_and_so_does_what_replaces_it(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, _follower = followed
+    product, _consumer = followed
     product.reconfigure(columns=(COLUMNS[1], *COLUMNS[2:]))
     task_id = product.add_task(TaskType.REBACKFILL)
     product.provider.behave(latency_seconds=2)
@@ -112,8 +112,8 @@ def test_what_is_live_follows_while_it_is_rebuilt_and_so_does_what_replaces_it(
     eventually(is_true(product))
 
 
-def test_nothing_is_written_under_a_sync_and_nothing_lost(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_nothing_is_written_under_a_sync_and_nothing_lost(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.sql("UPDATE products SET title = 'slow ' || id WHERE id <= 300")
     product.provider.behave(latency_seconds=0.3)
     task_id = product.add_task(TaskType.SYNC)
@@ -127,18 +127,18 @@ def test_nothing_is_written_under_a_sync_and_nothing_lost(followed: tuple[Produc
 
 
 @ONE_STORE
-def test_a_paused_table_is_left_alone_and_compared_when_it_goes_on(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_a_paused_table_is_left_alone_and_compared_when_it_goes_on(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     _pause(product)
     product.sql(INSERT, 7000)
-    eventually(lambda: follower.reason is not None)
+    eventually(lambda: consumer.reason is not None)
     assert slots_of(product) == [], "nothing is followed any more, so the source may forget"
     assert 7000 not in product.points()
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
         vector_tables.resume(table)
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_followed(product))
         eventually(lambda: settled(product))
         assert 7000 in product.points()
@@ -153,8 +153,8 @@ def _pause(product: Product) -> None:
         vector_tables.pause(table)
 
 
-def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.sql("TRUNCATE products")
     product.sql(INSERT, 1)
     eventually(lambda: is_owed(product))
@@ -164,15 +164,15 @@ def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Pro
 
 
 @ONE_STORE
-def test_rows_deleted_one_by_one_need_no_confirmation_later(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_rows_deleted_one_by_one_need_no_confirmation_later(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.sql("DELETE FROM products WHERE id > 10")
     eventually(lambda: len(product.points()) == 10)
     assert product.run(TaskType.SYNC).rows_deleted == 0
 
 
-def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     product.provider.behave(fail_every=1, fail_status=503)
     product.sql(INSERT, 8000)
     eventually(lambda: is_owed(product))
@@ -186,17 +186,17 @@ def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tu
     assert product.table().last_error is None
     product.sql(INSERT, 8002)
     eventually(is_true(product))
-    assert follower.error is None
+    assert consumer.error is None
 
 
 @ONE_STORE
 def test_a_huge_transaction_is_followed_in_bounded_memory(cdc_product: Product) -> None:
     cdc_product.run()
-    with follower_of(cdc_product) as follower:
+    with consumer_of(cdc_product) as consumer:
         eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
         cdc_product.sql("INSERT INTO products SELECT n, 'bulk', 'load', 'red', 1 FROM generate_series(10000, 59999) n")
         eventually(lambda: len(cdc_product.points()) == 50_500, within=120)
-        follower.stop()
+        consumer.stop()
     cdc_product.assert_true_to_source()
 
 
@@ -211,7 +211,7 @@ def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(cdc_product: Pro
             n += 1
             cdc_product.sql("UPDATE products SET body = %s WHERE id = %s", f"version {n}", n % 400 + 1)
 
-    with follower_of(cdc_product) as follower, Meanwhile(write_on) as writer:
+    with consumer_of(cdc_product) as consumer, Meanwhile(write_on) as writer:
         try:
             cdc_product.run()
             eventually(lambda: is_followed(cdc_product) and is_owed(cdc_product))
@@ -223,15 +223,15 @@ def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(cdc_product: Pro
             eventually(lambda: 9500 in cdc_product.points())
         finally:
             stop.set()
-    assert (writer.error, follower.error) == (None, None)
+    assert (writer.error, consumer.error) == (None, None)
 
 
 @ONE_STORE
 @pytest.mark.parametrize("method", ["_write", "_complete_buffered"])
 def test_what_was_noted_outlives_an_outage(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch, method: str
+    followed: tuple[Product, RunningConsumer], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    product, follower = followed
+    product, consumer = followed
     failed, real = [], getattr(CdcTables, method)
 
     def down_once(*parameters: Any) -> Any:
@@ -247,23 +247,23 @@ def test_what_was_noted_outlives_an_outage(
     eventually(lambda: failed and not is_owed(product))
     assert 9600 in product.points()
     assert product.table().cdc.changes_pending == 0
-    assert follower.error is None
+    assert consumer.error is None
 
 
 @ONE_STORE
 def test_a_locked_table_does_not_hold_up_the_others(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningConsumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product, follower = followed
+    product, consumer = followed
     other = another_table(product, "goods")
     other.run()
     eventually(lambda: is_followed(other) and settled(other))
-    follower.stop()
+    consumer.stop()
     monkeypatch.setattr(PostgresSource, "lock_timeout_seconds", 0.2)
     product.sql(INSERT, 9700)
     with psycopg.connect(product.database_url) as locker:
         locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
-        with follower_of(product):
+        with consumer_of(product):
             eventually(lambda: is_owed(product), within=15)
             assert "lock" in (product.table().last_error or "")
             before = feed_of(product)
@@ -277,8 +277,8 @@ def test_a_locked_table_does_not_hold_up_the_others(
 
 
 @ONE_STORE
-def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.provider.behave(fail_every=1, fail_status=503)
     with under_a_sync(product):
         product.sql(INSERT, 9800)
@@ -299,7 +299,7 @@ def test_a_sync_of_a_machine_whose_clock_is_behind_is_seen(
     """A task that the API made, a minute ahead, must not hide the one that the daemon makes after it."""
     product = cdc_product
     product.run()
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_followed(product) and settled(product))
     with product.runtime.catalog.transaction() as session:
         for task in session.scalars(select(Task)):
@@ -308,7 +308,7 @@ def test_a_sync_of_a_machine_whose_clock_is_behind_is_seen(
     sync = product.add_task(TaskType.SYNC)
     with product.caught(sync) as running:
         product.sql("DELETE FROM products WHERE id <= 20")
-        with follower_of(product):
+        with consumer_of(product):
             eventually(lambda: product.table().cdc.changes_pending >= 20)
             product.provider.behave(held=False)
             running.result(60)

@@ -1,4 +1,4 @@
-"""kill -9 of a follower at every point: the next one is given the same changes again, and nothing is lost."""
+"""kill -9 of a consumer at every point: the next one is given the same changes again, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import pytest
 from embedd_dagster.catalog import cdc
 from embedd_dagster.core.vector_table import Mode
 from tests.engine.conftest import Product
-from tests.support.following import RunningFollower, eventually, is_followed, is_owed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, eventually, is_followed, is_owed, is_true, settled
 from tests.support.killing import kill_at
 
-VICTIM = Path(__file__).parents[2] / "support" / "follow_and_die.py"
+VICTIM = Path(__file__).parents[2] / "support" / "consume_and_die.py"
 
 
 @pytest.mark.parametrize(
     ("product", "point", "nth"),
-    [  # each point on one of the stores: what dies is the follower, and none of these points is the store's own
+    [  # each point on one of the stores: what dies is the consumer, and none of these points is the store's own
         (Mode.MANAGED, "before:subscribe", 1),
         (Mode.PLATFORM, "after:subscribe", 1),
         (Mode.MANAGED, "after:record", 1),
@@ -34,13 +34,13 @@ VICTIM = Path(__file__).parents[2] / "support" / "follow_and_die.py"
     ],
     indirect=["product"],
 )
-def test_a_killed_follower_loses_nothing(cdc_product: Product, point: str, nth: int) -> None:
+def test_a_killed_consumer_loses_nothing(cdc_product: Product, point: str, nth: int) -> None:
     cdc_product.runtime.settings.__dict__.update(stale_after_seconds=0.5)
     cdc_product.run()
     connection_id = cdc_product.table().connection_id
     if point.partition(":")[2] not in ("subscribe", "record"):
         # followed before, so that only what changes from here on is at stake
-        with RunningFollower(cdc_product.runtime, connection_id):
+        with RunningConsumer(cdc_product.runtime, connection_id):
             eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
     cdc_product.sql(
         """UPDATE products SET body = 'rewritten' WHERE id <= 40; DELETE FROM products WHERE id > 490;
@@ -61,10 +61,10 @@ def _owner(product: Product, connection_id: str) -> str | None:
 
 
 def _follows_to_the_end(product: Product, connection_id: str) -> bool:
-    """Whether a follower could take over: until the victim's silence is long enough, it ends at once."""
-    with RunningFollower(product.runtime, connection_id) as follower:
-        eventually(lambda: follower.reason is not None or _owner(product, connection_id) == follower.run_id)
-        if follower.reason is not None:
+    """Whether a consumer could take over: until the victim's silence is long enough, it ends at once."""
+    with RunningConsumer(product.runtime, connection_id) as consumer:
+        eventually(lambda: consumer.reason is not None or _owner(product, connection_id) == consumer.run_id)
+        if consumer.reason is not None:
             return False
         eventually(lambda: is_followed(product) and settled(product))
         eventually(is_true(product))

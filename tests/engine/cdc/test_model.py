@@ -1,6 +1,6 @@
-"""Any interleaving of writes, tasks, pauses and deaths under a follower ends in the truth.
+"""Any interleaving of writes, tasks, pauses and deaths under a consumer ends in the truth.
 
-Hypothesis draws the steps; the follower goes on beside them, dies without a word and is replaced. At rest, the live set
+Hypothesis draws the steps; the consumer goes on beside them, dies without a word and is replaced. At rest, the live set
 equals the source, nothing is owed, and a comparison of every row finds nothing to do.
 """
 
@@ -24,7 +24,7 @@ from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.cdc.lease import CdcLease
 from embedd_dagster.errors import Conflict, MassDeleteRefused, VectorStoreUnavailable
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
-from tests.support.following import Meanwhile, RunningFollower, eventually, is_followed, make_cdc, settled
+from tests.support.cdc_product import Meanwhile, RunningConsumer, eventually, is_followed, make_cdc, settled
 
 ROWS = 40
 KEYS = st.integers(1, ROWS + 10)
@@ -45,16 +45,16 @@ STEPS = st.one_of(
 )
 
 
-class Follower:
-    """A follower that is replaced when it dies, as the sensor would."""
+class Consumer:
+    """A consumer that is replaced when it dies, as the sensor would."""
 
     def __init__(self, product: Product) -> None:
         self._product = product
-        self._running: RunningFollower | None = None
+        self._running: RunningConsumer | None = None
         self.start()
 
     def start(self) -> None:
-        self._running = RunningFollower(self._product.runtime, self._product.table().connection_id)
+        self._running = RunningConsumer(self._product.runtime, self._product.table().connection_id)
         self._running.__enter__()
 
     def keep_alive(self) -> None:
@@ -129,14 +129,14 @@ def _write(product: Product, name: str, key: int = 0, value: Any = None) -> None
 def _run_owed(product: Product) -> bool:
     """Whether nothing is owed any more; runs what is, as the reconcile sensor would.
 
-    A sync that comes before the follower has read a TRUNCATE is refused; the event brings the confirmation.
+    A sync that comes before the consumer has read a TRUNCATE is refused; the event brings the confirmation.
     """
     with suppress(MassDeleteRefused):
         return settled(product)
     return False
 
 
-def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None:
+def _take(product: Product, consumer: Consumer, step: tuple[Any, ...]) -> None:
     if step[0] in STATEMENTS:
         _write(product, *step)
         return
@@ -154,18 +154,18 @@ def _take(product: Product, follower: Follower, step: tuple[Any, ...]) -> None:
         case ("resume",):
             _set_paused(product, paused=False)
         case ("die",):
-            follower.die()
+            consumer.die()
         case ("outage", method):
             with _outage(product, method):
                 product.sql("UPDATE products SET body = 'in an outage' WHERE id % 5 = 0")
                 time.sleep(0.5)  # longer than its patience
         case ("wait",):
-            follower.keep_alive()
+            consumer.keep_alive()
             _run_owed(product)
 
 
-def _is_at_rest(product: Product, follower: Follower) -> bool:
-    follower.keep_alive()
+def _is_at_rest(product: Product, consumer: Consumer) -> bool:
+    consumer.keep_alive()
     table = product.table()
     if table.live_version is None or table.sync_status == SyncStatus.PENDING_REBACKFILL:
         _run(product, sync=False)
@@ -187,17 +187,17 @@ def test_everything_ends_in_the_truth(cdc_product: Product, steps: list[tuple[An
     cdc_product.renew()
     make_cdc(cdc_product)
     cdc_product.reconfigure(dimensions=DIMENSIONS)
-    follower = Follower(cdc_product)
+    consumer = Consumer(cdc_product)
     try:
         for step in steps:
-            _take(cdc_product, follower, step)
+            _take(cdc_product, consumer, step)
         _set_paused(cdc_product, paused=False)
-        eventually(lambda: _is_at_rest(cdc_product, follower))
+        eventually(lambda: _is_at_rest(cdc_product, consumer))
         done = cdc_product.run(TaskType.SYNC, full=True)
         assert (done.rows_embedded, done.rows_rewritten, done.rows_deleted) == (0, 0, 0)
         _assert_paid_once(cdc_product.provider.stats()["text_counts"], steps)
     finally:
-        follower.stop()
+        consumer.stop()
 
 
 def _assert_paid_once(text_counts: dict[str, int], steps: list[tuple[Any, ...]]) -> None:

@@ -1,4 +1,4 @@
-"""What a follower owns in the source, its slot and its publication, and what becomes of it: lost, left, renamed, too long."""
+"""What a consumer owns in the source, its slot and its publication, and what becomes of it: lost, left, renamed, too long."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceTableNotFound, SourceUnavailable
 from tests.engine.conftest import Product
-from tests.support.following import (
+from tests.support.cdc_product import (
     INSERT,
     ONE_STORE,
-    RunningFollower,
+    RunningConsumer,
     another_table,
+    consumer_of,
     eventually,
     feed_of,
-    follower_of,
     is_followed,
     is_owed,
     is_true,
@@ -38,9 +38,9 @@ from tests.support.following import (
 @ONE_STORE
 @pytest.mark.parametrize("is_written_to", [True, False])
 def test_a_configured_column_that_is_dropped_is_named(
-    followed: tuple[Product, RunningFollower], is_written_to: bool
+    followed: tuple[Product, RunningConsumer], is_written_to: bool
 ) -> None:
-    product, _follower = followed
+    product, _consumer = followed
     product.sql("ALTER TABLE products ADD COLUMN note text DEFAULT 'x'; ALTER TABLE products DROP COLUMN note")
     product.sql(INSERT, 6000)
     eventually(is_true(product))
@@ -63,21 +63,21 @@ def test_a_configured_column_that_is_dropped_is_named(
 @ONE_STORE
 @pytest.mark.parametrize("statement", ["ALTER TABLE products RENAME TO goods", "DROP TABLE products"])
 def test_a_table_that_is_renamed_or_dropped_is_an_error_that_says_so(
-    followed: tuple[Product, RunningFollower], statement: str
+    followed: tuple[Product, RunningConsumer], statement: str
 ) -> None:
-    product, follower = followed
+    product, consumer = followed
     count = len(product.points())
     product.sql(statement)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
     assert "products" in (product.table().last_error or "")
     assert len(product.points()) == count
-    assert follower.reason is None
-    assert follower.error is None
+    assert consumer.reason is None
+    assert consumer.error is None
 
 
 @ONE_STORE
-def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.sql("ALTER TABLE products RENAME TO goods")
     product.sql("UPDATE goods SET title = 'elsewhere' WHERE id = 1")
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
@@ -90,10 +90,10 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
 
 @ONE_STORE
 def test_updates_that_fail_for_want_of_a_replica_identity_go_on_before_the_next_regular_look(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, follower = followed
-    follower.options.subscribe_seconds = 3600.0
+    product, consumer = followed
+    consumer.options.subscribe_seconds = 3600.0
     product.sql("ALTER TABLE products REPLICA IDENTITY NOTHING")
     eventually(_retried(lambda: not product.sql("UPDATE products SET price = 5 WHERE id = 1")))
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
@@ -101,8 +101,8 @@ def test_updates_that_fail_for_want_of_a_replica_identity_go_on_before_the_next_
 
 
 @ONE_STORE
-def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, RunningFollower]) -> None:
-    product, _follower = followed
+def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, RunningConsumer]) -> None:
+    product, _consumer = followed
     product.sql(
         """CREATE TYPE colour AS ENUM ('red', 'green', 'blue');
         ALTER TABLE products ALTER COLUMN category TYPE colour USING category::colour"""
@@ -119,9 +119,9 @@ def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, Runnin
 
 @ONE_STORE
 def test_a_name_that_begins_to_mean_another_table_is_an_error_until_it_means_the_former_again(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, _follower = followed
+    product, _consumer = followed
     points = product.points()
     product.sql("CREATE SCHEMA app")
     product.sql(
@@ -178,7 +178,7 @@ def reader_role(cdc_product: Product) -> Iterator[str]:
 def test_rows_that_row_level_security_hides_from_a_role_are_removed(cdc_product: Product, reader_role: str) -> None:
     product = cdc_product
     product.run()
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_followed(product) and settled(product))
         product.sql(
             """CREATE POLICY cheap ON products USING (id <= 300);
@@ -196,8 +196,8 @@ def test_rows_that_row_level_security_hides_from_a_role_are_removed(cdc_product:
 
 
 @ONE_STORE
-def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
 
     def dropped() -> bool:
         product.sql(
@@ -214,7 +214,7 @@ def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Produc
     assert slots_of(product)
     product.sql(INSERT, 6101)
     eventually(is_true(product))
-    assert any("Following" in line for line in follower.log)
+    assert any("Following" in line for line in consumer.log)
 
 
 def _retried(action: Callable[[], bool]) -> Callable[[], bool]:
@@ -228,14 +228,14 @@ def _retried(action: Callable[[], bool]) -> Callable[[], bool]:
 
 
 @ONE_STORE
-def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
         connection_id = table.connection_id
         vector_tables.mark_deleted(table)
-    eventually(lambda: follower.reason is not None)
+    eventually(lambda: consumer.reason is not None)
     assert slots_of(product) == []
     assert product.sql("SELECT pubname FROM pg_publication") == []
     assert teardown(product.runtime, product.vector_table_id)
@@ -245,11 +245,11 @@ def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Produ
 
 
 @ONE_STORE
-def test_a_connection_is_not_deleted_from_under_its_slot(followed: tuple[Product, RunningFollower]) -> None:
+def test_a_connection_is_not_deleted_from_under_its_slot(followed: tuple[Product, RunningConsumer]) -> None:
     """While it cannot be dropped, somebody must say that it may be left behind."""
-    product, follower = followed
+    product, consumer = followed
     connection = product.connection()
-    follower.stop()
+    consumer.stop()
     with product.runtime.catalog.transaction() as session:
         vector_tables.mark_deleted(
             vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
@@ -271,10 +271,10 @@ def test_a_connection_is_not_deleted_from_under_its_slot(followed: tuple[Product
 
 
 @ONE_STORE
-def test_a_connection_is_deleted_by_force_with_its_database_gone(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_a_connection_is_deleted_by_force_with_its_database_gone(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     connection = product.connection()
-    follower.stop()
+    consumer.stop()
     with product.runtime.catalog.transaction() as session:
         vector_tables.mark_deleted(
             vector_tables.get(session, product.environment_id, product.vector_table_id, lock=True)
@@ -298,9 +298,9 @@ def _lead_to_port(product: Product, connection_id: str, port: int) -> None:
 
 
 @ONE_STORE
-def test_what_a_dead_follower_left_is_dropped_without_one(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
-    follower.stop()
+def test_what_a_dead_consumer_left_is_dropped_without_one(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
+    consumer.stop()
     assert slots_of(product)
     with product.runtime.catalog.transaction() as session:
         table = vector_tables.find(session, product.vector_table_id, lock=True)
@@ -312,14 +312,14 @@ def test_what_a_dead_follower_left_is_dropped_without_one(followed: tuple[Produc
 
 
 @ONE_STORE
-def test_a_second_follower_ends_at_once_and_a_successor_takes_over(followed: tuple[Product, RunningFollower]) -> None:
+def test_a_second_consumer_ends_at_once_and_a_successor_takes_over(followed: tuple[Product, RunningConsumer]) -> None:
     product, first = followed
-    with follower_of(product) as second:
+    with consumer_of(product) as second:
         second.join()
     assert first.run_id in (second.reason or "")
     assert first.reason is None
     product.runtime.settings.__dict__.update(follow_renew_seconds=0.01)
-    with follower_of(product) as successor:
+    with consumer_of(product) as successor:
         eventually(lambda: first.reason is not None)
         product.sql(INSERT, 6200)
         eventually(is_true(product))
@@ -327,27 +327,27 @@ def test_a_second_follower_ends_at_once_and_a_successor_takes_over(followed: tup
 
 
 @ONE_STORE
-def test_a_stopped_follower_goes_on_where_it_was(followed: tuple[Product, RunningFollower]) -> None:
+def test_a_stopped_consumer_goes_on_where_it_was(followed: tuple[Product, RunningConsumer]) -> None:
     product, first = followed
     first.stop()
     product.sql(INSERT, 6300)
-    with follower_of(product) as second:
+    with consumer_of(product) as second:
         eventually(is_true(product))
         assert not is_owed(product)
     assert second.error is None
 
 
 @ONE_STORE
-def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
-    follower.stop()
+def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
+    consumer.stop()
     product.sql("CREATE TABLE filler AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n")
     product.provider.behave(fail_every=1, fail_status=503)
     product.sql(INSERT, 6400)
     product.runtime.settings.__dict__.update(
         cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True, follow_patience_seconds=30
     )
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_owed(product))
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=0)
         assert "of its log" in (product.table().last_error or "")
@@ -358,12 +358,12 @@ def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Produc
 
 @ONE_STORE
 def test_a_log_that_gets_too_long_while_changes_are_gathered_is_given_up(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, follower = followed
-    follower.stop()
+    product, consumer = followed
+    consumer.stop()
     product.runtime.settings.__dict__.update(follow_poll_seconds=60, heartbeat_seconds=0.2)
-    with follower_of(product) as gathering:
+    with consumer_of(product) as gathering:
         eventually(lambda: gathering.log or (feed_of(product) or CdcStreamRow()).lag_bytes is not None)
         product.sql("CREATE TABLE filler AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n")
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True)
@@ -375,17 +375,17 @@ def test_a_log_that_gets_too_long_while_changes_are_gathered_is_given_up(
 
 @ONE_STORE
 def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, follower = followed
-    follower.stop()
+    product, consumer = followed
+    consumer.stop()
     role = f"reader_{uuid4().hex[:8]}"  # of the whole server
     product.sql(
         f"""CREATE ROLE {role} LOGIN PASSWORD 'x'; GRANT SELECT ON products TO {role};
         GRANT ALL ON SCHEMA public TO {role}"""
     )
     good = _use(product, user=role, password="x")
-    with follower_of(product) as refused:
+    with consumer_of(product) as refused:
         refused.join()
         error, refused.error = refused.error, None
     assert isinstance(error, SourceRejected)
@@ -394,7 +394,7 @@ def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
     assert "REPLICATION" in (product.table().last_error or "")
     product.sql(INSERT, 6500)
     _use(product, **good)
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_followed(product) and settled(product))
         assert product.table().sync_status == SyncStatus.SYNCED
         eventually(is_true(product))
@@ -414,11 +414,11 @@ def _use(product: Product, **changes: Any) -> dict[str, Any]:
 
 @ONE_STORE
 def test_a_table_that_waits_for_a_transaction_says_so(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
     """It cannot join the log while somebody who has written to it may yet commit; the others go on."""
-    product, follower = followed
-    follower.options.blocked_seconds, follower.options.subscribe_seconds = 0.5, 0.2
+    product, consumer = followed
+    consumer.options.blocked_seconds, consumer.options.subscribe_seconds = 0.5, 0.2
     held = another_table(product, "held")
     with psycopg.connect(product.database_url) as writer:
         writer.execute("INSERT INTO held VALUES (1, 'written', 'and not committed', 'red', 1)")
@@ -430,14 +430,14 @@ def test_a_table_that_waits_for_a_transaction_says_so(
     held.run()
     assert held.table().last_error is None
     assert list(held.points()) == [1]
-    assert follower.error is None
+    assert consumer.error is None
 
 
 @ONE_STORE
 def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_at_once(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningConsumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    product, _follower = followed
+    product, _consumer = followed
     original, away = cdc.record_subscribed, iter([True])
 
     def set_followed(session: Any, connection_id: str, shapes: Any, joined: Any) -> Any:
@@ -456,21 +456,21 @@ def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_a
 
 
 @ONE_STORE
-def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple[Product, RunningFollower]) -> None:
-    product, follower = followed
+def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple[Product, RunningConsumer]) -> None:
+    product, consumer = followed
     assert slots_of(product)
     _use(product, host="localhost")
-    follower.join()
-    assert "was changed" in (follower.reason or "")
+    consumer.join()
+    assert "was changed" in (consumer.reason or "")
     assert slots_of(product) == []
 
 
 @ONE_STORE
 def test_a_column_that_is_swapped_for_another_by_renaming_is_compared(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
     """The last step of every expand-and-contract migration; no event tells of it."""
-    product, follower = followed
+    product, consumer = followed
     product.sql("ALTER TABLE products ADD COLUMN new_title text; UPDATE products SET new_title = 'better ' || id")
     eventually(lambda: settled(product))
     product.sql(
@@ -479,18 +479,18 @@ def test_a_column_that_is_swapped_for_another_by_renaming_is_compared(
     eventually(lambda: is_owed(product))
     eventually(lambda: settled(product))
     product.assert_true_to_source()
-    assert follower.error is None
+    assert consumer.error is None
     assert product.table().sync_status == SyncStatus.SYNCED
 
 
 @ONE_STORE
-def test_a_table_that_is_rewritten_while_no_follower_runs_is_compared(cdc_product: Product) -> None:
+def test_a_table_that_is_rewritten_while_no_consumer_runs_is_compared(cdc_product: Product) -> None:
     product = cdc_product
     product.run()
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_followed(product) and settled(product))
     product.sql("ALTER TABLE products ALTER COLUMN body TYPE text USING 'migrated ' || id")
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: is_owed(product))
         eventually(lambda: settled(product))
         product.assert_true_to_source()
@@ -498,10 +498,10 @@ def test_a_table_that_is_rewritten_while_no_follower_runs_is_compared(cdc_produc
 
 @ONE_STORE
 def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
-    followed: tuple[Product, RunningFollower],
+    followed: tuple[Product, RunningConsumer],
 ) -> None:
-    product, follower = followed
-    follower.options.subscribe_seconds = 0.05
+    product, consumer = followed
+    consumer.options.subscribe_seconds = 0.05
     before = product.table().cdc.table_fingerprint
     version = "SELECT xmin::text FROM vector_tables WHERE id = %s"
     # whatever else is written to the row is written when there are changes
@@ -513,17 +513,17 @@ def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
     assert not is_owed(product)
     with product.runtime.catalog.transaction() as session:
         vector_tables.pause(vector_tables.get(session, product.environment_id, product.vector_table_id))
-    eventually(lambda: follower.reason is not None)
+    eventually(lambda: consumer.reason is not None)
     assert product.table().cdc.subscribed_since is None
     assert product.table().cdc.table_fingerprint is None
 
 
 @ONE_STORE
-def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Product, RunningFollower]) -> None:
+def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Product, RunningConsumer]) -> None:
     product, first = followed
     first.stop()
     product.sql("UPDATE cdc_states SET table_fingerprint = NULL")
-    with follower_of(product):
+    with consumer_of(product):
         eventually(lambda: product.table().cdc.table_fingerprint is not None)
         product.sql(INSERT, 6600)
         eventually(is_true(product))
@@ -532,20 +532,20 @@ def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Pr
 
 @pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
 def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningConsumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader of the old type takes the new keys for impossible: they must not count as gone."""
-    product, follower = followed
+    product, consumer = followed
     product.sql("UPDATE products SET price = 5 WHERE id = 1")
     eventually(is_true(product))
     with monkeypatch.context() as patched:
         # the changes are read before the consumer sees the new type
-        follower.options.subscribe_seconds = 3600
+        consumer.options.subscribe_seconds = 3600
         patched.setattr(Alterations, "look", lambda self, connection: None)
         product.sql("ALTER TABLE products ALTER COLUMN id TYPE text USING 'p' || id")
         product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
         eventually(lambda: "p1" in product.points())
-    follower.options.subscribe_seconds = 5.0
+    consumer.options.subscribe_seconds = 5.0
     eventually(lambda: is_owed(product))
     eventually(lambda: settled(product))
     product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")

@@ -1,4 +1,4 @@
-"""A follower of a source whose commits wait for a synchronous standby, which is a real `pg_receivewal`."""
+"""A consumer of a source whose commits wait for a synchronous standby, which is a real `pg_receivewal`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.core.status import SyncStatus
 from tests.engine.conftest import Product
-from tests.support.following import INSERT, ONE_STORE, RunningFollower, eventually, feed_of, is_owed, is_true
+from tests.support.cdc_product import INSERT, ONE_STORE, RunningConsumer, eventually, feed_of, is_owed, is_true
 from tests.support.synchronous_standby import WAITS, SynchronousStandby
 
 
@@ -31,7 +31,7 @@ def _waiting_commits(product: Product) -> int:
 
 
 def _decoded(product: Product) -> int:
-    """How many transactions the follower's slot has given."""
+    """How many transactions the consumer's slot has given."""
     statement = """SELECT coalesce(sum(total_txns), 0) FROM pg_stat_replication_slots
         JOIN pg_replication_slots USING (slot_name) WHERE database = current_database()"""
     return int(product.sql(statement)[0][0])
@@ -39,10 +39,10 @@ def _decoded(product: Product) -> int:
 
 @ONE_STORE
 def test_no_committed_row_is_lost_while_commits_wait_for_a_standby(
-    followed: tuple[Product, RunningFollower], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningConsumer], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PostgresSource, "stream_options", StreamOptions(visible_seconds=0.3))
-    product, _follower = followed
+    product, _consumer = followed
     before = len(product.points())
     with ThreadPoolExecutor(4) as pool:
         for cycle in range(5):
@@ -60,11 +60,11 @@ def test_no_committed_row_is_lost_while_commits_wait_for_a_standby(
 
 
 @ONE_STORE
-def test_a_follower_says_that_it_waits_for_a_standby_and_goes_on_when_it_is_back(
-    followed: tuple[Product, RunningFollower], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
+def test_a_consumer_says_that_it_waits_for_a_standby_and_goes_on_when_it_is_back(
+    followed: tuple[Product, RunningConsumer], standby: SynchronousStandby, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PostgresSource, "stream_options", StreamOptions(visible_seconds=0.1))
-    product, _follower = followed
+    product, _consumer = followed
     standby.stop()
     with ThreadPoolExecutor(1) as pool:
         writing = pool.submit(_commit, product, 7001)

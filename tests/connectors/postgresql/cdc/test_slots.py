@@ -29,9 +29,9 @@ from embedd_dagster.protocols.cdc import CdcStream, CdcTable, Subscription
 from embedd_dagster.protocols.source import Source
 from embedd_dagster.stack.postgres import EmbeddedPostgres, open_temporary_postgres
 from embedd_dagster.stack.postgres_location import run_as
-from tests.support.followed_source import (
+from tests.support.cdc_source import (
     Admin,
-    Follower,
+    StreamReader,
     T,
     credentials_of,
     one,
@@ -59,29 +59,29 @@ class TestAlterations:
         ],
     )
     def test_a_read_notices_that_updates_of_a_followed_table_fail(
-        self, admin: Admin, feed: CdcStream, follower: Follower, harm: str
+        self, admin: Admin, feed: CdcStream, stream_reader: StreamReader, harm: str
     ) -> None:
-        follower.read()
+        stream_reader.read()
         assert not feed.is_altered
         admin.execute(harm)
         with pytest.raises(psycopg.errors.ObjectNotInPrerequisiteState):
             admin.execute("UPDATE t SET v = 'fails'")
-        follower.read()
+        stream_reader.read()
         assert feed.is_altered
-        assert T in follower.subscribe().rejected
+        assert T in stream_reader.subscribe().rejected
         admin.execute("UPDATE t SET v = 'goes on'")
-        follower.read()
+        stream_reader.read()
         assert not feed.is_altered
 
     def test_rows_that_change_and_are_counted_are_no_alteration(
-        self, admin: Admin, feed: CdcStream, follower: Follower
+        self, admin: Admin, feed: CdcStream, stream_reader: StreamReader
     ) -> None:
-        follower.read()
+        stream_reader.read()
         admin.execute("INSERT INTO t SELECT g FROM generate_series(100, 3000) g")
         admin.execute("DELETE FROM t WHERE id > 1000")
         admin.execute("ANALYZE t")
         admin.execute("VACUUM t")
-        follower.read()
+        stream_reader.read()
         assert not feed.is_altered
 
 
@@ -112,43 +112,49 @@ class TestLost:
         ],
     )
     def test_a_slot_or_publication_that_is_gone_begins_anew(
-        self, admin: Admin, follower: Follower, name: str, harm: str, says: str
+        self, admin: Admin, stream_reader: StreamReader, name: str, harm: str, says: str
     ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
         for statement in harm.format(name=name).split(";"):
             admin.execute(statement)
         admin.execute("INSERT INTO t VALUES (5)")
         with pytest.raises(CdcPositionLost):
-            follower.read()
-        attachment = follower.subscribe()
+            stream_reader.read()
+        attachment = stream_reader.subscribe()
         assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
         assert re.search(says, attachment.lost)
         admin.execute("INSERT INTO t VALUES (6)")
-        assert follower.keys() == [6]
-        assert follower.subscribe() == Subscription(follower.position, frozenset(), follower.fingerprints, {})
+        assert stream_reader.keys() == [6]
+        assert stream_reader.subscribe() == Subscription(
+            stream_reader.position, frozenset(), stream_reader.fingerprints, {}
+        )
 
-    def test_a_slot_that_is_gone_cannot_be_confirmed(self, admin: Admin, follower: Follower, name: str) -> None:
+    def test_a_slot_that_is_gone_cannot_be_confirmed(
+        self, admin: Admin, stream_reader: StreamReader, name: str
+    ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
-        batches = follower.read(confirm=False)
+        batches = stream_reader.read(confirm=False)
         admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
         assert batches[-1].position is not None
         with pytest.raises(CdcPositionLost):
-            follower.feed.confirm(batches[-1].position)
+            stream_reader.feed.confirm(batches[-1].position)
 
     def test_a_slot_in_another_database_of_the_server(
-        self, admin: Admin, postgres: EmbeddedPostgres, follower: Follower, name: str
+        self, admin: Admin, postgres: EmbeddedPostgres, stream_reader: StreamReader, name: str
     ) -> None:
         admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
         with psycopg.connect(postgres.url(), autocommit=True) as elsewhere:
             elsewhere.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [name])
         with pytest.raises(CdcPositionLost, match="another database"):
-            follower.read()
-        assert "another database" in (follower.subscribe().lost or "")
-        assert follower.keys() == []
+            stream_reader.read()
+        assert "another database" in (stream_reader.subscribe().lost or "")
+        assert stream_reader.keys() == []
 
     @pytest.mark.parametrize("recreated", [False, True])
-    def test_a_slot_that_was_moved_on(self, admin: Admin, follower: Follower, name: str, recreated: bool) -> None:
+    def test_a_slot_that_was_moved_on(
+        self, admin: Admin, stream_reader: StreamReader, name: str, recreated: bool
+    ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
         if recreated:
             admin.execute("SELECT pg_drop_replication_slot(%s)", [name])
@@ -156,41 +162,45 @@ class TestLost:
         else:
             admin.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [name])
         with pytest.raises(CdcPositionLost, match="moved on"):  # what lies between would never be read
-            follower.read()
-        attachment = follower.subscribe()
+            stream_reader.read()
+        attachment = stream_reader.subscribe()
         assert attachment.newly_subscribed == {T}
         assert "moved on" in (attachment.lost or "")
-        assert follower.position == attachment.position
-        assert follower.keys() == []
+        assert stream_reader.position == attachment.position
+        assert stream_reader.keys() == []
 
-    def test_a_slot_behind_the_known_position_is_what_a_crash_leaves(self, admin: Admin, follower: Follower) -> None:
+    def test_a_slot_behind_the_known_position_is_what_a_crash_leaves(
+        self, admin: Admin, stream_reader: StreamReader
+    ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
-        batches = follower.read(confirm=False)
+        batches = stream_reader.read(confirm=False)
         assert batches[-1].position is not None
-        follower.position = batches[-1].position
-        attachment = follower.subscribe()
+        stream_reader.position = batches[-1].position
+        attachment = stream_reader.subscribe()
         assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
-        assert follower.keys() == [4]
+        assert stream_reader.keys() == [4]
 
-    def test_a_server_that_was_restored(self, follower: Follower) -> None:
-        assert follower.position is not None
-        attachment = follower.feed.subscribe([T], lsn_text(parse_lsn(follower.position) + 2**40), follower.fingerprints)
+    def test_a_server_that_was_restored(self, stream_reader: StreamReader) -> None:
+        assert stream_reader.position is not None
+        attachment = stream_reader.feed.subscribe(
+            [T], lsn_text(parse_lsn(stream_reader.position) + 2**40), stream_reader.fingerprints
+        )
         assert attachment.newly_subscribed == {T}
         assert "restored" in (attachment.lost or "")
 
     def test_a_slot_that_an_earlier_run_made_is_gone_on_from(
-        self, admin: Admin, source: Source, follower: Follower, name: str
+        self, admin: Admin, source: Source, stream_reader: StreamReader, name: str
     ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
-        follower.feed.close()
+        stream_reader.feed.close()
         with source.cdc_stream(name) as again:
-            other = Follower(again, T)
+            other = StreamReader(again, T)
             attachment = other.subscribe()
             assert (attachment.newly_subscribed, attachment.lost) == ({T}, None)
             assert other.keys() == [4]
 
     def test_a_slot_that_another_session_reads(
-        self, admin: Admin, writer: Admin, follower: Follower, name: str
+        self, admin: Admin, writer: Admin, stream_reader: StreamReader, name: str
     ) -> None:
         admin.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(10, 400000) g")
         peek = (
@@ -201,13 +211,13 @@ class TestLost:
         thread.start()
         try:
             wait_until(lambda: one(admin, "SELECT active FROM pg_replication_slots WHERE slot_name = %s", name))
-            for use in (follower.subscribe, follower.read, follower.feed.drop):
+            for use in (stream_reader.subscribe, stream_reader.read, stream_reader.feed.drop):
                 with pytest.raises(SourceUnavailable, match="in use"):
                     use()
         finally:
             thread.join()
         wait_until(lambda: not one(admin, "SELECT active FROM pg_replication_slots WHERE slot_name = %s", name))
-        assert follower.subscribe().lost is None
+        assert stream_reader.subscribe().lost is None
 
     def test_a_slot_that_the_server_invalidated(self, own_server: EmbeddedPostgres) -> None:
         with (
@@ -216,8 +226,8 @@ class TestLost:
             source.cdc_stream("embedd_invalidated") as feed,
         ):
             admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
-            follower = Follower(feed, T)
-            follower.subscribe()
+            stream_reader = StreamReader(feed, T)
+            stream_reader.subscribe()
             admin.execute("INSERT INTO t VALUES (1)")
             admin.execute("ALTER SYSTEM SET max_slot_wal_keep_size = '1MB'")
             admin.execute("SELECT pg_reload_conf()")
@@ -227,15 +237,15 @@ class TestLost:
             admin.execute("CHECKPOINT")
             assert one(admin, "SELECT wal_status FROM pg_replication_slots") == "lost"
             with pytest.raises(CdcPositionLost, match="invalidated"):
-                follower.read()
+                stream_reader.read()
             with pytest.raises(CdcPositionLost, match="invalidated"):
-                feed.confirm(lsn_text(parse_lsn(follower.position or "0/0") + 1))
+                feed.confirm(lsn_text(parse_lsn(stream_reader.position or "0/0") + 1))
             assert feed.lag() is None
-            attachment = follower.subscribe()
+            attachment = stream_reader.subscribe()
             assert attachment.newly_subscribed == {T}
             assert "invalidated" in (attachment.lost or "")
             admin.execute("INSERT INTO t VALUES (2)")
-            assert follower.keys() == [2]
+            assert stream_reader.keys() == [2]
 
     @pytest.mark.parametrize(
         ("row", "reason"),
@@ -250,7 +260,7 @@ class TestLost:
         assert Slot.parse({"plugin": "pgoutput", "confirmed_flush_lsn": "1/A", **row}).invalid_because == reason
 
     def test_a_log_that_leads_through_a_time_without_publication(
-        self, admin: Admin, follower: Follower, name: str, monkeypatch: pytest.MonkeyPatch
+        self, admin: Admin, stream_reader: StreamReader, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Up to version 17 decoding fails there, whatever there is by now."""
 
@@ -261,14 +271,14 @@ class TestLost:
             patched.setattr("embedd_dagster.connectors.postgresql.cdc.stream.peek_slot", fail)
             admin.execute("INSERT INTO t VALUES (4)")
             with pytest.raises(CdcPositionLost, match="made again"):
-                follower.read()
-        attachment = follower.subscribe()
+                stream_reader.read()
+        attachment = stream_reader.subscribe()
         assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
-        assert follower.keys() == []
+        assert stream_reader.keys() == []
 
     def test_an_attach_that_dies_while_it_begins_anew_is_not_forgotten(
-        self, admin: Admin, source: Source, follower: Follower, name: str, monkeypatch: pytest.MonkeyPatch
+        self, admin: Admin, source: Source, stream_reader: StreamReader, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         admin.execute(f"DROP PUBLICATION {name}; INSERT INTO t VALUES (4)")
 
@@ -278,10 +288,10 @@ class TestLost:
         with monkeypatch.context() as patched:
             patched.setattr("embedd_dagster.connectors.postgresql.cdc.stream.create_slot", fail)
             with pytest.raises(KeyboardInterrupt):
-                follower.subscribe()
-        follower.feed.close()
+                stream_reader.subscribe()
+        stream_reader.feed.close()
         with source.cdc_stream(name) as again:
-            attachment = again.subscribe([T], follower.position, follower.fingerprints)
+            attachment = again.subscribe([T], stream_reader.position, stream_reader.fingerprints)
             assert attachment.newly_subscribed == {T}
             assert attachment.lost is not None
 
@@ -289,90 +299,92 @@ class TestLost:
     def test_a_slot_waits_for_open_transactions_and_says_so(
         self, admin: Admin, writer: Admin, feed: CdcStream, table: None
     ) -> None:
-        follower = Follower(feed, T)
+        stream_reader = StreamReader(feed, T)
         with writer.transaction():
             writer.execute("INSERT INTO t VALUES (4)")
             with pytest.raises(SourceUnavailable, match="one has been open for long"):
-                follower.subscribe()
-        assert follower.subscribe().newly_subscribed == {T}
+                stream_reader.subscribe()
+        assert stream_reader.subscribe().newly_subscribed == {T}
 
-    def test_drop_leaves_nothing_and_may_be_repeated(self, admin: Admin, follower: Follower, name: str) -> None:
+    def test_drop_leaves_nothing_and_may_be_repeated(
+        self, admin: Admin, stream_reader: StreamReader, name: str
+    ) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
         for _ in range(2):
-            follower.feed.drop()
+            stream_reader.feed.drop()
             assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
             assert one(admin, "SELECT count(*) FROM pg_publication") == 0
-        attachment = follower.subscribe()
+        attachment = stream_reader.subscribe()
         assert attachment.newly_subscribed == {T}
         assert attachment.lost is not None
-        assert follower.keys() == []
+        assert stream_reader.keys() == []
 
-    def test_close_may_be_repeated_and_ends_every_session(self, admin: Admin, follower: Follower) -> None:
+    def test_close_may_be_repeated_and_ends_every_session(self, admin: Admin, stream_reader: StreamReader) -> None:
         ours = (
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'embedd' AND datname = current_database()"
         )
-        follower.feed.lag()
+        stream_reader.feed.lag()
         for _ in range(2):
-            follower.feed.close()
+            stream_reader.feed.close()
         wait_until(lambda: one(admin, ours) == 0)
         with pytest.raises(SourceUnavailable, match="closed"):
-            follower.subscribe()
+            stream_reader.subscribe()
 
 
 class TestPublications:
-    def test_a_table_that_was_taken_out_joins_again(self, admin: Admin, follower: Follower, name: str) -> None:
+    def test_a_table_that_was_taken_out_joins_again(self, admin: Admin, stream_reader: StreamReader, name: str) -> None:
         admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
-        assert follower.keys() == []
-        assert follower.subscribe().newly_subscribed == {T}
+        assert stream_reader.keys() == []
+        assert stream_reader.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (5)")
-        assert follower.keys() == [5]
-        assert follower.subscribe().newly_subscribed == set()
+        assert stream_reader.keys() == [5]
+        assert stream_reader.subscribe().newly_subscribed == set()
 
     def test_a_table_that_was_taken_out_and_put_in_joins_again(
-        self, admin: Admin, follower: Follower, name: str
+        self, admin: Admin, stream_reader: StreamReader, name: str
     ) -> None:
         admin.execute(f"ALTER PUBLICATION {name} DROP TABLE t; INSERT INTO t VALUES (4)")
         admin.execute(f"ALTER PUBLICATION {name} ADD TABLE t")
-        assert follower.subscribe().newly_subscribed == {T}
+        assert stream_reader.subscribe().newly_subscribed == {T}
 
     @pytest.mark.parametrize("kept", ["", "insert", "insert, update", "insert, update, delete"])
-    def test_flags_that_were_turned_off(self, admin: Admin, follower: Follower, name: str, kept: str) -> None:
+    def test_flags_that_were_turned_off(self, admin: Admin, stream_reader: StreamReader, name: str, kept: str) -> None:
         admin.execute(f"ALTER PUBLICATION {name} SET (publish = '{kept}')")
-        assert follower.subscribe().newly_subscribed == {T}
-        assert follower.subscribe().newly_subscribed == set()
+        assert stream_reader.subscribe().newly_subscribed == {T}
+        assert stream_reader.subscribe().newly_subscribed == set()
         admin.execute("INSERT INTO t VALUES (4); UPDATE t SET id = 5 WHERE id = 4; DELETE FROM t WHERE id = 1")
-        assert follower.keys() == [4, 5, 1]
+        assert stream_reader.keys() == [4, 5, 1]
         admin.execute("TRUNCATE t")
-        assert follower.read()[0].truncated == {T}
+        assert stream_reader.read()[0].truncated == {T}
 
     @pytest.mark.parametrize(("narrowed", "joins"), [("t WHERE (id > 5)", True), ("t (id)", False), ("t (w)", True)])
     def test_row_filters_and_column_lists(
-        self, admin: Admin, follower: Follower, name: str, narrowed: str, joins: bool
+        self, admin: Admin, stream_reader: StreamReader, name: str, narrowed: str, joins: bool
     ) -> None:
         admin.execute("ALTER TABLE t ADD COLUMN w int")
         admin.execute(f"ALTER PUBLICATION {name} SET TABLE {narrowed}")
-        attachment = follower.subscribe()
+        attachment = stream_reader.subscribe()
         assert attachment.newly_subscribed == {T}  # if only as it was taken out and put in
         admin.execute("INSERT INTO t VALUES (4, 'x'); DELETE FROM t WHERE id = 1")
-        assert follower.keys() == [4, 1]
+        assert stream_reader.keys() == [4, 1]
         columns = one(admin, "SELECT attnames::text FROM pg_publication_tables WHERE pubname = %s", name)
         assert columns == ("{id,v,w}" if joins else "{id}")
 
     def test_an_admins_publication_of_all_tables(self, admin: Admin, feed: CdcStream, table: None, name: str) -> None:
         admin.execute(f"CREATE PUBLICATION {name} FOR ALL TABLES; CREATE TABLE other (id int PRIMARY KEY)")
-        follower = Follower(feed, T)
-        assert follower.subscribe().newly_subscribed == {T}
+        stream_reader = StreamReader(feed, T)
+        assert stream_reader.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4); INSERT INTO other VALUES (1)")
-        assert follower.keys() == [4]
-        assert follower.subscribe().newly_subscribed == set()
+        assert stream_reader.keys() == [4]
+        assert stream_reader.subscribe().newly_subscribed == set()
 
     def test_an_admins_publication_of_a_schema(self, admin: Admin, feed: CdcStream, table: None, name: str) -> None:
         admin.execute(f"CREATE PUBLICATION {name} FOR TABLES IN SCHEMA public")
-        follower = Follower(feed, T)
-        assert follower.subscribe().newly_subscribed == {T}
+        stream_reader = StreamReader(feed, T)
+        assert stream_reader.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4)")
-        assert follower.keys() == [4]
-        assert follower.subscribe().newly_subscribed == set()
+        assert stream_reader.keys() == [4]
+        assert stream_reader.subscribe().newly_subscribed == set()
 
 
 class TestRights:
@@ -412,15 +424,15 @@ class TestRights:
             admin.execute(statements_of(error))
             limited.check_cdc_eligible(T)
             with limited.cdc_stream(name) as feed:
-                follower = Follower(feed, T)
-                assert follower.subscribe().newly_subscribed == {T}
+                stream_reader = StreamReader(feed, T)
+                assert stream_reader.subscribe().newly_subscribed == {T}
                 admin.execute("INSERT INTO t VALUES (4)")
-                assert follower.keys() == [4]
+                assert stream_reader.keys() == [4]
                 admin.execute(f"ALTER ROLE {role} NOREPLICATION; INSERT INTO t VALUES (5)")
                 with pytest.raises(SourceRejected, match="no right to replicate"):
-                    follower.read()
+                    stream_reader.read()
                 admin.execute(f"ALTER ROLE {role} REPLICATION")
-                assert follower.keys() == [5]
+                assert stream_reader.keys() == [5]
                 feed.drop()
         finally:
             admin.execute(f"ALTER TABLE t OWNER TO CURRENT_USER; DROP OWNED BY {owner}; DROP ROLE {owner}")
@@ -431,14 +443,14 @@ class TestRights:
         mine = CdcTable("mine", "id")
         assert f'OWNER TO "{role}"' in refusal(limited, T).resolution
         with limited.cdc_stream(name) as feed:
-            follower = Follower(feed, T, mine)
-            attachment = follower.subscribe()
+            stream_reader = StreamReader(feed, T, mine)
+            attachment = stream_reader.subscribe()
             assert attachment.newly_subscribed == {mine}
             assert statements_of(attachment.rejected[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
             admin.execute(statements_of(attachment.rejected[T]))
-            assert follower.subscribe().newly_subscribed == {T}
+            assert stream_reader.subscribe().newly_subscribed == {T}
             admin.execute("INSERT INTO t VALUES (4)")
-            assert follower.keys() == [4]
+            assert stream_reader.keys() == [4]
             limited.check_cdc_eligible(T)  # as it is published already
             feed.drop()
 
@@ -448,17 +460,17 @@ class TestRights:
         admin.execute(f"CREATE PUBLICATION {name} FOR TABLE t, extra")
         other = CdcTable("other", "id")
         with limited.cdc_stream(name) as feed:
-            follower = Follower(feed, T, other)
-            attachment = follower.subscribe()
+            stream_reader = StreamReader(feed, T, other)
+            attachment = stream_reader.subscribe()
             assert attachment.newly_subscribed == {T}
             assert "ADD TABLE" in attachment.rejected[other].resolution
             admin.execute("INSERT INTO t VALUES (4); INSERT INTO extra VALUES (1)")
-            assert follower.keys() == [4]
+            assert stream_reader.keys() == [4]
             admin.execute(f"ALTER PUBLICATION {name} SET (publish = 'insert')")
-            refused = follower.subscribe().rejected[T]
+            refused = stream_reader.subscribe().rejected[T]
             assert "is not ours to change" in refused.message
             admin.execute(statements_of(refused))
-            follower.subscribe()
+            stream_reader.subscribe()
             feed.drop()
         assert published(admin, name) == {"t", "extra"}
         assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
@@ -533,22 +545,22 @@ class TestServers:
         with psycopg.connect(url, autocommit=True) as admin:
             admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
         with open_source("postgresql", credentials_of(url)) as source, source.cdc_stream("embedd_restart") as feed:
-            follower = Follower(feed, T)
-            follower.subscribe()
+            stream_reader = StreamReader(feed, T)
+            stream_reader.subscribe()
             with psycopg.connect(url, autocommit=True) as admin:
                 admin.execute("INSERT INTO t VALUES (1)")
             own_server.stop()
-            for use in (follower.read, follower.subscribe, feed.lag, feed.drop):
+            for use in (stream_reader.read, stream_reader.subscribe, feed.lag, feed.drop):
                 with pytest.raises(SourceUnavailable):
                     use()
             own_server.start()
             assert own_server.url() == url
-            attachment = follower.subscribe()
+            attachment = stream_reader.subscribe()
             assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
-            assert follower.keys() == [1]
+            assert stream_reader.keys() == [1]
 
     def test_a_connection_that_is_lost_in_the_middle_of_a_read_is_an_error_and_not_an_end(
-        self, admin: Admin, follower: Follower, monkeypatch: pytest.MonkeyPatch
+        self, admin: Admin, stream_reader: StreamReader, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         admin.execute("INSERT INTO t SELECT g, repeat('x', 1000) FROM generate_series(10, 40000) g")
         original = pgoutput.inserted_value
@@ -565,21 +577,21 @@ class TestServers:
 
         monkeypatch.setattr(pgoutput, "inserted_value", count)
         with pytest.raises(SourceUnavailable):
-            list(follower.feed.read(max_keys=100))
+            list(stream_reader.feed.read(max_keys=100))
         assert 1000 <= len(seen) < 39991
-        assert follower.keys() == list(range(10, 40001))
+        assert stream_reader.keys() == list(range(10, 40001))
 
-    def test_a_connection_that_was_lost_between_two_reads(self, admin: Admin, follower: Follower) -> None:
+    def test_a_connection_that_was_lost_between_two_reads(self, admin: Admin, stream_reader: StreamReader) -> None:
         admin.execute("INSERT INTO t VALUES (4)")
         admin.execute(
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
             " WHERE application_name = 'embedd' AND datname = current_database()"
         )
         with pytest.raises(SourceUnavailable):
-            follower.read()
-        assert follower.keys() == [4]
+            stream_reader.read()
+        assert stream_reader.keys() == [4]
 
-    def test_a_decoding_that_is_cancelled(self, admin: Admin, follower: Follower) -> None:
+    def test_a_decoding_that_is_cancelled(self, admin: Admin, stream_reader: StreamReader) -> None:
         admin.execute("INSERT INTO t SELECT g, repeat('x', 100) FROM generate_series(10, 300000) g")
         done = threading.Event()
 
@@ -594,11 +606,11 @@ class TestServers:
         thread.start()
         try:
             with pytest.raises(SourceUnavailable):
-                follower.read()
+                stream_reader.read()
         finally:
             done.set()
             thread.join()
-        assert len(follower.keys()) == 299991
+        assert len(stream_reader.keys()) == 299991
 
     def test_operators_in_the_search_path_are_not_called(
         self, admin: Admin, source: Source, feed: CdcStream, table: None
@@ -608,10 +620,10 @@ class TestServers:
         admin.execute("CREATE OPERATOR = (FUNCTION = evil, LEFTARG = name, RIGHTARG = name)")
         admin.execute("CREATE OPERATOR < (FUNCTION = evil, LEFTARG = pg_lsn, RIGHTARG = pg_lsn)")
         admin.execute(f"ALTER DATABASE {admin.info.dbname} SET search_path = public, pg_catalog")
-        follower = Follower(feed, T)
-        assert follower.subscribe().newly_subscribed == {T}
+        stream_reader = StreamReader(feed, T)
+        assert stream_reader.subscribe().newly_subscribed == {T}
         admin.execute("INSERT INTO t VALUES (4)")
-        assert follower.keys() == [4]
+        assert stream_reader.keys() == [4]
         feed.drop()
 
     def test_the_servers_log_is_spared(self, own_server: EmbeddedPostgres) -> None:
@@ -621,11 +633,11 @@ class TestServers:
             source.cdc_stream("embedd_quiet") as feed,
         ):
             admin.execute("CREATE TABLE t (id int PRIMARY KEY)")
-            follower = Follower(feed, T)
-            follower.subscribe()
+            stream_reader = StreamReader(feed, T)
+            stream_reader.subscribe()
             for key in range(5):
                 admin.execute("INSERT INTO t VALUES (%s)", [key])
-                assert follower.keys() == [key]
+                assert stream_reader.keys() == [key]
         assert "logical decoding" not in own_server._log_path.read_text()
 
     def test_a_name_is_checked(self, source: Source) -> None:
@@ -645,10 +657,10 @@ class TestServers:
             ):
                 connection.execute('CREATE TABLE "tü" ("ü" text PRIMARY KEY)')
                 followed = CdcTable("tü", "ü")
-                follower = Follower(feed, followed)
-                assert follower.subscribe().newly_subscribed == {followed}
+                stream_reader = StreamReader(feed, followed)
+                assert stream_reader.subscribe().newly_subscribed == {followed}
                 connection.execute("INSERT INTO \"tü\" VALUES ('fine ü'), (E'\\xff')")
-                (batch,) = follower.read()
+                (batch,) = stream_reader.read()
                 assert batch.keys == {followed: ["fine ü"]}
                 assert "UTF-8" in batch.broken[followed].message
         finally:

@@ -32,7 +32,7 @@ def credentials_of(url: str, **changes: Any) -> dict[str, Any]:
     }
 
 
-class Follower:
+class StreamReader:
     """A feed with the position and the shapes that a consumer keeps."""
 
     def __init__(self, feed: CdcStream, *tables: CdcTable) -> None:

@@ -1,4 +1,4 @@
-"""A follower in a thread, as a run of it would be, and what tests of following ask about the table that it follows."""
+"""A consumer in a thread, as a run of it would be, and what tests of following ask about the table that it follows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INSERT = "INSERT INTO products VALUES (%s, 'new', 'row', 'red', 1)"
 PUBLIC = partial(platform_vector_ref, "public")
 
 
-class RunningFollower:
+class RunningConsumer:
     """Follows one connection while the block lasts; what kept it from following is raised at the end."""
 
     def __init__(self, runtime: Runtime, connection_id: str) -> None:
@@ -69,7 +69,7 @@ class RunningFollower:
     def join(self, within: float = 180) -> None:
         """Waits for its end."""
         self._thread.join(within)
-        assert not self._thread.is_alive(), "the follower does not end"
+        assert not self._thread.is_alive(), "the consumer does not end"
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -109,8 +109,8 @@ def slots_of(product: Product) -> list[tuple[Any, ...]]:
     return product.sql("SELECT slot_name FROM pg_replication_slots WHERE database = current_database()")
 
 
-def follower_of(product: Product) -> RunningFollower:
-    return RunningFollower(product.runtime, product.table().connection_id)
+def consumer_of(product: Product) -> RunningConsumer:
+    return RunningConsumer(product.runtime, product.table().connection_id)
 
 
 def feed_of(product: Product) -> CdcStreamRow | None:

@@ -1,6 +1,6 @@
-"""Follows one connection in a process of its own and kills it (SIGKILL) at a named point: as `run_and_die`, of a follower.
+"""Follows one connection in a process of its own and kills it (SIGKILL) at a named point: as `run_and_die`, of a consumer.
 
-Called with the settings in the environment: `follow_and_die.py CONNECTION_ID RUN_ID POINT NTH`.
+Called with the settings in the environment: `consume_and_die.py CONNECTION_ID RUN_ID POINT NTH`.
 """
 
 from __future__ import annotations
