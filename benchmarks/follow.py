@@ -1,4 +1,4 @@
-"""`make bench-follow`: from a commit in the source until the row is found, and how many changes a second are kept up with.
+"""`make bench-follow`: from a commit in the source until the row is found, and how many changes per second are kept up with.
 
 A consumer in a process of its own, as its run would be, over an indexed table of 100,000 rows; this process writes to the
 source at a steady rate, one transaction a change, and looks at the store for a tenth of the rows until they are there.
@@ -38,15 +38,15 @@ SAMPLED = 0.1
 
 @contextmanager
 def _following(bench: Bench) -> Iterator[None]:
-    """A consumer beside this process, with nothing owed any more."""
+    """A consumer in its own thread, with no resync pending."""
     command = [sys.executable, "-m", "benchmarks.follow", "--consumer", bench.connection_id]
     process = subprocess.Popen(command, cwd=ROOT, env=bench.environment())
     try:
         while True:
             with bench.runtime.catalog.transaction() as session:
-                owed = resyncs.due(session, 1)
+                pending = resyncs.due(session, 1)
                 found = vector_tables.find(session, bench.vector_table_id)
-            if owed:
+            if pending:
                 bench.run(TaskType.SYNC)
             elif found is not None and found.cdc.subscribed_since is not None:
                 break
@@ -121,7 +121,7 @@ def measure_latency(servers: Servers, bench: Bench, mode: Mode, rows: int, rate:
 
 
 def measure_throughput(servers: Servers, bench: Bench, mode: Mode, changes: int, rows_a_transaction: int) -> float:
-    """Changes a second from the first commit until the last one is found, written as fast as the source takes them."""
+    """Changes per second from the first commit until the last one is found, written as fast as the source takes them."""
     live = _live_set(bench)
     with _open_store(bench, mode) as store, psycopg.connect(servers.database_url, autocommit=True) as connection:
         last = changes
@@ -163,13 +163,13 @@ def measure(servers: Servers, seconds: float, rows: int) -> None:
                 feed = cdc.find(session, bench.connection_id)
                 assert feed is not None
         bench.close()
-    heads = ["store", "changes", "p50, ms", "p95, ms", "sampled", "changes a second, sustained"]
+    heads = ["store", "changes", "p50, ms", "p95, ms", "sampled", "changes per second, sustained"]
     body = (
-        f"A table of {rows:,} rows, 384 dimensions, indexed; every change is a text that has to be embedded anew, by a provider"
-        " that answers after 20 ms. Targets: p95 below 1,000 ms at 100 changes a second, 1,000 changes a second sustained.\n\n"
+        f"A table of {rows:,} rows, 384 dimensions, indexed; every change is a text that has to be embedded again, by a"
+        " provider that answers after 20 ms. Targets: p95 below 1,000 ms at 100 changes per second, 1,000 changes per second sustained.\n\n"
         f"{table(heads, lines)}"
     )
-    record("follow", "Change capture", body, {"lines": lines}, "make bench-follow")
+    record("follow", "CDC", body, {"lines": lines}, "make bench-follow")
 
 
 def _store(mode: Mode) -> str:

@@ -49,12 +49,12 @@ class Run(NamedTuple):
 
     @property
     def load_rate(self) -> float:
-        """Rows a second of the load alone."""
+        """Rows per second of the load alone."""
         return self.report.rows_read / self.report.seconds["load"]
 
 
 class Bench:
-    """A vector table over the benchmark's data, in a catalog beside it."""
+    """A vector table over the benchmark's data, with a catalog in the same database."""
 
     def __init__(
         self,

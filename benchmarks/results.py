@@ -31,7 +31,7 @@ ORDER = (
 
 
 def spread(values: list[float], digits: int = 0) -> str:
-    """The median, and the least and greatest beside it."""
+    """The median, with the least and the greatest."""
     shown = f"{median(values):,.{digits}f}"
     return shown if len(values) == 1 else f"{shown} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
@@ -49,7 +49,7 @@ def earlier(name: str) -> list:
 
 
 def record(name: str, title: str, body: str, data: object, command: str) -> None:
-    """Writes what a benchmark found, and the docs page anew."""
+    """Writes what a benchmark found, and the docs page again."""
     RESULTS.mkdir(exist_ok=True)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], check=False, cwd=ROOT, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Rows a second against the number of requests in flight and the size of a batch: is the default near the knee?"""
+"""Rows per second against the number of requests in flight and the size of a batch: is the default near the knee?"""
 
 from __future__ import annotations
 

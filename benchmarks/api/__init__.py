@@ -1,1 +1,1 @@
-"""What the API itself costs: beside an embedding call and a search, beside Dagster, and beside ten thousand tables."""
+"""What the API itself costs: compared with an embedding call and a search, next to Dagster, and with ten thousand tables."""

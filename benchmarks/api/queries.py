@@ -116,7 +116,7 @@ def body(results: list[dict[str, Any]], rows: int) -> str:
     return (
         f"### Queries\n\n{rows:,} vectors × {DIMENSIONS}, 10 results, one API process; provider, store, catalog and load"
         f" share the same processors. The provider answers at once. Paced: {_PACED_CLIENTS} clients that together ask some"
-        f" {_PACED_RATE} times a second; the others ask again as soon as they have their answer, so that from 8 on the"
+        f" {_PACED_RATE} times per second; the others ask again as soon as they have their answer, so that from 8 on the"
         " processors are full and most of the time is waiting for one. Target: added at most 5 ms (p50) and 15 ms (p95) at"
         f" 200 queries/s.\n\n{table(columns, lines)}"
     )

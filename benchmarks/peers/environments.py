@@ -66,7 +66,7 @@ def _finish(servers: Servers, program: subprocess.Popen[bytes]) -> dict[str, Any
         raise
     if program.returncode != 0:
         said = said_bytes.decode(errors="replace").strip().replace(servers.database_url, "DATABASE_URL")
-        # what went wrong first, where the tool says so; else the error that ended it; without the text of the row behind it
+        # what went wrong first, where the tool says so; otherwise the error that ended it; without the text of the row behind it
         errors = _ERROR_LINE.findall(said)
         raise RuntimeError((errors[0] if "[error" in said else errors[-1]) if errors else said[-100:])
     answer: dict[str, Any] = json.loads(output.splitlines()[-1])

@@ -1,1 +1,1 @@
-"""The control database: what should be, what is being done, what is live."""
+"""The catalog: what should exist, what is being done, and what is live."""

@@ -219,11 +219,11 @@ def table_states(session: Session, vector_table_ids: Collection[str]) -> dict[st
         key: TableState(
             live_version=live_version,
             paused=paused,
-            resync_pending=owed,
+            resync_pending=pending,
             latest_task=task_id,
             live_task=TaskType(task_type) if status in _LIVE else None,
         )
-        for key, live_version, paused, owed, task_id, task_type, status in session.execute(statement)
+        for key, live_version, paused, pending, task_id, task_type, status in session.execute(statement)
     }
 
 

@@ -36,7 +36,7 @@ def _connect_bounded(
 
 
 class Catalog:
-    """The control database. Safe to use from several threads; connections are pooled and checked before use."""
+    """The catalog's database. Safe to use from several threads; connections are pooled and checked before use."""
 
     def __init__(self, url: str, *, pool_size: int = 10) -> None:
         self._engine = create_engine(

@@ -37,7 +37,7 @@ class EnvironmentWanted(NamedTuple):
 
     @classmethod
     def read(cls, given: str | None) -> EnvironmentWanted:
-        """What this text may mean: an id if it has the form of one, else a name. None means none."""
+        """What this text may mean: an id if it has the form of one, otherwise a name. None means none."""
         if given is None:
             return cls()
         if _ID.fullmatch(given):

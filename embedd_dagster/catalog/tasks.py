@@ -42,7 +42,9 @@ def create(
     options: Mapping[str, Any] | None = None,
 ) -> Task:
     """A pending task; a backfill moves its vector table to `backfilling`. Raises Conflict `backfill_in_progress`."""
-    if live := find_live(session, table.id):  # inserting would tell as well, but wait for whoever changes that one
+    if live := find_live(
+        session, table.id
+    ):  # an insert would find it too, but would wait for the transaction that changes it
         raise _already_live(table, live)
     task = Task(
         id=new_id("task"),
@@ -56,7 +58,7 @@ def create(
         attempts=0,
         max_attempts=max_attempts,
         cancel_requested=False,
-        created_at=database_now(session),  # of whichever process: what is later must look later
+        created_at=database_now(session),  # the same clock for all processes, so that the order is right
     )
     try:
         with session.begin_nested():

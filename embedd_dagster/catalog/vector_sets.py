@@ -35,7 +35,7 @@ def as_vector_set(row: VectorSetRow, public_name: str) -> VectorSet:
 
 
 def find_unfinished(session: Session, vector_table_id: str) -> VectorSetRow | None:
-    """The build that was left unfinished, of whatever configuration, or None."""
+    """The unfinished build, of any configuration, or None."""
     return session.scalar(
         select(VectorSetRow)
         .where(VectorSetRow.vector_table_id == vector_table_id, VectorSetRow.state == VectorSetState.BUILDING.value)
@@ -78,7 +78,7 @@ def get(session: Session, vector_table_id: str, version: int) -> VectorSetRow:
 
 
 def set_digest(row: VectorSetRow, digest: TableDigest) -> None:
-    """Keeps the source's digest beside the version it describes."""
+    """Stores the source's digest with the version it describes."""
     row.digest_bits = digest.bits
     row.digest = digest.values.astype("<i8").tobytes()
     row.row_count = digest.row_count

@@ -186,7 +186,7 @@ def request_build(row: VectorTable) -> None:
 
 
 def reschedule(row: VectorTable, schedule: str | None, interval_seconds: int | None) -> None:
-    """Takes another schedule; the next sync is set anew by it. Does nothing where it is the same."""
+    """Changes the schedule and computes the next sync. Does nothing if it is the same."""
     if (schedule, interval_seconds) != (row.sync_schedule, row.sync_interval_seconds):
         row.sync_schedule, row.sync_interval_seconds = schedule, interval_seconds
         row.next_sync_at = None

@@ -106,5 +106,5 @@ def check_model(
 
 
 def find_model_by_name(name: str) -> EmbeddingModel | None:
-    """The catalog's entry of this name, whoever gives it, or None."""
+    """The catalog's entry of this name, from any provider, or None."""
     return next((model for model in EMBEDDING_MODELS if model.name == name), None)

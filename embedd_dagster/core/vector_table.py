@@ -113,7 +113,7 @@ class VectorConfiguration:
 
     @property
     def meaning(self) -> tuple[object, ...]:
-        """What the texts, their vectors and the metadata are made of: equal however it is spelled and in whatever order."""
+        """What the texts, their vectors and the metadata are made of: equal for every spelling and order."""
         texts = [(column.name, column.name_prefix or "") for column in self.embedding_columns]
         model = (self.embedding_provider_id, self.embedding_model, self.embedding_dimensions)
         return (self.source_table, self.primary_key_column, texts, self.filter_types, model)
@@ -174,7 +174,7 @@ def storage_name(vector_table_id: str, name: str, *, max_length: int = 100) -> s
     """`vt_<first 8 of the id>_<name>`, with what is not a letter, digit, `_` or `-` made a `-` (the seed's form).
 
     The Qdrant alias, and behind `embedd_` the platform table. Fixed when the vector table is created: a rename does
-    not move it, so that whoever queries it directly is not broken.
+    not move it, so that direct queries of it keep working.
     """
     slug = _UNSAFE.sub("-", name).strip("-") or "table"
     return f"vt_{vector_table_id.removeprefix('vt_')[:8]}_{slug}"[:max_length].rstrip("-")

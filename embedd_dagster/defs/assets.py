@@ -70,7 +70,7 @@ class VectorTableConfig(dg.Config):
     output_required=False,  # a run that finds its task done elsewhere materializes nothing, and has not failed
     description=(
         "The vectors of one source table, searchable by meaning. A partition is a vector table of the API, under the name "
-        "that it was created with. Its materialization is a backfill (built beside the live vectors, then switched to in "
+        "that it was created with. Its materialization is a backfill (built next to the live vectors, then switched to in "
         "one step) or a sync; materializing it here does the same as the API: it is recorded as a task, and refused while "
         "one is live."
     ),
@@ -180,7 +180,7 @@ def _no_such_partition(partition_key: str) -> NotFound:
 def _missing_tags(runtime: Runtime, task_id: str, tags: Mapping[str, str]) -> dict[str, str]:
     """The tags that a run of the API or the sensor has from its launch on, for one that was launched elsewhere.
 
-    A run that is executed again has copies of the tags of the run before it: they are replaced if they are wrong by now.
+    A run that is executed again has copies of the tags of the run before it: they are replaced if they are wrong.
     """
     with runtime.catalog.transaction() as session:
         task = tasks.find(session, task_id)

@@ -25,7 +25,7 @@ def _spec() -> dg.AssetCheckSpec:
         return dg.AssetCheckSpec(
             CHECK_NAME,
             asset=vector_table,
-            description="Every row of the source has a point, but for rows without text; no row was refused; a sample of the "
+            description="Every row of the source has a point, except rows without text; no row was refused; a sample of the "
             "points has the configured dimensions, and was made from the rows as they are now.",
             partitions_def=vector_tables,
         )
@@ -42,5 +42,5 @@ def vector_table_checks(context: dg.AssetCheckExecutionContext, runtime: Runtime
             if table is None:
                 raise NotFound("vector_table", context.partition_key)
             return judge(inspect_live_set(opened, table.id))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the table is materialized and its task completed
+    except Exception as error:  # noqa: BLE001 - the table is materialized all the same and its task completed
         return not_looked_at(as_failure(error))

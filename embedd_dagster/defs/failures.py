@@ -13,7 +13,9 @@ from dagster_shared.error import SerializableErrorInfo
 
 from embedd_dagster.errors import EmbeddError, PermanentError, RequestError, TransientError
 
-_AGAIN: Final = "reconcile_sensor launches the task again while attempts are left; else the vector table is in `error`."
+_AGAIN: Final = (
+    "reconcile_sensor launches the task again while attempts are left; after that the vector table is in `error`."
+)
 _STOPPED: Final = "The vector table is in `error`; what was live stays live."
 _REFUSED: Final = "Nothing was changed."
 

@@ -1,7 +1,7 @@
 """Which waiting work gets a run next. Pure.
 
 The catalog is the queue, and Dagster's is kept short: what stands in Dagster's queue is first come, first served. So each
-environment has a few runs there at most, and whoever has the fewest comes next.
+environment has a few runs there at most, and the one with the fewest comes next.
 """
 
 from __future__ import annotations

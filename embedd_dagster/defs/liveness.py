@@ -44,32 +44,32 @@ class SilenceLimits:
     """False just after an outage of the catalog or of a sensor, when no run can have given a heartbeat."""
 
 
-def why_gone(status: dg.DagsterRunStatus, signs: LifeSigns, patience: SilenceLimits) -> str | None:
+def why_gone(status: dg.DagsterRunStatus, signs: LifeSigns, silence_limits: SilenceLimits) -> str | None:
     """Why the process of a run in flight must be gone, or None where it may be alive."""
     match status:
         case dg.DagsterRunStatus.NOT_STARTED:
-            if signs.created_at is not None and patience.now - signs.created_at > SUBMISSION:
+            if signs.created_at is not None and silence_limits.now - signs.created_at > SUBMISSION:
                 return "It was made, and never put into the queue."
         case dg.DagsterRunStatus.STARTING:
-            if _lost_its_code_server(signs, patience):
+            if _lost_its_code_server(signs, silence_limits):
                 return "It did not start: the code server that was starting it is gone."
-        case dg.DagsterRunStatus.STARTED | dg.DagsterRunStatus.CANCELING if patience.silence_counts:
-            return _why_silent(signs, patience)
+        case dg.DagsterRunStatus.STARTED | dg.DagsterRunStatus.CANCELING if silence_limits.silence_counts:
+            return _why_silent(signs, silence_limits)
     return None
 
 
-def _lost_its_code_server(signs: LifeSigns, patience: SilenceLimits) -> bool:
-    if signs.changed_at is None or patience.code_server_started_at is None:
+def _lost_its_code_server(signs: LifeSigns, silence_limits: SilenceLimits) -> bool:
+    if signs.changed_at is None or silence_limits.code_server_started_at is None:
         return False
-    return signs.changed_at < patience.code_server_started_at and patience.now - signs.changed_at > START
+    return signs.changed_at < silence_limits.code_server_started_at and silence_limits.now - signs.changed_at > START
 
 
-def _why_silent(signs: LifeSigns, patience: SilenceLimits) -> str | None:
+def _why_silent(signs: LifeSigns, silence_limits: SilenceLimits) -> str | None:
     if signs.heartbeat_at is not None:
-        if patience.now - signs.heartbeat_at <= patience.stale_after:
+        if silence_limits.now - signs.heartbeat_at <= silence_limits.stale_after:
             return None
         return f"It has given no heartbeat since {signs.heartbeat_at:%Y-%m-%d %H:%M:%S} UTC; its process is gone."
     known = [instant for instant in (signs.created_at, signs.changed_at, signs.started_at) if instant is not None]
-    if not known or patience.now - max(known) <= max(START, patience.stale_after):
+    if not known or silence_limits.now - max(known) <= max(START, silence_limits.stale_after):
         return None
     return "It has never given a heartbeat; its process is gone."

@@ -53,7 +53,7 @@ def describe_report(report: RunReport, links: Links) -> dict[str, dg.MetadataVal
 
 
 def describe_follow_report(report: CdcReport, links: Links) -> dict[str, dg.MetadataValue]:
-    """The metadata of a materialization that a follower writes: under the names of a sync's, where they mean the same."""
+    """The metadata of a materialization that a consumer writes: under the names of a sync's, where they mean the same."""
     names = ("changes", *REPORTED_COUNTS, "point_count", "version")
     numbers = {name: getattr(report, name) for name in names if name != "rows_reused"}
     metadata = _subject(report, links)

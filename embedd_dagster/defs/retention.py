@@ -116,7 +116,7 @@ def purge_runs(instance: dg.DagsterInstance, runtime: Runtime, before: datetime,
 
 
 def _delete_verdicts(instance: dg.DagsterInstance, run_ids: list[str]) -> None:
-    """Deletes what these runs have said of asset checks, but for the latest of each check and partition.
+    """Deletes what these runs have said of asset checks, except the latest of each check and partition.
 
     Dagster leaves it behind, a sixth of what a run takes, and has no call for it: hence its own table.
     """

@@ -44,7 +44,7 @@ class WorkerStopped(TransientError):
 
 @contextmanager
 def stop_requested() -> Iterator[Callable[[], bool]]:
-    """As `stop_signal`, for a run that ends well whoever tells it to stop."""
+    """As `stop_signal`, for a run that ends well when anything asks it to stop."""
     with stop_signal(lambda: True) as should_stop:
         yield should_stop
 
@@ -54,7 +54,7 @@ def stop_signal(cancelled: Callable[[], bool]) -> Iterator[Callable[[], bool]]:
     """What tells the engine, at its next check, whether to stop: True where `cancelled` says that somebody wants it.
 
     The callable raises WorkerStopped where the process is told to stop without that. Without this, Dagster would raise in the
-    midst of whatever the main thread does, such as a commit. Further signals are held back for a while: a supervisor and
+    middle of what the main thread does, such as a commit. Further signals are held back for a while: a supervisor and
     Dagster's code server each send one for the same end. After that, a signal does what Dagster does with it.
     """
     told = threading.Event()

@@ -41,7 +41,7 @@ class Estimate:
     cost_usd: float
     """By list price; 0 for a model without one in the catalog."""
     seconds: float
-    """At the provider's configured limits, else at what was measured."""
+    """At the provider's configured limits, otherwise at what was measured."""
 
 
 def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Estimate:

@@ -35,7 +35,7 @@ class Question:
 
 @dataclass(slots=True)
 class StageSeconds:
-    """Where the time of a query went: beside these, all of it is ours."""
+    """Where the time of a query went. The rest is our own."""
 
     catalog: float = 0.0
     embed: float = 0.0

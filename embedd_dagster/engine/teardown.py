@@ -61,7 +61,7 @@ def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
     with runtime.catalog.transaction() as session:
         unused = cdc.unused_streams(session)
     return sum(
-        attempt(f"change feed of {connection.id}", connection.id, partial(_drop_feed, runtime, connection, feed.name))
+        attempt(f"CDC stream of {connection.id}", connection.id, partial(_drop_feed, runtime, connection, feed.name))
         for feed, connection in unused
     )
 

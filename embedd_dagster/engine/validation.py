@@ -52,13 +52,13 @@ def open_source_briefly(
 
     Raises SecretUnreadable, ConfigurationError.
     """
-    patience = runtime.settings.request_timeout_seconds
+    timeout = runtime.settings.request_timeout_seconds
     return registry.open_source(
         connection.provider,
         connections.open_credentials(connection, runtime.box),
         # libpq takes whole seconds, from 2 on
-        connect_timeout_seconds=max(2, min(_CONNECT_TIMEOUT_SECONDS, round(patience))),
-        statement_timeout_seconds=min(statement_timeout_seconds, patience),
+        connect_timeout_seconds=max(2, min(_CONNECT_TIMEOUT_SECONDS, round(timeout))),
+        statement_timeout_seconds=min(statement_timeout_seconds, timeout),
         deny_private_networks=runtime.settings.deny_private_networks,
         allow_unix_sockets=runtime.settings.allow_unix_sockets,
         current_deadline=current_deadline,

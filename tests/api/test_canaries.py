@@ -1,6 +1,6 @@
 """No secret, no question and no row's content leaves for a log, an error, a task, the catalog or the metrics.
 
-Everything is run with canaries, against a provider that repeats in its refusals whatever it was sent.
+Everything is run with canaries, against a provider that repeats what it was sent in its refusals.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Secretive:
         return self.send("POST", "/v1/vector-tables", body, expect=201)["id"]
 
     def build(self, table_id: str) -> str:
-        """The status of the task; whatever the engine says is kept."""
+        """The status of the task; the engine's log lines are kept."""
         task_id = self.send("POST", f"/v1/vector-tables/{table_id}/backfill", expect=200)["task_id"]
         assert isinstance(self.tenant.client.app, FastAPI)
         runtime = self.tenant.client.app.state.embedd.runtime

@@ -87,7 +87,7 @@ def test_a_hung_source(built: Built, hung: Hung) -> None:
 
 
 def test_hung_sources_leave_threads_to_others(tenant: Tenant, hung: Hung, app_with: Callable[..., TestClient]) -> None:
-    """As many tests of connections as may be, and some more; whoever asks for anything else is answered at once."""
+    """As many tests of connections as may be, and some more; all other requests are answered at once."""
     tenant.client = app_with(request_timeout_seconds=3.0)
     connection_id = tenant.connection()["id"]
     tenant.put(f"/v1/connections/{connection_id}", {"credentials": {**tenant.credentials, "port": hung.port}})

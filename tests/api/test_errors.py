@@ -1,4 +1,4 @@
-"""One table of codes; whatever is raised leaves as an envelope."""
+"""One table of codes; every exception becomes an envelope."""
 
 from __future__ import annotations
 

@@ -145,5 +145,5 @@ def test_cursors(listed: tuple[Tenant, str], data: st.DataObject) -> None:
     if response.status_code == 422:
         assert code_of(response) == "validation_error"
     else:
-        # whatever place it names, nothing but this tenant's own is listed
+        # for every position that it names, nothing but this tenant's own is listed
         assert {one["org_id"] for one in response.json()["data"]} <= {tenant.org_id}

@@ -1,4 +1,4 @@
-"""`Idempotency-Key`: a request sent twice takes effect once, whoever sends it and whatever dies in between."""
+"""`Idempotency-Key`: a request sent twice takes effect once, also if another process gets it or one dies in between."""
 
 from __future__ import annotations
 

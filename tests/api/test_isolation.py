@@ -74,7 +74,7 @@ class Owned:
     ids: dict[str, str]
 
     def state(self) -> dict[str, Any]:
-        """All that the API tells of it, and every row of the catalog that names the organization or anything of it."""
+        """All that the API shows of it, and every row of the catalog that names the organization or anything of it."""
         told = {name: self.tenant.get(f"/v1/{name}").json()["data"] for name in LISTS}
         named = [self.tenant.org_id, *self.ids.values()]
         with self.tenant.catalog.transaction() as session:
@@ -168,7 +168,7 @@ def test_a_read_only_key_changes_nothing(owned: Owned) -> None:
 
 
 def test_a_revoked_key_stops_at_once_everywhere(owned: Owned, app_with: Callable[..., TestClient]) -> None:
-    """Whatever a process may have kept of it: the key is revoked through another one."""
+    """A process may have cached it: the key is revoked through another one."""
     tenant = owned.tenant
     made = tenant.made("/v1/api-keys", {"name": "leaver"})
     for method, path, body in OPERATIONS:

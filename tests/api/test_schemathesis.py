@@ -1,4 +1,4 @@
-"""Hypothesis-made requests by the OpenAPI document, with all of schemathesis' checks: no 500, no answer beside the schema.
+"""Hypothesis-made requests by the OpenAPI document, with all of schemathesis' checks: no 500, no answer outside the schema.
 
 A short run each time; `make fuzz` makes a long one (FUZZ_EXAMPLES a mode and operation) and records it. Valid requests are
 made of the ids of real objects half of the time, so that they get further than to a 404.

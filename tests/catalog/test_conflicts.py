@@ -77,7 +77,7 @@ def test_an_id_whose_storage_name_is_taken_is_not_used(
     assert drawn == [SAME, SAME, OTHER]
 
 
-def test_nor_where_another_transaction_takes_it_at_the_same_moment(
+def test_a_name_that_another_transaction_takes_at_the_same_moment_is_a_conflict(
     catalog: Catalog, homes: list[tuple[str, str]], drawn: list[str]
 ) -> None:
     created, go_on = threading.Event(), threading.Event()

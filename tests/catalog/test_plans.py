@@ -118,7 +118,7 @@ READS: dict[str, Callable[[Session], object]] = {
     "being deleted": vector_tables.being_deleted,
     "due for sync": lambda s: vector_tables.due_for_sync(s, now()),
     "without next sync": vector_tables.without_next_sync,
-    "owed syncs": lambda s: resyncs.due(s, 25),
+    "pending resyncs": lambda s: resyncs.due(s, 25),
     "failed rows": lambda s: failed_rows.page(s, TABLE, 20, None),
     "connections": lambda s: connections.page(s, _environment_id(s), 20, None),
 }

@@ -1,4 +1,4 @@
-"""Who pays what is owed: a sync what nobody holds, the consumer what it holds, and nobody twice."""
+"""A pending resync is completed by a sync, buffered changes by the consumer that holds them, and nothing twice."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from embedd_dagster.core.vector_table import Column, ColumnRole, Mode, SyncMode,
 
 
 class _Table:
-    """A cdc table to which one sync is owed that nobody holds."""
+    """A CDC table with one pending resync and no buffered changes."""
 
     def __init__(self, catalog: Catalog) -> None:
         self.catalog = catalog
@@ -88,7 +88,7 @@ class _Table:
 
     def settle(self) -> None:
         with self.catalog.transaction() as session:
-            resyncs.clear_buffered(session, self.id, "follower")
+            resyncs.clear_buffered(session, self.id, "consumer")
 
     @property
     def row(self) -> VectorTable:
@@ -98,7 +98,7 @@ class _Table:
             return found
 
     @property
-    def owes(self) -> int:
+    def pending_syncs(self) -> int:
         return self.row.cdc.resync_requested_seq - self.row.cdc.resync_completed_seq
 
 
@@ -112,63 +112,63 @@ def table(database_url: str) -> Iterator[_Table]:
 
 def test_what_is_noted_beside_the_sync_that_pays_is_the_consumers_to_settle(table: _Table) -> None:
     task_id = table.begin()
-    table.request(buffered_by="follower")
-    table.request(buffered_by="follower")
-    assert table.row.cdc.buffered_by_run_id == "follower"
+    table.request(buffered_by="consumer")
+    table.request(buffered_by="consumer")
+    assert table.row.cdc.buffered_by_run_id == "consumer"
     table.end(task_id, "completed")
-    assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, "follower"), "no other sync is owed"
+    assert (table.pending_syncs, table.row.cdc.buffered_by_run_id) == (2, "consumer"), "no other sync is pending"
     table.settle()
-    assert table.owes == 0
+    assert table.pending_syncs == 0
 
 
 @pytest.mark.parametrize("how", ["failed", "cancelled"])
 def test_a_sync_that_does_not_complete_has_paid_nothing(table: _Table, how: str) -> None:
     task_id = table.begin()
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     with table.catalog.transaction() as session:
         resyncs.record_buffered(session, {table.id: 1})
     table.end(task_id, how)
     assert table.row.cdc.changes_pending == 0, "also where its consumer is dead"
     table.settle()
-    assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, None)
+    assert (table.pending_syncs, table.row.cdc.buffered_by_run_id) == (2, None)
 
 
 @pytest.mark.parametrize("how", ["completed", "cancelled", "failed"])
 def test_a_sync_that_is_tried_again_pays_what_was_asked_for_by_then(table: _Table, how: str) -> None:
     task_id = table.begin()
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     table.end(task_id, "put back")
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     if how != "cancelled":
         with table.catalog.transaction() as session:
             tasks.claim(session, task_id, "run of the task")
     table.end(task_id, how)
     table.settle()
-    assert (table.owes, table.row.cdc.buffered_by_run_id) == (0 if how == "completed" else 3, None)
+    assert (table.pending_syncs, table.row.cdc.buffered_by_run_id) == (0 if how == "completed" else 3, None)
 
 
 def test_what_is_asked_for_while_a_sync_waits_or_of_another_sync_is_not_held(table: _Table) -> None:
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     assert table.row.cdc.buffered_by_run_id is None, "nothing is at work that would pay the first"
     task_id = table.begin()
     table.request()
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     table.end(task_id, "completed")
     table.settle()
-    assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, None), "the sync may have read before"
+    assert (table.pending_syncs, table.row.cdc.buffered_by_run_id) == (2, None), "the sync may have read before"
 
 
 def test_a_sync_that_fails_without_a_debt_leaves_the_consumer_what_it_holds(table: _Table) -> None:
     table.end(table.begin(), "completed")
     task_id = table.begin()
-    table.request(buffered_by="follower")
+    table.request(buffered_by="consumer")
     table.end(task_id, "failed")
-    assert table.row.cdc.buffered_by_run_id == "follower"
+    assert table.row.cdc.buffered_by_run_id == "consumer"
 
 
 def test_what_is_noted_at_the_moment_the_sync_fails_is_not_held(table: _Table) -> None:
     task_id = table.begin()
-    noting = threading.Thread(target=table.request, kwargs={"buffered_by": "follower"})
+    noting = threading.Thread(target=table.request, kwargs={"buffered_by": "consumer"})
     with table.catalog.transaction() as session:
         task = tasks.find(session, task_id, lock=True)
         assert task is not None
@@ -179,7 +179,7 @@ def test_what_is_noted_at_the_moment_the_sync_fails_is_not_held(table: _Table) -
         assert noting.is_alive(), "it waits for what becomes of the sync"
     noting.join()
     table.settle()
-    assert (table.owes, table.row.cdc.buffered_by_run_id) == (2, None)
+    assert (table.pending_syncs, table.row.cdc.buffered_by_run_id) == (2, None)
 
 
 def test_what_is_noted_at_the_moment_the_sync_begins_is_held(table: _Table) -> None:
@@ -187,7 +187,7 @@ def test_what_is_noted_at_the_moment_the_sync_begins_is_held(table: _Table) -> N
         found = vector_tables.find(session, table.id)
         assert found is not None
         task_id = tasks.create(session, found, TaskType.SYNC, max_attempts=2).id
-    noting = threading.Thread(target=table.request, kwargs={"buffered_by": "follower"})
+    noting = threading.Thread(target=table.request, kwargs={"buffered_by": "consumer"})
     with table.catalog.transaction() as session:
         tasks.claim(session, task_id, "run of the task")
         session.flush()
@@ -196,7 +196,7 @@ def test_what_is_noted_at_the_moment_the_sync_begins_is_held(table: _Table) -> N
         assert noting.is_alive(), "it waits for what the sync pays"
     noting.join()
     table.end(task_id, "completed")
-    assert table.row.cdc.buffered_by_run_id == "follower"
+    assert table.row.cdc.buffered_by_run_id == "consumer"
 
 
 def test_the_hundredth_bad_end_in_a_row_delays_like_the_tenth(table: _Table) -> None:

@@ -1,4 +1,4 @@
-"""What every embedder must do, whichever it is (`protocols/embedder.py`)."""
+"""What every embedder must do (`protocols/embedder.py`)."""
 
 from __future__ import annotations
 

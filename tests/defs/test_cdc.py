@@ -1,4 +1,4 @@
-"""One living consumer a connection: launched, buried, renewed; decided from facts alone, then carried out for real."""
+"""One live consumer per connection: launched, marked as failed, renewed; decided from facts alone, then carried out for real."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ GAVE_A_HEARTBEAT = {"changed_at": ago(3600), "started_at": ago(3600)}
         (run(Status.QUEUED, task=None), (), {"changed_at": ago(999)}, None),  # it makes its task when it starts
         (run(Status.QUEUED), (PENDING,), {"changed_at": ago(999)}, None),
         (run(Status.QUEUED), (replace(PENDING, cancel_requested=True),), {}, True),
-        # it checks the asset, for an hour by now
+        # it checks the asset, for an hour already
         (run(Status.STARTED), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(29)}, None),
         (run(Status.STARTED), (), {**GAVE_A_HEARTBEAT, "heartbeat_at": ago(31)}, False),
         # it gave its task back, and was killed before it could end
@@ -266,7 +266,7 @@ def test_environments_take_turns() -> None:
     launched = [decision.task.vector_table_id for decision in plan(observation_of(*flood), LIMITS).tasks]
     counts = Counter(key.split("_")[1] for key in launched)
     assert max(counts.values()) - min(counts.values()) <= 1, "though those of one are older"
-    # whoever has the fewest runs comes next
+    # the environment with the fewest runs comes next
     ahead = [task for task in flood if "_a_" in task.task_id][:3]
     launched = plan(observation_of(*flood, flying=queued(*ahead)), LIMITS).tasks
     assert {"b", "c"} == {decision.task.vector_table_id.split("_")[1] for decision in launched[:4]}

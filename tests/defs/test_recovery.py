@@ -1,4 +1,4 @@
-"""A run whose process is gone holds its vector table for less than a minute, in whatever order things happened.
+"""A run whose process is gone holds its vector table for less than a minute, in every order of events.
 
 Real run records, a real catalog, and a code server that has just been restarted: nothing is remembered.
 """

@@ -502,7 +502,7 @@ def dropping(monkeypatch: pytest.MonkeyPatch) -> Dropping:
 
 
 class Dropping:
-    """Stands for the stores: drops at once, but for what is kept."""
+    """Stands for the stores: drops at once, except what is kept."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -534,23 +534,23 @@ def retire(runtime: Runtime, *keys: str) -> None:
 def test_cleaning_up_tries_again_later_and_goes_on_with_the_others(
     runtime: Runtime, tables: Any, dropping: Dropping, log: list[str], kind: str
 ) -> None:
-    down, beside, other = keys = [tables.create(name) for name in "abc"]
-    in_one_place(tables, down, beside)
+    down, neighbour, other = keys = [tables.create(name) for name in "abc"]
+    in_one_place(tables, down, neighbour)
     if kind == "deleted tables":
         for key in keys:
             tables.delete(key)
     else:
         retire(runtime, *keys)
-    dropping.failing = {down, beside}
+    dropping.failing = {down, neighbour}
     delays = Delays()
     skipped = clean_up(lambda: runtime, delays, log.append)
     assert skipped.skip_message == f"Dropped {other if kind == 'deleted tables' else f'set 9 of {other}'}."
     assert "The store does not answer." in log[0]
-    assert len({down, beside} & set(dropping.calls)) == 1, "the second was not waited for"
+    assert len({down, neighbour} & set(dropping.calls)) == 1, "the second was not waited for"
     clean_up(lambda: runtime, delays, log.append)
-    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "each has a delay of its own"
+    assert (dropping.calls.count(down), dropping.calls.count(neighbour)) == (1, 1), "each has a delay of its own"
     clean_up(lambda: runtime, delays, log.append)
-    assert (dropping.calls.count(down), dropping.calls.count(beside)) == (1, 1), "they are tried again after a while"
+    assert (dropping.calls.count(down), dropping.calls.count(neighbour)) == (1, 1), "they are tried again after a while"
     assert all(delays.is_due(what, time.monotonic() + 3) for what in delays._failures)
 
 

@@ -37,7 +37,7 @@ from embedd_dagster.engine.runtime import Runtime
 
 
 class Clock:
-    """Stands still but for the work that is done."""
+    """Stands still except during the work that is done."""
 
     def __init__(self) -> None:
         self.instant = 0.0

@@ -239,7 +239,7 @@ def settings(database_url: str, qdrant_url: str) -> Settings:
 
 @pytest.fixture(params=[Mode.MANAGED, Mode.PLATFORM], ids=["qdrant", "pgvector"])
 def product(request: pytest.FixtureRequest, settings: Settings, openai_server: RunningServer) -> Iterator[Product]:
-    """A vector table over 500 products, nothing built yet; the customer's tables lie beside the catalog's."""
+    """A vector table over 500 products, nothing built yet; the customer's tables are in the catalog's database."""
     openai_server.reset()
     url = settings.database_url.get_secret_value()
     upgrade(url)
@@ -315,7 +315,7 @@ def _drop_slots(product: Product) -> bool:
 
 @pytest.fixture
 def followed(cdc_product: Product) -> Iterator[tuple[Product, RunningConsumer]]:
-    """A built table that is followed, with nothing owed."""
+    """A built CDC table with a running consumer and no pending resync."""
     cdc_product.run()
     with consumer_of(cdc_product) as consumer:
         eventually(lambda: is_followed(cdc_product) and settled(cdc_product))

@@ -160,7 +160,7 @@ def test_a_build_that_failed_rows_stopped_goes_on_once_the_provider_is_mended(pr
     assert (product.failed_keys(), product.table().live_version) == ([], 1)
     product.assert_true_to_source()
     assert product.provider.stats()["texts"] < 500 + 256, (
-        "but for the batch at which it was stopped, nothing is paid for again"
+        "except the batch at which it was stopped, nothing is paid for again"
     )
 
 

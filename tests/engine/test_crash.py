@@ -65,7 +65,7 @@ def test_a_killed_build_is_finished_by_the_next_run(large: Product, point: str, 
 
 
 def test_a_published_set_that_never_went_live_takes_no_name_along(product: Product) -> None:
-    """Killed between the halves of the swap, then configured anew: until that is live the name shows what is."""
+    """Killed between the halves of the swap, then configured again: until that is live the name shows what is."""
     product.run()
     product.reconfigure(dimensions=24)
     task_id = product.add_task(TaskType.REBACKFILL)

@@ -53,13 +53,13 @@ def _forms(secret: str) -> Iterator[bytes]:
     raw = secret.encode()
     yield raw
     yield raw.hex().encode()
-    # without the ends, which depend on what stands beside it
+    # without the ends, which depend on what stands next to it
     for shift in range(3):
         yield base64.b64encode(b"\0" * shift + raw)[8:-8]
 
 
 def search_database(url: str, canaries: Canaries, *, skip: tuple[str, ...] = ()) -> dict[str, list[str]]:
-    """By table, the canaries that stand in any column of any table of a database, whatever its type."""
+    """By table, the canaries that stand in any column of any table of a database, of any type."""
     found: dict[str, list[str]] = {}
     with psycopg.connect(url, autocommit=True) as connection:
         tables = connection.execute(

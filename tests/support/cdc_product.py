@@ -131,12 +131,12 @@ def is_followed(product: Product) -> bool:
 
 
 def run_owed(product: Product) -> int:
-    """Runs the syncs that are owed, as the reconcile sensor would; how many."""
+    """Runs the pending resyncs, as the reconcile sensor would; how many."""
     with product.runtime.catalog.transaction() as session:
-        owed = resyncs.due(session, 10)
-    for one in owed:
+        pending = resyncs.due(session, 10)
+    for one in pending:
         product.run(TaskType.SYNC, **one.options, reason=one.reason)
-    return len(owed)
+    return len(pending)
 
 
 def is_owed(product: Product) -> bool:
@@ -145,7 +145,7 @@ def is_owed(product: Product) -> bool:
 
 
 def settled(product: Product) -> bool:
-    """Nothing is owed any more; what a sync has to do is done here."""
+    """No resync is pending any more; what a sync has to do is done here."""
     run_owed(product)
     return not is_owed(product)
 

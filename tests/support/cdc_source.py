@@ -1,4 +1,4 @@
-"""A source that is followed, apart from the engine: a feed, what it gave, and what is asked of the server beside it."""
+"""A CDC source without the engine: a stream, what it gave, and questions to the server itself."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Tab:
         return answer["result"].get("value")
 
     def wait_for(self, expression: str, *, within: float = 60.0) -> Any:
-        """The expression's value once it is true, of whatever page is there by then."""
+        """The expression's value once it is true, of the page that is shown then."""
         deadline = time.monotonic() + within
         while not (value := self._evaluate_unless_left(expression)):
             assert time.monotonic() < deadline, (

@@ -25,7 +25,7 @@ COLUMNS = [
 
 
 class Embedd:
-    """One customer: a database of their own beside the stack's, one connection a mode, one provider."""
+    """One customer: a database of their own next to the stack's, one connection per mode, one provider."""
 
     def __init__(self, stack: Stack, api: httpx.Client, provider: RunningServer, database: URL) -> None:
         self.stack = stack

@@ -417,7 +417,7 @@ def running_openai_server(**behaviour: Any) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def running_server(module: str, **behaviour: Any) -> Iterator[RunningServer]:
-    """As `running_openai_server`, the server of a module beside this one."""
+    """As `running_openai_server`, the server of another module in this folder."""
     program = [sys.executable, "-m", f"tests.support.{module}"]
     command = [*program, "--port", "0", "--behaviour", orjson.dumps(behaviour).decode()]
     repository = Path(__file__).parents[2]

@@ -1,6 +1,6 @@
 """The catalog's tables as SQLAlchemy maps them. The modules next to this package read and change them.
 
-All are imported here, so that `Base.metadata` is complete for whoever imports one.
+All are imported here, so that `Base.metadata` is complete when one of them is imported.
 """
 
 from embedd_dagster.catalog.tables.base import Base

@@ -34,7 +34,7 @@ _LEAST_PLANNED_PAGES: Final = 10  # PostgreSQL's table_block_relation_estimate_s
 
 
 def row_estimate(connection: psycopg.Connection[Any], relation: Relation) -> int:
-    """About how many rows the table has: by what was counted, else by what the planner thinks its pages can hold."""
+    """About how many rows the table has: by what was counted, otherwise by the planner's estimate for its pages."""
     row = connection.execute(_ESTIMATE, {"oid": relation.oid}).fetchone()
     if row and row[0] is not None:
         return int(row[0])

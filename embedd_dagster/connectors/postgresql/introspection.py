@@ -57,7 +57,7 @@ class ColumnInfo:
     """The base type without them: good for a cast that must not cut a value off."""
     type_modifier: int
     array_of: int
-    """The element type's OID of a true array, else 0."""
+    """The element type's OID of a true array, otherwise 0."""
     type_oid: int
 
     @property
@@ -97,7 +97,7 @@ class ColumnInfo:
         return expression
 
     def text(self, expression: sql.Composable) -> sql.Composable:
-        """The expression, of this column's type and not null, as text. `concat` is no cast, which an owner could replace."""
+        """The expression, of this column's type and not null, as text. `concat` is not a cast, which an owner could replace."""
         form = "pg_catalog.concat({})" if self.base_kind == "e" else "{}::pg_catalog.text"
         return sql.SQL(form).format(expression)
 

@@ -1,4 +1,4 @@
-"""Whether a column tells the rows of a table apart: by a constraint on exactly this column, else by counting."""
+"""Whether a column tells the rows of a table apart: by a constraint on exactly this column, otherwise by counting."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _refuse(
         )
     if faults:
         raise SourceRejected(
-            f"Column {key.name!r} of {relation.label} is no primary key: {'; '.join(faults)}.", resolution=_RESOLUTION
+            f"Column {key.name!r} of {relation.label} is not a primary key: {'; '.join(faults)}.",
+            resolution=_RESOLUTION,
         )
 
 

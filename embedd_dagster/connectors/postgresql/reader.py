@@ -77,7 +77,7 @@ class PostgresTableReader:
         return int(row[0]) if row else 0
 
     def check_keys(self) -> None:
-        """Returns when no two rows have one key: by a constraint, else by one scan of the rows."""
+        """Returns when no two rows have one key: by a constraint, or by one scan of the rows."""
         with self._cursor() as cursor:
             check_unique(cursor.connection, self._relation, self._key)
 

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True)
 class CollectionLimits:
-    """The limits of `strict_mode_config` that concern our calls, under Qdrant's own names; None is no limit."""
+    """The limits of `strict_mode_config` that concern our calls, under Qdrant's own names; None means no limit."""
 
     max_query_limit: int | None = None
     search_max_hnsw_ef: int | None = None

@@ -68,7 +68,7 @@ def vector_bytes(vector: Vectors) -> bytes:
 
 
 def read_vector(message: Any) -> Vectors:
-    """The numbers of a `Vector` or `VectorOutput`, in whichever of the two fields they are; empty for another kind."""
+    """The numbers of a `Vector` or `VectorOutput`, from the field of the two that is set; empty for another kind."""
     return np.frombuffer(message.data or message.dense.data, dtype="<f4")
 
 

@@ -18,7 +18,7 @@ BODY_BYTES: Final = 16 * 2**20
 """Qdrant refuses bodies above 32 MB; where every character is a control character, a body has twice what was reckoned."""
 _BYTES_PER_DIMENSION: Final = 13  # of a float32 in JSON, with its comma
 _BYTES_PER_CHARACTER: Final = 3  # in JSON: mostly one, at most six
-_BYTES_PER_COLUMN: Final = 28  # of metadata, beside its name: a number with its quotes, colon and comma
+_BYTES_PER_COLUMN: Final = 28  # of metadata, besides its name: a number with its quotes, colon and comma
 _INTEGERS: Final = range(-(2**63), 2**63)  # of a payload; others would become floats
 
 

@@ -26,7 +26,7 @@ class CdcConfig(dg.Config):
     description="Applies what the source's log says has changed, until it is asked to end or another run takes over."
 )
 def follow_changes(context: dg.OpExecutionContext, config: CdcConfig, runtime: RuntimeResource) -> None:
-    """One run of the follower; what ends it well is in its log."""
+    """One run of the consumer; its log says why it ended."""
     try:
         opened = runtime.open()
 
@@ -59,8 +59,8 @@ def follow_changes(context: dg.OpExecutionContext, config: CdcConfig, runtime: R
 
 @dg.job(
     executor_def=dg.in_process_executor,
-    description="Follows one connection's log for its cdc vector tables. Kept alive by `follower_sensor`.",
+    description="Reads one connection's log for its CDC tables. Kept alive by `follower_sensor`.",
 )
 def follow_job() -> None:
-    """The job of the followers."""
+    """The job of the consumers."""
     follow_changes()

@@ -53,8 +53,8 @@ def plan_consumers(
     then, they say by the heartbeat of the run that their process is alive. Where silence does not count, because the catalog
     was away until just now, a run that gives heartbeats is taken to live.
     """
-    patience = SilenceLimits(instant, stale_after, code_server_started_at, silence_counts)
-    dead = tuple(run for run in runs if _is_dead(run, feeds.get(run.connection_id), patience))
+    silence_limits = SilenceLimits(instant, stale_after, code_server_started_at, silence_counts)
+    dead = tuple(run for run in runs if _is_dead(run, feeds.get(run.connection_id), silence_limits))
     launches = []
     for connection_id in sorted(connection_ids):
         feed = feeds.get(connection_id)
@@ -71,7 +71,7 @@ def _is_to_renew(run: ConsumerRun, feed: CdcStreamRow, before: datetime) -> bool
     return feed.dagster_run_id == run.run_id and feed.claimed_at is not None and feed.claimed_at <= before
 
 
-def _is_dead(run: ConsumerRun, feed: CdcStreamRow | None, patience: SilenceLimits) -> bool:
+def _is_dead(run: ConsumerRun, feed: CdcStreamRow | None, silence_limits: SilenceLimits) -> bool:
     if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
-        return patience.silence_counts and patience.now - feed.heartbeat_at > patience.stale_after
-    return why_gone(run.status, run.signs, patience) is not None
+        return silence_limits.silence_counts and silence_limits.now - feed.heartbeat_at > silence_limits.stale_after
+    return why_gone(run.status, run.signs, silence_limits) is not None

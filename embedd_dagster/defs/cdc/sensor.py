@@ -79,7 +79,11 @@ def keep_consuming(
             log("There are more runs without a process: the next tick goes on.")
             break
         _mark_run_failed(instance, run, log)
-    return dg.SensorResult(run_requests=requests) if requests else dg.SkipReason("Whatever is to be followed is.")
+    return (
+        dg.SensorResult(run_requests=requests)
+        if requests
+        else dg.SkipReason("Every CDC connection has a running consumer.")
+    )
 
 
 def _runs_in_flight(instance: dg.DagsterInstance) -> list[ConsumerRun]:

@@ -57,7 +57,7 @@ class TaskFact:
 class RunFact:
     """A run of the asset, as Dagster has it.
 
-    CANCELED means that somebody asked for it, but for `given_up`: Dagster ends a run whose process was told to stop as
+    CANCELED means that somebody asked for it, except `given_up`: Dagster ends a run whose process was told to stop as
     FAILURE.
     """
 
@@ -303,7 +303,7 @@ def _decide_after_runs(
 
 def _launch(task: TaskFact, ended: Sequence[RunFact], reason: str) -> TaskDecision:
     # Dagster launches nothing for a key that one of its runs has. The latest run makes it: the same on a tick that is
-    # repeated, another for the next attempt, and never one that is taken, whichever runs somebody has deleted: a run
+    # repeated, another for the next attempt, and never one that is taken, even if somebody has deleted runs: a run
     # that has it is itself later than the run it names
     return TaskDecision(task, Decision.LAUNCH, reason, run_key=f"{task.task_id}:{ended[-1].run_id if ended else 0}")
 
@@ -351,13 +351,15 @@ def decide_runs(snapshot: Snapshot, decisions: Sequence[TaskDecision], limits: L
     live = {task.task_id for task in snapshot.tasks}
     owners = {task.run_id for task in snapshot.tasks if task.status is TaskStatus.RUNNING}
     cancelled = {decision.task.task_id for decision in decisions if decision.action is Decision.CANCEL}
-    patience = SilenceLimits(snapshot.now, limits.stale_after, snapshot.code_server_started_at, snapshot.silence_counts)
+    silence_limits = SilenceLimits(
+        snapshot.now, limits.stale_after, snapshot.code_server_started_at, snapshot.silence_counts
+    )
     ends = []
     for run in snapshot.runs_in_flight:
         if run.status is dg.DagsterRunStatus.QUEUED:
             if run.task_id is not None and (run.task_id not in live or run.task_id in cancelled):
                 ends.append(RunDecision(run.run_id, cancelled=True, reason="Its task has ended."))
-        elif run.run_id not in owners and (reason := why_gone(run.status, run.signs, patience)):
+        elif run.run_id not in owners and (reason := why_gone(run.status, run.signs, silence_limits)):
             ends.append(RunDecision(run.run_id, run.status is dg.DagsterRunStatus.CANCELING, reason))
     return ends
 

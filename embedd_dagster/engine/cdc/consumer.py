@@ -210,8 +210,8 @@ class CdcConsumer:
         blocked_since = {key: self._blocked_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
             hidden = cdc.subscribed_among(session, self._tables.ids(subscription.hidden))
-            anew = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
-            states = cdc.table_states(session, anew)
+            subscribed = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
+            states = cdc.table_states(session, subscribed)
             # a table that was never built has nothing to compare, unless it is being built at this moment
             to_resync = [key for key, state in states.items() if state.live_version is not None or state.live_task]
             resyncs.request(session, to_resync, subscription.lost or "Its changes were not followed before.")
@@ -228,8 +228,8 @@ class CdcConsumer:
         self._blocked_since = blocked_since
         if restarted:
             self._position = subscription.position
-        if anew:
-            self._log(f"{subscription.lost or ''} Following {', '.join(sorted(anew))} from now on.".strip())
+        if subscribed:
+            self._log(f"{subscription.lost or ''} Following {', '.join(sorted(subscribed))} from now on.".strip())
 
     def _drop_log(self, error: LogTooLong) -> None:
         self._log(f"{error.message} It is dropped, and syncs compare all tables instead.")

@@ -46,7 +46,7 @@ class AdaptiveGate:
             self._condition.notify_all()
 
     def enter(self, check: Callable[[], None]) -> None:
-        """Waits for a place; `check` is called several times a second and ends the wait by raising."""
+        """Waits for a place; `check` is called several times per second and ends the wait by raising."""
         with self._condition:
             while self._in_flight >= self._limit:
                 self._condition.wait(_SLICE_SECONDS)

@@ -46,7 +46,7 @@ class PacedEmbedder:
     """An embedder within its account's limits. Safe to use from several threads: they share limits and experience.
 
     `limits` are those of the embedding provider; `budget` replaces their per-minute numbers if these hold across
-    processes. `check` is called several times a second during every wait, and ends it by raising (RunCancelled).
+    processes. `check` is called several times per second during every wait, and ends it by raising (RunCancelled).
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class Usable(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """How to wait: `check` is called several times a second, and ends a wait by raising."""
+    """How to wait: `check` is called several times per second, and ends a wait by raising."""
 
     check: Callable[[], None]
     patience_seconds: float

@@ -34,7 +34,7 @@ class Call:
 
     @property
     def collection(self) -> Collection:
-        """The collection that the path names, be it by an alias."""
+        """The collection that the path names, also by an alias."""
         return self.catalog.get(self.path["name"])
 
     def body(self) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def create_app(catalog: QdrantCatalog, api_key: str | None = None, grpc_server: 
     routes += [route(method, path, handler) for method, path, handler in COLLECTION_HANDLERS + POINT_HANDLERS]
     return Starlette(
         routes=routes,
-        # the real server compresses every answer for whoever accepts that
+        # the real server compresses every answer for clients that accept it
         middleware=[Middleware(GZipMiddleware, minimum_size=1)],
         lifespan=lifespan,
         exception_handlers={HTTPException: failed, Exception: failed},
@@ -155,7 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("EMBEDD_QDRANT_API_KEY is empty. Give it a value, or unset it to serve without a key.")
     logs.lose_unwritable_lines()
     os.umask(0o077)  # the data directory holds rows
-    # uvicorn raises the signal that ended it once more when all is closed: an asked-for end is no failure.
+    # uvicorn raises the signal that ended it once more when all is closed: an end that was asked for is not a failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     catalog = QdrantCatalog(options.data.absolute())

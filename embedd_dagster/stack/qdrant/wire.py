@@ -219,7 +219,7 @@ def _render_match(match: models.Match | None) -> Any:  # noqa: PLR0911 - one lin
         case None:
             return None
         case models.MatchValue(value=bool() as flag):
-            # Edge 0.9 reads Python's bool as the integer that it also is, and so looks for 1; numpy's is no integer.
+            # Edge 0.9 reads Python's bool as the integer that it also is, and so looks for 1; numpy's is not an integer.
             return edge.MatchValue(np.bool_(flag))  # type: ignore[arg-type]
         case models.MatchValue(value=value):
             return edge.MatchValue(value)

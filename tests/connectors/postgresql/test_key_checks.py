@@ -1,4 +1,4 @@
-"""A key is proved by a constraint on exactly this column, else by counting; a value that two rows have is named."""
+"""A key is proved by a constraint on exactly this column, otherwise by counting; a value that two rows have is named."""
 
 from __future__ import annotations
 

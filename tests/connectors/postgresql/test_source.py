@@ -676,7 +676,7 @@ class TestInterruptions:
 
     def test_a_connection_lost_within_a_page_is_an_error_and_not_an_end(self, admin, source: Source, kill) -> None:
         admin.execute("CREATE TABLE t (id int PRIMARY KEY); INSERT INTO t SELECT generate_series(1, 3)")
-        # stable, else the view could not be read by the table's index
+        # stable, or the view could not be read by the table's index
         admin.execute("CREATE FUNCTION nap() RETURNS text STABLE LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(30); END'")
         admin.execute("CREATE VIEW v AS SELECT id, CASE WHEN id > 2 THEN nap() END AS v FROM t")
         reader = source.reader(Selection("v", "id", ("v",)))
@@ -741,7 +741,7 @@ class TestErrors:
             ("25006", SourceRejected),
         ],
     )
-    def test_which(self, state: str, expected: type[EmbeddError]) -> None:
+    def test_each_state_becomes_one_of_our_errors(self, state: str, expected: type[EmbeddError]) -> None:
         assert type(translate(psycopg_errors.lookup(state)("x"), self.SERVER)) is expected
 
     @pytest.mark.parametrize("error", [psycopg.OperationalError, psycopg.InterfaceError])

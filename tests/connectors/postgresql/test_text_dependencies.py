@@ -1,4 +1,4 @@
-"""What makes rows of a followed table say something else without a change of a row: the table joins again, to be compared."""
+"""Changes of types alter the text of rows without changing a row: the table is newly subscribed, and compared."""
 
 from __future__ import annotations
 

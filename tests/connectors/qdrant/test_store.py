@@ -137,7 +137,7 @@ def test_large_batches_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", ["x" * 200_000, "\x01" * 200_000, "\U0001f600" * 200_000, "ü" * 1_000_000])
 def test_no_body_is_above_the_limit_of_qdrant(value: str) -> None:
-    """Whatever the metadata: also characters that take six bytes of JSON."""
+    """Any metadata, also characters that take six bytes of JSON."""
     bodies: list[int] = []
 
     def handler(request: httpx.Request) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Following a real log into real stores: what changes in the source is found, whatever else is going on."""
+"""Following a real log into real stores: changes in the source are found, also during other work."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ def test_a_locked_table_does_not_hold_up_the_others(
             assert "lock" in (product.table().last_error or "")
             before = feed_of(product)
             assert before is not None
-            product.sql("INSERT INTO goods VALUES (1, 'beside', 'it', 'red', 1)")
+            product.sql("INSERT INTO goods VALUES (1, 'next to', 'it', 'red', 1)")
             eventually(is_true(other))
             eventually(lambda: (feed_of(product) or before).position != before.position)
             locker.rollback()

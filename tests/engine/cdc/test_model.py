@@ -1,7 +1,7 @@
 """Any interleaving of writes, tasks, pauses and deaths under a consumer ends in the truth.
 
-Hypothesis draws the steps; the consumer goes on beside them, dies without a word and is replaced. At rest, the live set
-equals the source, nothing is owed, and a comparison of every row finds nothing to do.
+Hypothesis draws the steps; the consumer runs at the same time, is killed and is replaced. At rest, the live set
+equals the source, no resync is pending, and a comparison of every row finds nothing to do.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _write(product: Product, name: str, key: int = 0, value: Any = None) -> None
 
 
 def _run_owed(product: Product) -> bool:
-    """Whether nothing is owed any more; runs what is, as the reconcile sensor would.
+    """Whether no resync is pending; runs what is, as the reconcile sensor would.
 
     A sync that comes before the consumer has read a TRUNCATE is refused; the event brings the confirmation.
     """
@@ -158,7 +158,7 @@ def _take(product: Product, consumer: Consumer, step: tuple[Any, ...]) -> None:
         case ("outage", method):
             with _outage(product, method):
                 product.sql("UPDATE products SET body = 'in an outage' WHERE id % 5 = 0")
-                time.sleep(0.5)  # longer than its patience
+                time.sleep(0.5)  # longer than its timeout
         case ("wait",):
             consumer.keep_alive()
             _run_owed(product)

@@ -47,7 +47,7 @@ def test_a_configured_column_that_is_dropped_is_named(
     product.sql("ALTER TABLE products DROP COLUMN body")
     if is_written_to:
         product.sql("UPDATE products SET price = 5 WHERE id = 1")
-    else:  # nothing tells of it but what the table is like
+    else:  # only the table's fingerprint reveals it
         eventually(lambda: is_owed(product))
         with pytest.raises(SourceTableNotFound, match="'body'"):
             run_owed(product)
@@ -469,7 +469,7 @@ def test_a_connection_that_leads_elsewhere_leaves_no_slot_behind(followed: tuple
 def test_a_column_that_is_swapped_for_another_by_renaming_is_compared(
     followed: tuple[Product, RunningConsumer],
 ) -> None:
-    """The last step of every expand-and-contract migration; no event tells of it."""
+    """The last step of every expand-and-contract migration; no event reports it."""
     product, consumer = followed
     product.sql("ALTER TABLE products ADD COLUMN new_title text; UPDATE products SET new_title = 'better ' || id")
     eventually(lambda: settled(product))
@@ -504,7 +504,7 @@ def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
     consumer.options.subscribe_seconds = 0.05
     before = product.table().cdc.table_fingerprint
     version = "SELECT xmin::text FROM vector_tables WHERE id = %s"
-    # whatever else is written to the row is written when there are changes
+    # everything else in the row is written only when there are changes
     written = product.sql(version, product.vector_table_id)
     time.sleep(1)
     assert product.sql(version, product.vector_table_id) == written

@@ -1,4 +1,4 @@
-"""Following a source's log: one feed a connection, and what is owed to a vector table when following was interrupted."""
+"""CDC: one stream per connection, and the resync that a vector table needs after an interruption."""
 
 import sqlalchemy as sa
 from alembic import op

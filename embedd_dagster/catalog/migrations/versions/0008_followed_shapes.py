@@ -1,4 +1,4 @@
-"""What followed tables are like, so that it shows when they were altered while nobody followed them."""
+"""Fingerprints of CDC tables, which reveal changes that were made while no consumer ran."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -187,7 +187,7 @@ def _value(data: bytes, position: int, column: int, *, to_end: bool = False) -> 
             if index == column:
                 value = data[start:position]
                 if kind == _BINARY or position > len(data):  # we never ask for the binary form
-                    raise MalformedMessage("a value that is no text, or that is cut off")
+                    raise MalformedMessage("a value that is not text, or that is cut off")
         elif kind == _UNCHANGED:
             if index == column:
                 value = UNCHANGED

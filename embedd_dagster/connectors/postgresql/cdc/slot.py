@@ -154,7 +154,7 @@ def prepare_session(connection: ScopedConnection) -> None:
     """Keeps decoding out of the server's log, and the session from being ended while it is idle.
 
     Up to version 18 at least, each start of decoding is two entries in the server's log, of level LOG, and a busy server is
-    read some times a second. Superusers may change that level; from version 15 on, others may after
+    read some times per second. Superusers may change that level; from version 15 on, others may after
     `GRANT SET ON PARAMETER log_min_messages TO …`.
     """
     if connection.info.server_version >= 150000:

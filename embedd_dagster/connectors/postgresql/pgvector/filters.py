@@ -39,7 +39,7 @@ def compile_filter(tree: Filter, filter_types: Mapping[str, FilterType]) -> sql.
 
 
 def index_expressions(filter_types: Mapping[str, FilterType]) -> list[sql.Composable]:
-    """What to index for these columns: the very expressions of the conditions, else no index would serve them."""
+    """What to index for these columns: exactly the expressions of the conditions, or no index would serve them."""
     return [_indexed(column, kind) for column, kind in filter_types.items()][:MAX_INDEXES]
 
 

@@ -57,7 +57,7 @@ class KeyType:
 
     sql_name: str
     base_name: str
-    """Of a domain its base type, else the same: what arrays are made of and what values are read as."""
+    """Of a domain its base type, otherwise the same: what arrays are made of and what values are read as."""
     is_read_as_text: bool
     dump: Dump
     equals: str = "OPERATOR(pg_catalog.=)"
@@ -65,7 +65,7 @@ class KeyType:
 
     @property
     def key_expression(self) -> str:
-        """`pk_value` as it is read. `concat` is no cast: for a cast to text, the type's owner could give a function."""
+        """`pk_value` as it is read. `concat` is not a cast: for a cast to text, the type's owner could give a function."""
         return "pg_catalog.concat(pk_value)" if self.is_read_as_text else "pk_value"
 
     @property

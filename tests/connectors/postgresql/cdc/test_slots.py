@@ -262,7 +262,7 @@ class TestLost:
     def test_a_log_that_leads_through_a_time_without_publication(
         self, admin: Admin, stream_reader: StreamReader, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Up to version 17 decoding fails there, whatever there is by now."""
+        """Up to version 17 decoding fails there, although it exists now."""
 
         def fail(*_: Any, **__: Any) -> Iterator[bytes]:
             raise psycopg.errors.UndefinedObject(f'publication "{name}" does not exist')

@@ -79,7 +79,7 @@ class TestChanges:
         assert batch.truncated == {T}
         assert batch.keys == {T: [9, 1]}
         assert batch.change_count == 3
-        # The log cannot tell it from a table that was written anew: it joins again, which a comparison settles.
+        # The log cannot tell it from a table that was rewritten: it is newly subscribed, and a comparison follows.
         assert stream_reader.subscribe().newly_subscribed == {T}
         assert stream_reader.subscribe().newly_subscribed == set()
 
@@ -405,7 +405,7 @@ class TestChangedTables:
         assert stream_reader.keys() == [1, 2, 3, 4, 5]
         assert stream_reader.subscribe().newly_subscribed == {
             T
-        }  # no event tells of a drop, and it may be one that is configured
+        }  # no event reports a drop, and it may be one that is configured
         assert stream_reader.subscribe().newly_subscribed == set()
 
     def test_the_key_column_is_renamed(self, admin: Admin, stream_reader: StreamReader) -> None:
@@ -426,7 +426,7 @@ class TestChangedTables:
         admin.execute("INSERT INTO t VALUES (4)")
         admin.execute("ALTER TABLE t ALTER COLUMN id TYPE text USING 'n' || id; INSERT INTO t VALUES ('n5')")
         assert stream_reader.keys() == [4, "n5"]
-        assert stream_reader.subscribe().newly_subscribed == {T}  # all of its rows were written anew
+        assert stream_reader.subscribe().newly_subscribed == {T}  # all of its rows were written again
 
     def test_the_key_column_gets_a_type_that_was_unknown(self, admin: Admin, stream_reader: StreamReader) -> None:
         admin.execute("CREATE TYPE mood AS ENUM ('sad', 'happy'); DELETE FROM t")
@@ -726,7 +726,7 @@ IDENTITIES: dict[str, tuple[str, str | None]] = {
     "a unique index of a nullable column": ("CREATE TABLE t (id int UNIQUE, v int)", "FULL"),
     "a partial index": ("CREATE TABLE t (id int NOT NULL, v int); CREATE UNIQUE INDEX i ON t (id) WHERE v > 0", "FULL"),
     "another column's primary key": ("CREATE TABLE t (id int NOT NULL, v int PRIMARY KEY)", "FULL"),
-    "another column's primary key beside ours": (
+    "another column's primary key next to ours": (
         "CREATE TABLE t (id int NOT NULL CONSTRAINT u UNIQUE, v int PRIMARY KEY)", 'USING INDEX "u"',
     ),
     "only included": (
