@@ -27,7 +27,7 @@ from embedd_dagster.catalog import cdc, resyncs, vector_sets, vector_tables
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
-from embedd_dagster.engine.cdc.consumer import follow
+from embedd_dagster.engine.cdc.consumer import run_consumer
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.protocols.store import Store
 from embedd_dagster.settings import read_settings
@@ -59,7 +59,7 @@ def _following(bench: Bench) -> Iterator[None]:
 
 def _be_the_follower(connection_id: str) -> None:
     with Runtime.open(read_settings()) as runtime:
-        follow(
+        run_consumer(
             runtime,
             connection_id,
             uuid4().hex,

@@ -24,7 +24,8 @@ from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, p
 from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
-from embedd_dagster.engine.run import RunReport, run_task
+from embedd_dagster.engine.report import RunReport
+from embedd_dagster.engine.run import run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.settings import Settings

@@ -6,7 +6,7 @@ from benchmarks import data
 from benchmarks.ours import Bench, without_index
 from benchmarks.results import record, table
 from benchmarks.servers import Servers
-from embedd_dagster.connectors.openai import embedder as openai
+from embedd_dagster.connectors.openai.embedder import OpenAIEmbedder
 from embedd_dagster.core.vector_table import Mode
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
@@ -31,13 +31,13 @@ def measure(servers: Servers, rows: int) -> None:
                 break
         return max(rates)
 
-    default_batch = openai._DEFAULT_MAX_ITEMS
+    default_batch = OpenAIEmbedder.max_items
     by_concurrency = {n: [rate(ms, n) for ms in LATENCIES_MS] for n in CONCURRENCIES}
     by_batch = {}
     for size in BATCHES:
-        openai._DEFAULT_MAX_ITEMS = size
+        OpenAIEmbedder.max_items = size
         by_batch[size] = [rate(ms, _DEFAULT_CONCURRENCY) for ms in LATENCIES_MS]
-    openai._DEFAULT_MAX_ITEMS = default_batch
+    OpenAIEmbedder.max_items = default_batch
 
     def lines(found: dict[int, list[float]], default: int) -> list[list[object]]:
         return [

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import lru_cache
 from typing import Annotated, TypeVar
 
@@ -14,6 +15,13 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from embedd_dagster.errors import ConfigurationError
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+class ShardPoolKind(StrEnum):
+    """Where the shards of a backfill run."""
+
+    THREADS = "threads"
+    PROCESSES = "processes"
 
 
 class Settings(BaseSettings):
@@ -78,6 +86,10 @@ class Settings(BaseSettings):
     max_task_attempts: int = Field(default=3, ge=1, le=20, description="Runs that may work on a task before it fails")
     shard_count: int = Field(
         default=2, ge=1, le=64, description="Shards (key ranges) of one table that a backfill reads at once"
+    )
+    shard_pool: ShardPoolKind = Field(
+        default=ShardPoolKind.THREADS,
+        description="Where shards run: `threads` of the run's process, or child `processes`",
     )
     heartbeat_seconds: float = Field(default=5.0, gt=0, description="Time between two heartbeats of a run")
     stale_after_seconds: float = Field(

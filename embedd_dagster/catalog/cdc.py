@@ -219,7 +219,7 @@ def table_states(session: Session, vector_table_ids: Collection[str]) -> dict[st
         key: TableState(
             live_version=live_version,
             paused=paused,
-            sync_owed=owed,
+            resync_pending=owed,
             latest_task=task_id,
             live_task=TaskType(task_type) if status in _LIVE else None,
         )

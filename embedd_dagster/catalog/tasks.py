@@ -22,23 +22,14 @@ from embedd_dagster.catalog.clock import database_now, new_id, now
 from embedd_dagster.catalog.pages import Page, Position, fetch_page, having
 from embedd_dagster.catalog.tables import CdcState, Task, VectorTable
 from embedd_dagster.core import ids
+from embedd_dagster.core.counts import RowCounts, progress_to_json
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TASK_STATUS_MOVES, TaskStatus, TaskType
 from embedd_dagster.errors import Conflict, EmbeddError, NotFound, RunCancelled, RunSuperseded
 
 _LIVE = tuple(status.value for status in LIVE_TASK_STATUSES)
 BUILDS = (TaskType.BACKFILL.value, TaskType.REBACKFILL.value)
 
-EMPTY_PROGRESS: dict[str, Any] = {
-    "rows_processed": 0,
-    "total_rows": 0,
-    "rows_failed": 0,
-    "rows_skipped": 0,
-    "rows_truncated": 0,
-    "tokens": 0,
-    "last_processed_pk": None,
-    "stage": None,
-    "rows_indexed": None,
-}
+EMPTY_PROGRESS = progress_to_json(RowCounts())
 
 
 def create(

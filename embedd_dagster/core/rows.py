@@ -79,7 +79,10 @@ class VectorSet:
 
 @dataclass(slots=True)
 class PointBatch:
-    """Points to upsert, column by column: index i of every field is one row. `vectors` has shape (n, dimensions)."""
+    """Points to upsert, column by column: index i of every field is one point. `vectors` has shape (n, dimensions).
+
+    A point is identified by its row's key and its ordinal within the row.
+    """
 
     keys: list[Key]
     texts: list[str]
@@ -89,6 +92,8 @@ class PointBatch:
     """Each text's `core.embedded_text.text_hash`."""
     buckets: list[int]
     vectors: Vectors
+    ordinals: list[int] | None = None
+    """Each point's ordinal; None if every row has one point, of ordinal 0."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -103,6 +108,7 @@ class PointBatch:
             self.text_hashes[start:stop],
             self.buckets[start:stop],
             self.vectors[start:stop],
+            None if self.ordinals is None else self.ordinals[start:stop],
         )
 
 

@@ -18,7 +18,8 @@ from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import cancel_was_asked_for, stop_signal
 from embedd_dagster.defs.tags import AUTOMATIC_TAGS, MODE_TAG, OUTCOME_TAG
 from embedd_dagster.defs.verdicts import not_checked
-from embedd_dagster.engine.run import RunReport, run_task
+from embedd_dagster.engine.report import RunReport
+from embedd_dagster.engine.run import run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
 

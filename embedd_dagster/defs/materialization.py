@@ -8,26 +8,13 @@ from typing import Final
 
 import dagster as dg
 
+from embedd_dagster.core.counts import REPORTED_COUNTS
 from embedd_dagster.core.status import TaskType
-from embedd_dagster.engine.cdc.report import FollowReport
-from embedd_dagster.engine.run import RunReport
+from embedd_dagster.engine.cdc.report import CdcReport
+from embedd_dagster.engine.report import RunReport
 from embedd_dagster.settings import Settings
 
-_COUNTS: Final = (
-    "rows_read",
-    "rows_embedded",
-    "rows_reused",
-    "rows_rewritten",
-    "rows_deleted",
-    "rows_skipped",
-    "rows_failed",
-    "rows_truncated",
-    "tokens",
-    "requests",
-    "retries",
-    "point_count",
-    "config_version",
-)
+_COUNTS: Final = (*REPORTED_COUNTS, "requests", "retries", "point_count", "config_version")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,22 +52,10 @@ def describe_report(report: RunReport, links: Links) -> dict[str, dg.MetadataVal
     return metadata
 
 
-def describe_follow_report(report: FollowReport, links: Links) -> dict[str, dg.MetadataValue]:
+def describe_follow_report(report: CdcReport, links: Links) -> dict[str, dg.MetadataValue]:
     """The metadata of a materialization that a follower writes: under the names of a sync's, where they mean the same."""
-    counts = report.counts
-    numbers = {
-        "changes": report.changes,
-        "rows_read": counts.read,
-        "rows_embedded": counts.embedded,
-        "rows_rewritten": counts.reused,
-        "rows_deleted": counts.deleted,
-        "rows_skipped": counts.skipped,
-        "rows_failed": counts.failed,
-        "rows_truncated": counts.truncated,
-        "tokens": counts.tokens,
-        "point_count": report.point_count,
-        "version": report.version,
-    }
+    names = ("changes", *REPORTED_COUNTS, "point_count", "version")
+    numbers = {name: getattr(report, name) for name in names if name != "rows_reused"}
     metadata = _subject(report, links)
     metadata["task_type"] = dg.MetadataValue.text("follow")
     metadata |= {name: dg.MetadataValue.int(value) for name, value in numbers.items()}
@@ -91,7 +66,7 @@ def describe_follow_report(report: FollowReport, links: Links) -> dict[str, dg.M
     return metadata
 
 
-def _subject(report: RunReport | FollowReport, links: Links) -> dict[str, dg.MetadataValue]:
+def _subject(report: RunReport | CdcReport, links: Links) -> dict[str, dg.MetadataValue]:
     """What was materialized, from what, and where to look at it."""
     metadata: dict[str, dg.MetadataValue] = {
         "name": dg.MetadataValue.text(report.name),

@@ -1,4 +1,4 @@
-"""Looking at what is live beside its source: the facts behind the asset checks."""
+"""Compares a live vector set with its source: the facts behind the asset checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from embedd_dagster.protocols.source import PAGE_BYTES, Selection
 
 @dataclass(frozen=True, slots=True)
 class LiveSetInspection:
-    """A live set beside its source, at about one instant."""
+    """A live set and its source, at about the same instant."""
 
     source_rows: int
     point_count: int
@@ -24,9 +24,9 @@ class LiveSetInspection:
     failed_count: int
     sampled: int
     dimensions_wrong: int
-    """Sampled vectors that have not the configured dimensions."""
+    """Sampled vectors with other than the configured dimensions."""
     hash_mismatches: int
-    """Sampled points whose row has changed or gone since the last sync."""
+    """Sampled points whose row has changed or is gone since the last sync."""
 
 
 def inspect_live_set(runtime: Runtime, vector_table_id: str, sample_size: int = 100) -> LiveSetInspection:

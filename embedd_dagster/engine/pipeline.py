@@ -2,69 +2,39 @@
 
 A batch is processed whole by one worker thread; batches of a shard end in the order in which they were read, so that a
 checkpoint may follow each. What is in flight is bounded by bytes, not by rows. Processing a batch twice ends in the
-same points: that, and the checkpoint behind the write, is what makes a killed run resumable.
+same points: that, and checkpointing after the write, makes a killed run resumable.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from embedd_dagster.catalog.failed_rows import RowFailure
+from embedd_dagster.core.counts import RowCounts
 from embedd_dagster.core.embedded_text import check_metadata_length, compose_text, metadata_reader, text_hashes
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, SourceRow, Vectors, VectorSet
 from embedd_dagster.core.shards import BatchLimits, pack_batches
 from embedd_dagster.core.unit_length import to_unit_length
 from embedd_dagster.core.vector_table import VectorConfiguration
+from embedd_dagster.engine.context import RunContext
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.engine.reuse import TextMemory
 from embedd_dagster.errors import PointsRejected, RowError, TextRejected
-from embedd_dagster.protocols.store import Store
-
-
-@dataclass(slots=True)
-class RowCounts:
-    """What became of rows; every row read is one of embedded, reused, skipped or failed."""
-
-    read: int = 0
-    embedded: int = 0
-    """Texts sent to the provider."""
-    reused: int = 0
-    """Rows whose vector was already there, or is a duplicate's."""
-    skipped: int = 0
-    """Rows without any text: they have no point."""
-    failed: int = 0
-    truncated: int = 0
-    """Rows whose text was cut at the model's limit."""
-    deleted: int = 0
-    tokens: int = 0
-
-    def add(self, other: RowCounts) -> None:
-        """Adds the other's counts to these."""
-        for name in COUNT_NAMES:
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-
-    def to_json(self) -> dict[str, int]:
-        """The counts by name."""
-        return {name: getattr(self, name) for name in COUNT_NAMES}
-
-
-COUNT_NAMES = tuple(item.name for item in fields(RowCounts))
 
 
 class ComposedRow(NamedTuple):
-    """A row with its text, which is "" where there is nothing to embed, or where `failure` says why not.
+    """A row with its text, which is "" if there is nothing to embed or if `failure` says why it cannot be.
 
-    Flat, and without the values that were read: a text of a megabyte, of which a model reads the beginning, must not wait
-    in a queue.
+    Flat, and without the values that were read: a text of a megabyte, of which a model reads only the beginning, must not
+    wait in a queue.
     """
 
     key: Key
@@ -73,7 +43,7 @@ class ComposedRow(NamedTuple):
     text: str = ""
     metadata: Mapping[str, object] = MappingProxyType({})
     metadata_length: int = 0
-    """Characters of its texts; numbers count for nothing, their columns being few."""
+    """Characters of its texts; numbers are not counted, because there are few columns of them."""
     tokens: int = 0
     truncated: bool = False
     failure: RowError | None = None
@@ -92,7 +62,7 @@ class BatchOutcome:
     counts: RowCounts
     failures: list[RowFailure] = field(default_factory=list)
     without_point: list[Key] = field(default_factory=list)
-    """Keys of skipped and failed rows: a point that an earlier version of the row left must go."""
+    """Keys of skipped and failed rows: a point of an earlier version of the row is deleted."""
     written: list[Key] = field(default_factory=list)
 
 
@@ -101,24 +71,20 @@ class RowPipeline:
 
     def __init__(
         self,
-        *,
+        context: RunContext,
         vector_set: VectorSet,
         configuration: VectorConfiguration,
-        store: Store,
         embedder: PacedEmbedder,
+        *,
         reuse_from: Sequence[VectorSet],
         memory: TextMemory,
-        patiently: Callable[[Callable[[], Any]], Any],
-        as_owner: Callable[[Callable[[], Any]], Any],
     ) -> None:
-        """Reads of the store go through `patiently`, writes through `as_owner`: see `Opened`."""
+        """`reuse_from` are sets whose vectors may be taken for rows with the same text."""
+        self.context = context
+        self.vector_set = vector_set
         self.configuration = configuration
         self.concurrency = embedder.limits.concurrency
         """How many batches the provider takes at once."""
-        self._patiently = patiently
-        self._as_owner = as_owner
-        self._set = vector_set
-        self._store = store
         self._embedder = embedder
         self._reuse_from = tuple(reuse_from)
         self._memory = memory
@@ -199,12 +165,14 @@ class RowPipeline:
                 row._replace(text=cut[hashed], truncated=True) if hashed in cut else row
                 for row, hashed in zip(rows, hashes, strict=True)
             ]
-        refused = self._upsert(rows, [known[hashed] for hashed in hashes], None if cut else hashes) if rows else {}
-        if refused:
-            for index, refusal in refused.items():
-                _note_failure(outcome, rows[index], "write", refusal)
-            rows = [row for index, row in enumerate(rows) if index not in refused]
-            hashes = [hashed for index, hashed in enumerate(hashes) if index not in refused]
+        rejected_rows = (
+            self._upsert(rows, [known[hashed] for hashed in hashes], None if cut else hashes) if rows else {}
+        )
+        if rejected_rows:
+            for index, reason in rejected_rows.items():
+                _note_failure(outcome, rows[index], "write", reason)
+            rows = [row for index, row in enumerate(rows) if index not in rejected_rows]
+            hashes = [hashed for index, hashed in enumerate(hashes) if index not in rejected_rows]
             embedded.intersection_update(hashes)
         outcome.counts.embedded += len(embedded)
         outcome.counts.reused += len(rows) - len(embedded)
@@ -217,7 +185,7 @@ class RowPipeline:
     def _upsert(
         self, rows: list[ComposedRow], vectors: list[Vectors], hashes: list[int] | None
     ) -> Mapping[int, RowError]:
-        """Writes the rows; why the store cannot hold some of them, by their index. `hashes` are their texts', where known."""
+        """Writes the rows; why the store cannot hold some of them, by index. `hashes` are those of the texts, if known."""
         keys, row_hashes, buckets, texts, metadata, _length, _tokens, _truncated, _failure = zip(*rows, strict=True)
         points = PointBatch(
             keys=list(keys),
@@ -229,31 +197,31 @@ class RowPipeline:
             vectors=np.concatenate(vectors).reshape(len(rows), -1),
         )
         try:
-            self._as_owner(lambda: self._store.upsert(self._set, points))
+            self.context.write_as_owner(self.context.store.upsert, self.vector_set, points)
         except PointsRejected as error:
             return error.rejected
         return {}
 
     def _find_vectors(self, keys: list[Key], hashes: list[int]) -> dict[int, Vectors]:
-        """Vectors that need not be paid for again, by text hash: of this row in an older set, or of an equal text."""
+        """Vectors that are not paid for again, by text hash: of this row in an older set, or of an equal text."""
         known = self._memory.recall(hashes)
         for vector_set in self._reuse_from:
             wanted = {key: hashed for key, hashed in zip(keys, hashes, strict=True) if hashed not in known}
             known.update(self._read_vectors(vector_set, wanted))
         unknown = [hashed for hashed in hashes if hashed not in known]
         elsewhere = {key: hashed for hashed, key in self._memory.find_written(unknown).items()}
-        known.update(self._read_vectors(self._set, elsewhere))
+        known.update(self._read_vectors(self.vector_set, elsewhere))
         return known
 
     def _read_vectors(self, vector_set: VectorSet, wanted: dict[Key, int]) -> dict[int, Vectors]:
         """Of the points of these keys, the vectors of those that still have the text wanted, by text hash."""
         if not wanted:
             return {}
-        stored = self._patiently(partial(self._store.vectors, vector_set, list(wanted)))
+        stored = self.context.retry(self.context.store.vectors, vector_set, list(wanted))
         found = {hashed: vector for key, (hashed, vector) in stored.items() if wanted.get(key) == hashed}
         if not found:
             return found
-        # an earlier version stored vectors as they came; one without a direction is asked for again
+        # earlier versions stored vectors as they came; a vector without a direction is embedded again
         vectors, usable = to_unit_length(np.stack(list(found.values())))
         pairs = zip(found, vectors, strict=True)
         return (
@@ -267,7 +235,7 @@ class RowPipeline:
     ) -> tuple[set[int], dict[int, TextRejected], dict[int, str]]:
         """Adds the missing vectors to `known`.
 
-        Gives which texts were embedded here, which the provider rejects, and what is left of those it called too long.
+        Returns which texts were embedded here, which the provider rejects, and what is left of those that were too long.
         """
         embedded: set[int] = set()
         rejected: dict[int, TextRejected] = {}
@@ -284,7 +252,7 @@ class RowPipeline:
                     rejected[hashed] = vector
                 else:
                     known[hashed] = vector
-            # what is left: the batch that was at it failed, and this one tries it in its place
+            # the batch that had claimed what is left has failed: this one embeds it instead
             missing = {
                 hashed: text for hashed, text in missing.items() if hashed not in known and hashed not in rejected
             }
@@ -320,17 +288,16 @@ def process_in_order(
     *,
     max_batches: int,
     max_bytes: int,
-    check: Callable[[], None],
 ) -> Iterator[BatchOutcome]:
     """The outcome of each batch, in the order of the batches, with up to `max_batches` in flight.
 
-    Raises what a batch raised; no batch is at work any more when it ends, in whichever way.
+    Raises what a batch raised. When it ends, in any way, no batch is running.
     """
     in_flight: deque[tuple[int, Future[BatchOutcome]]] = deque()
     bytes_in_flight = 0
     try:
         for batch in batches:
-            check()
+            pipeline.context.check()
             size = sum(map(_size_bytes, batch))
             while in_flight and (
                 in_flight[0][1].done() or len(in_flight) >= max_batches or bytes_in_flight + size > max_bytes
@@ -341,7 +308,7 @@ def process_in_order(
             in_flight.append((size, executor.submit(pipeline.process, batch)))
             bytes_in_flight += size
         while in_flight:
-            check()
+            pipeline.context.check()
             yield in_flight.popleft()[1].result()
     finally:
         for _size, future in in_flight:

@@ -1,10 +1,10 @@
-"""The texts that a run has embedded already: a duplicate in the table costs one embedding, wherever it stands.
+"""The texts that a run has already embedded: a duplicate text in the table costs one embedding.
 
 Three layers, each for what the one before forgets: the vectors used last are kept in memory; a text that another batch is
-embedding at this moment is waited for; for every text written, the key of one row that has it is kept in a temporary file
-(SQLite's own, gone with the process), from where its vector can be read back out of the set. Memory does not grow with the table.
+embedding at the moment is waited for; for every text written, the key of one row that has it is kept in a temporary SQLite
+file (which ends with the process), so that its vector can be read from the set. Memory does not grow with the table.
 
-All of it costs 2 µs a row: what is done a row is done by dict and NumPy, and SQLite is told of thousands of rows at once.
+All of it costs 2 µs per row: per row there are only dict and NumPy operations, and SQLite gets thousands of rows at once.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from embedd_dagster.core.keys import Key, decode_key, encode_key
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.errors import TextRejected
 
-_VECTOR_BYTES: Final = 24 * 2**20
-_BLOOM_BITS: Final = 26  # 8 MB: at five million texts one in a hundred is looked up in vain
-_VARIABLES_A_STATEMENT: Final = 500
-# In the order of their hashes, which are random, so many rows go into the file's tree at a third of the cost of a batch.
-_ROWS_A_WRITE: Final = 8192
+VECTOR_BYTES: Final = 24 * 2**20
+"""How much memory the vectors of the texts embedded last may take."""
+_BLOOM_BITS: Final = 26  # 8 MB: with five million texts, 1 % of the lookups find nothing
+_VARIABLES_PER_STATEMENT: Final = 500
+# In the order of their random hashes, this many rows are inserted at a third of the cost per row of a batch.
+_ROWS_PER_WRITE: Final = 8192
 
 EmbeddingInFlight = Future[Mapping[int, Vectors | TextRejected]]
-"""What becomes of the texts of one batch, by hash; one that is missing has to be tried again: the batch failed."""
+"""What becomes of the texts of one batch, by hash. A missing one has to be tried again, because the batch failed."""
 
 
 class TextMemory:
     """What a run knows of the texts it has embedded. Safe to use from several threads; close it at the end."""
 
-    def __init__(self, max_vector_bytes: int = _VECTOR_BYTES) -> None:
+    def __init__(self, max_vector_bytes: int = VECTOR_BYTES, *, rows_per_write: int = _ROWS_PER_WRITE) -> None:
         self._max_bytes = max_vector_bytes
+        self._rows_per_write = rows_per_write
         self._bytes = 0
         self._vectors: OrderedDict[int, Vectors] = OrderedDict()
         self._in_flight: dict[int, EmbeddingInFlight] = {}
@@ -59,18 +61,18 @@ class TextMemory:
             for hashed in hashes:
                 vector = self._vectors.get(hashed)
                 if vector is not None:
-                    # a copy: as part of an answer's array it would keep that alive when the rest of it is forgotten
+                    # a copy: a view would keep the whole answer's array in memory
                     found[hashed] = self._vectors[hashed] = vector if vector.base is None else vector.copy()
                     self._vectors.move_to_end(hashed)
         return found
 
     def claim(self, hashes: Iterable[int]) -> tuple[list[int], dict[int, EmbeddingInFlight]]:
-        """Which of these texts the caller is to embed, and those that another batch is embedding.
+        """Which of these texts the caller must embed, and those that another batch is embedding.
 
-        The caller must `resolve` its own before it waits for the others: so no two batches wait for each other.
+        The caller must `resolve` its own before it waits for the others, so that no two batches wait for each other.
         """
         mine, others = [], {}
-        own: EmbeddingInFlight = Future()  # one a batch: one a text cost a quarter of the engine's CPU
+        own: EmbeddingInFlight = Future()  # one per batch: one per text cost a quarter of the engine's CPU
         with self._lock:
             for hashed in hashes:
                 if (future := self._in_flight.get(hashed)) is not None:
@@ -81,7 +83,7 @@ class TextMemory:
         return mine, others
 
     def resolve(self, claimed: Sequence[int], outcomes: Mapping[int, Vectors | TextRejected]) -> None:
-        """Tells those who wait what became of all the texts of a claim, and keeps their vectors while there is room."""
+        """Gives the outcomes of a claim to the batches that wait for them, and keeps the vectors while there is room."""
         if not claimed:
             return
         with self._lock:
@@ -104,9 +106,9 @@ class TextMemory:
             for positions in self._positions(list(keys)):
                 np.bitwise_or.at(self._bloom, positions >> 3, (1 << (positions & 7)).astype(np.uint8))
             self._unwritten.update(keys)
-            if len(self._unwritten) >= _ROWS_A_WRITE:
+            if len(self._unwritten) >= self._rows_per_write:
                 entries = {hashed: encode_key(self._unwritten[hashed]) for hashed in sorted(self._unwritten)}
-                # one statement: `executemany` lets the interpreter go, and waits for it, with every row
+                # one statement: `executemany` releases and takes the interpreter lock with every row
                 self._file.execute(
                     "INSERT OR IGNORE INTO written SELECT key, value FROM json_each(?)",
                     [orjson.dumps(entries, option=orjson.OPT_NON_STR_KEYS).decode()],
@@ -122,8 +124,8 @@ class TextMemory:
             maybe &= (self._bloom[positions >> 3] >> (positions & 7)) & 1 == 1
         asked = [hashes[position] for position in np.nonzero(maybe)[0].tolist()]
         found: dict[int, Key] = {}
-        for start in range(0, len(asked), _VARIABLES_A_STATEMENT):
-            some = asked[start : start + _VARIABLES_A_STATEMENT]
+        for start in range(0, len(asked), _VARIABLES_PER_STATEMENT):
+            some = asked[start : start + _VARIABLES_PER_STATEMENT]
             marks = ", ".join("?" * len(some))
             with self._file_lock:
                 found.update((hashed, self._unwritten[hashed]) for hashed in some if hashed in self._unwritten)
@@ -139,5 +141,5 @@ class TextMemory:
         return [((bits >> np.uint64(shift)) & mask).astype(np.int64) for shift in (0, 32)]
 
     def close(self) -> None:
-        """Lets the temporary file go."""
+        """Removes the temporary file."""
         self._file.close()

@@ -20,7 +20,7 @@ from embedd_dagster.engine.question import embed_question
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import EmbeddError, NotFound, NotReady, TransientError, VectorStoreRejected
 from embedd_dagster.protocols.embedder import Embedder
-from embedd_dagster.protocols.store import Store
+from embedd_dagster.protocols.store import SearchRequest, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,10 +145,7 @@ class Searcher:
         with _timed(stages, "search"):
             hits = store.search(
                 vector_set,
-                vector,
-                limit=question.limit,
-                min_similarity_score=question.min_similarity_score,
-                filters=tree,
+                SearchRequest(vector, question.limit, question.query, tree, question.min_similarity_score),
             )
         return SearchAnswer(hits, configuration.embedding_model)
 

@@ -1,4 +1,4 @@
-"""Removing what is no longer needed from the stores: replaced sets, and vector tables that were deleted."""
+"""Teardown: removes replaced vector sets, deleted vector tables and unused CDC streams."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from embedd_dagster.errors import EmbeddError
 _DROP_SECONDS = 10.0
 
 Attempt = Callable[[str, str, Callable[[], bool]], bool]
-"""Tries one drop, or leaves it for another time: what it is of, in which place, and what drops it; whether it was dropped.
+"""Tries one drop or postpones it. Arguments: a name for the log, the location, the function that drops; returns whether it did.
 
-A place is what fails as one: where one thing in it does not answer, the next need not be waited for.
+A location is what fails as one: if one drop in it gets no answer, the others need not be tried.
 """
 
 
-def _at_once(_what: str, _place: str, drop: Callable[[], bool]) -> bool:
+def _at_once(_name: str, _location: str, drop: Callable[[], bool]) -> bool:
     return drop()
 
 
 def drop_deleted_tables(runtime: Runtime, attempt: Attempt) -> int:
-    """Tears down the vector tables that were deleted; of how many nothing is left."""
+    """Tears down the vector tables that were deleted; returns how many are gone completely."""
     with runtime.catalog.transaction() as session:
         deleted = [table.id for table in vector_tables.being_deleted(session)]
         places = vector_tables.storage_places(session, deleted)
@@ -35,9 +35,9 @@ def drop_deleted_tables(runtime: Runtime, attempt: Attempt) -> int:
 
 
 def teardown(runtime: Runtime, vector_table_id: str) -> bool:
-    """Drops every set and public name of a deleted vector table, then its record. True once all of it is gone.
+    """Drops every set and the public name of a deleted vector table, then its record. Returns whether all of it is gone.
 
-    False while a task of it is live: its run could write again. Idempotent; an unreachable store raises, and the record
+    False while it has a live task, whose run could write again. Idempotent. An unreachable store raises, and the record
     stays for the next attempt.
     """
     with runtime.catalog.transaction() as session:
@@ -57,7 +57,7 @@ def teardown(runtime: Runtime, vector_table_id: str) -> bool:
 
 
 def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
-    """Drops what following has made in sources of which no table is followed any more; how many feeds."""
+    """Drops the CDC streams of sources without CDC tables; returns how many."""
     with runtime.catalog.transaction() as session:
         unused = cdc.unused_streams(session)
     return sum(
@@ -68,11 +68,11 @@ def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
 
 def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
     try:
-        # locked while it is dropped: a follower that begins at this moment claims it before, or makes it anew behind
+        # locked while it is dropped: a consumer that starts now claims the stream before that, or creates it again after
         with runtime.catalog.transaction() as session:
             if cdc.find(session, connection.id, lock=True) is None:
                 return False
-            if not cdc.unused_streams(session, connection.id):  # a table is followed again by now
+            if not cdc.unused_streams(session, connection.id):  # another CDC table has been added meanwhile
                 return False
             with (
                 deadline(_DROP_SECONDS),
@@ -89,7 +89,7 @@ def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
 
 
 def drop_retired_sets(runtime: Runtime, attempt: Attempt = _at_once) -> int:
-    """Drops the sets that were replaced longer than the grace period ago; how many were."""
+    """Drops the sets that were replaced longer than the grace period ago; returns how many."""
     grace = timedelta(seconds=runtime.settings.retired_set_grace_seconds)
     with runtime.catalog.transaction() as session:
         retired = vector_sets.retired(session, grace)

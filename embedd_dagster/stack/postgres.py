@@ -230,8 +230,8 @@ class EmbeddedPostgres:
             options = ["--username", SUPERUSER, "--auth", "scram-sha-256", "--encoding", "UTF8"]
             # The server's own provider: it sorts the same on every machine, without its locales.
             options += ["--locale-provider", "builtin", "--builtin-locale", "C.UTF-8", "--locale", "C"]
-            # Iterations make a weak password harder to guess from a stolen verifier. Ours has 192 random bits, and 4,096
-            # of them cost 6 ms of CPU per connection: Dagster's daemon opens some twenty per second.
+            # Iterations protect a weak password against a stolen verifier. Ours has 192 random bits, and 4,096 iterations
+            # cost 6 ms of CPU per connection: Dagster's daemon opens some twenty per second.
             options += ["-c", "scram_iterations=1"]
             command = [str(location.binaries / "initdb"), "-D", str(workshop / "data"), *options]
             done = run_as(location.account, [*command, "--pwfile", str(password_file)])

@@ -140,7 +140,7 @@ def test_no_table_is_read_whole(catalog: Catalog, name: str) -> None:
     assert explained.whole == {}
 
 
-@pytest.mark.parametrize("statement", [live_tables._OF_KEY, live_tables._OF_ENVIRONMENT], ids=["key", "environment"])
+@pytest.mark.parametrize("statement", [live_tables._ACCESS, live_tables._LIVE_TABLE], ids=["key", "environment"])
 @pytest.mark.parametrize("plan_mode", ["force_custom_plan", "force_generic_plan"])
 def test_a_query_reads_no_table_whole(url: str, statement: str, plan_mode: str) -> None:
     of_key = (None, "prod", "prod", TABLE, b"")

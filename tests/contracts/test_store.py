@@ -23,7 +23,7 @@ from embedd_dagster.core.keys import Key, encode_key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.protocols.store import Store
+from embedd_dagster.protocols.store import SearchRequest, Store
 
 DIMENSIONS = 8
 FILTER_TYPES = {"color": FilterType.KEYWORD, "price": FilterType.FLOAT}
@@ -116,7 +116,7 @@ def test_searching_a_dropped_set_is_transient_and_writing_to_it_is_not(store: St
     vector_set = loaded(store, batch([1]))
     store.drop(vector_set.vector_table_id, 1)
     with pytest.raises(VectorStoreUnavailable):
-        store.search(vector_set, np.ones(DIMENSIONS, np.float32), limit=1)
+        store.search(vector_set, SearchRequest(np.ones(DIMENSIONS, np.float32), limit=1))
     with pytest.raises(VectorStoreRejected):
         store.upsert(vector_set, batch([1]))
 
@@ -127,7 +127,7 @@ def test_upsert_replaces_the_whole_point(store: Store) -> None:
     store.upsert(vector_set, changed)
     store.upsert(vector_set, changed)
     assert store.count(vector_set) == 4
-    hit = store.search(vector_set, changed.vectors[0], limit=1)[0]
+    hit = store.search(vector_set, SearchRequest(changed.vectors[0], limit=1))[0]
     assert (hit.key, hit.embedded_text, hit.metadata) == (2, "new two", {"color": "green"})
     assert hit.similarity_score == pytest.approx(1, abs=1e-5)
     assert {point.key: point.row_hash for point in store.fingerprints(vector_set, 0, None)} == {
@@ -138,7 +138,7 @@ def test_upsert_replaces_the_whole_point(store: Store) -> None:
 def test_of_a_key_that_is_twice_in_a_batch_the_last_one_stays(store: Store) -> None:
     vector_set = loaded(store, batch([1, 2, 1], texts=["old", "two", "new"]))
     assert store.count(vector_set) == 2
-    assert {hit.embedded_text for hit in store.search(vector_set, np.ones(DIMENSIONS, np.float32), limit=5)} == {
+    assert {hit.embedded_text for hit in store.search(vector_set, SearchRequest(np.ones(DIMENSIONS, np.float32), limit=5))} == {
         "two", "new",
     }  # fmt: skip
 
@@ -186,7 +186,7 @@ def test_keys_of_every_type_come_back_as_they_were(store: Store, key_type: str) 
     assert {encode_key(key) for key in stored} == expected
     assert len(stored) == len(keys)
     assert store.vectors(vector_set, keys).keys() == set(keys)
-    hits = store.search(vector_set, points.vectors[0], limit=len(keys))
+    hits = store.search(vector_set, SearchRequest(points.vectors[0], limit=len(keys)))
     assert {encode_key(hit.key) for hit in hits} == expected
     assert hits[0].key == keys[0]
     store.delete(vector_set, keys[:1])
@@ -235,18 +235,18 @@ def test_search_orders_by_cosine(store: Store) -> None:
     store.finish_load(vector_set)
     query = np.random.default_rng(9).standard_normal(DIMENSIONS).astype(np.float32)
     expected = cosines(points.vectors, query)
-    hits = store.search(vector_set, query, limit=20)
+    hits = store.search(vector_set, SearchRequest(query, limit=20))
     assert [hit.key for hit in hits] == list(np.argsort(-expected)[:20])
     assert [hit.similarity_score for hit in hits] == pytest.approx(sorted(expected, reverse=True)[:20], abs=1e-5)
     least = hits[4].similarity_score
-    assert store.search(vector_set, query, limit=20, min_similarity_score=least) == hits[:5]
-    assert len(store.search(vector_set, query, limit=500)) == 200
-    assert store.search(vector_set, query, limit=1) == hits[:1]
+    assert store.search(vector_set, SearchRequest(query, limit=20, minimum_score=least)) == hits[:5]
+    assert len(store.search(vector_set, SearchRequest(query, limit=500))) == 200
+    assert store.search(vector_set, SearchRequest(query, limit=1)) == hits[:1]
 
 
 def test_equal_scores_are_ordered_by_key(store: Store) -> None:
     vector_set = loaded(store, batch(["c", "a", "b"], vectors=np.ones((3, DIMENSIONS), np.float32)), key_type="text")
-    hits = store.search(vector_set, np.ones(DIMENSIONS, np.float32), limit=3)
+    hits = store.search(vector_set, SearchRequest(np.ones(DIMENSIONS, np.float32), limit=3))
     assert [hit.key for hit in hits] == ["a", "b", "c"]
 
 
@@ -258,11 +258,15 @@ def test_a_vector_of_zeros_is_kept_and_never_found(store: Store) -> None:
     vector_set = loaded(store, batch([0, 1, 2, 3, 4], vectors=vectors))
     assert store.count(vector_set) == 5
     query = vectors[0]
-    assert [hit.key for hit in store.search(vector_set, query, limit=3)] == [0, 1, 2]
+    assert [hit.key for hit in store.search(vector_set, SearchRequest(query, limit=3))] == [0, 1, 2]
     store.finish_load(vector_set)
-    assert [hit.key for hit in store.search(vector_set, query, limit=5)] == [0, 1, 2]
-    assert [round(hit.similarity_score, 5) for hit in store.search(vector_set, query, limit=3)] == [1, 0, -1]
-    assert store.search(vector_set, np.zeros(DIMENSIONS, np.float32), limit=3) == []
+    assert [hit.key for hit in store.search(vector_set, SearchRequest(query, limit=5))] == [0, 1, 2]
+    assert [round(hit.similarity_score, 5) for hit in store.search(vector_set, SearchRequest(query, limit=3))] == [
+        1,
+        0,
+        -1,
+    ]
+    assert store.search(vector_set, SearchRequest(np.zeros(DIMENSIONS, np.float32), limit=3)) == []
 
 
 def test_search_returns_only_what_the_filter_matches_and_all_of_it(store: Store) -> None:
@@ -284,7 +288,9 @@ def test_search_returns_only_what_the_filter_matches_and_all_of_it(store: Store)
         ({"color": {"exists": False}}, []),
     ]:
         tree = parse_filter(raw, vector_set.filter_types)
-        assert [hit.key for hit in store.search(vector_set, query, limit=10, filters=tree)] == expected(keys)
+        assert [hit.key for hit in store.search(vector_set, SearchRequest(query, limit=10, filter=tree))] == expected(
+            keys
+        )
 
 
 def test_any_column_name_and_value_can_be_stored_and_filtered(store: Store) -> None:
@@ -294,11 +300,15 @@ def test_any_column_name_and_value_can_be_stored_and_filtered(store: Store) -> N
     points = batch(list(range(len(values))), metadata=metadata)
     vector_set = loaded(store, points, filter_types=types)
     store.finish_load(vector_set)
-    assert [hit.metadata for hit in store.search(vector_set, points.vectors[3], limit=1)] == [metadata[3]]
+    assert [hit.metadata for hit in store.search(vector_set, SearchRequest(points.vectors[3], limit=1))] == [
+        metadata[3]
+    ]
     for name in HOSTILE_NAMES:
         for index, value in enumerate(values):
             tree = parse_filter({name: value, "number %s": {"gt": 1}}, types)
-            found = [hit.key for hit in store.search(vector_set, points.vectors[0], limit=50, filters=tree)]
+            found = [
+                hit.key for hit in store.search(vector_set, SearchRequest(points.vectors[0], limit=50, filter=tree))
+            ]
             assert found == [index], (name, value)
 
 
@@ -310,13 +320,13 @@ def test_a_batch_of_wide_metadata_is_written(store: Store) -> None:
     store.finish_load(vector_set)
     assert store.count(vector_set) == 256
     wanted = parse_filter({"color": {"neq": "red"}, "price": 1.5}, FILTER_TYPES)
-    hit = store.search(vector_set, points.vectors[9], limit=3, filters=wanted)[0]
+    hit = store.search(vector_set, SearchRequest(points.vectors[9], limit=3, filter=wanted))[0]
     assert (hit.key, hit.metadata) == (9, {"color": values[9], "price": 1.5})
 
 
 def test_text_that_no_store_can_hold_is_cleaned(store: Store) -> None:
     points = batch([1], texts=["a\x00b\ud800"], metadata=[{"color": "c\x00d\udfff", "price": None}])
-    hit = store.search(loaded(store, points), points.vectors[0], limit=1)[0]
+    hit = store.search(loaded(store, points), SearchRequest(points.vectors[0], limit=1))[0]
     assert hit.embedded_text.replace("\x00", "") == "ab\ufffd"
     assert {name: value.replace("\x00", "") for name, value in hit.metadata.items()} == {"color": "cd\ufffd"}
 
@@ -440,9 +450,9 @@ def test_writes_during_and_after_the_index_build_are_found(store: Store) -> None
     store.finish_load(vector_set)
     extra = batch([1000], seed=77)
     store.upsert(vector_set, extra)
-    assert store.search(vector_set, extra.vectors[0], limit=1)[0].key == 1000
+    assert store.search(vector_set, SearchRequest(extra.vectors[0], limit=1))[0].key == 1000
     store.delete(vector_set, [1000])
-    assert store.search(vector_set, extra.vectors[0], limit=1)[0].key != 1000
+    assert store.search(vector_set, SearchRequest(extra.vectors[0], limit=1))[0].key != 1000
 
 
 def test_info_names_the_place(store: Store) -> None:
@@ -465,7 +475,7 @@ def test_recall_at_20_000_points(store: Store) -> None:
     found = 0
     for query in vectors[rng.integers(0, count, 50)] + 0.3 * rng.standard_normal((50, dimensions)).astype(np.float32):
         nearest = set(np.argsort(-cosines(vectors, query))[:10].tolist())
-        found += len(nearest & {hit.key for hit in store.search(vector_set, query, limit=10)})
+        found += len(nearest & {hit.key for hit in store.search(vector_set, SearchRequest(query, limit=10))})
     assert found / 500 >= 0.95
 
 
@@ -478,7 +488,9 @@ CALLS: dict[str, Callable[[Store, VectorSet], object]] = {
     "vectors": lambda store, vector_set: store.vectors(vector_set, [1]),
     "finish_load": lambda store, vector_set: store.finish_load(vector_set),
     "count": lambda store, vector_set: store.count(vector_set),
-    "search": lambda store, vector_set: store.search(vector_set, np.ones(DIMENSIONS, np.float32), limit=1),
+    "search": lambda store, vector_set: store.search(
+        vector_set, SearchRequest(np.ones(DIMENSIONS, np.float32), limit=1)
+    ),
     "publish": lambda store, vector_set: store.publish(vector_set),
     "versions": lambda store, vector_set: store.versions(vector_set.vector_table_id),
     "drop": lambda store, vector_set: store.drop(vector_set.vector_table_id, 1),

@@ -20,7 +20,7 @@ from embedd_dagster.core.filters import OPERATORS, And, Condition, Filter, Opera
 from embedd_dagster.core.floats import kept_float
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
-from embedd_dagster.protocols.store import Store
+from embedd_dagster.protocols.store import SearchRequest, Store
 from embedd_dagster.stack.postgres import EmbeddedPostgres
 
 ROW_COUNT = 400
@@ -155,7 +155,7 @@ def filters() -> st.SearchStrategy[Filter]:
 def test_stores_return_exactly_the_rows_that_match(loaded: Loaded, tree: Filter) -> None:
     expected = {key for key, row in enumerate(loaded.rows) if matches(tree, row)}
     for name, (store, vector_set) in loaded.stores.items():
-        hits = store.search(vector_set, loaded.query, limit=ROW_COUNT, filters=tree)
+        hits = store.search(vector_set, SearchRequest(loaded.query, limit=ROW_COUNT, filter=tree))
         found = [hit.key for hit in hits]
         assert len(found) == len(set(found))
         assert set(found) == expected, name
@@ -170,6 +170,6 @@ def test_a_float_equals_itself_whatever_its_digits(loaded: Loaded) -> None:
         expected = {key for key, row in enumerate(loaded.rows) if row.get("float") == value}
         for name, (store, vector_set) in loaded.stores.items():
             equal = Condition("float", Operator.EQ, value)
-            hits = store.search(vector_set, loaded.query, limit=ROW_COUNT, filters=equal)
+            hits = store.search(vector_set, SearchRequest(loaded.query, limit=ROW_COUNT, filter=equal))
             assert {hit.key for hit in hits} == expected, (name, value)
             assert {hit.metadata["float"] for hit in hits} == {value}, name

@@ -79,3 +79,9 @@ def test_one_key_in_two_vector_tables_has_two_point_ids() -> None:
 def test_point_ids_are_the_texts_of_point_id(some: list[Key]) -> None:
     encoded = [encode_key(key) for key in some]
     assert point_ids("vt_1", encoded) == [str(point_id("vt_1", key)) for key in encoded]
+
+
+def test_each_point_of_a_row_has_its_own_id() -> None:
+    ids = point_ids("vt_1", ["i:1", "i:1", "i:2"], [0, 1, 1])
+    assert ids == [str(point_id("vt_1", "i:1")), str(point_id("vt_1", "i:1", 1)), str(point_id("vt_1", "i:2", 1))]
+    assert len(set(ids)) == 3

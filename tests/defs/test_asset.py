@@ -23,7 +23,7 @@ from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tags import OUTCOME_TAG
 from embedd_dagster.defs.verdicts import CHECK_NAME, judge
 from embedd_dagster.engine.inspect import LiveSetInspection
-from embedd_dagster.engine.run import RunReport
+from embedd_dagster.engine.report import RunReport
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
     EmbeddingRejected,

@@ -18,8 +18,9 @@ from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.tables import RunHeartbeat, VectorSetRow
 from embedd_dagster.core.status import TaskType, VectorSetState
 from embedd_dagster.definitions import defs
-from embedd_dagster.defs import resources, sensors
+from embedd_dagster.defs import cleanup, resources
 from embedd_dagster.defs.cleanup import Delays, clean_up, cleanup_sensor
+from embedd_dagster.defs.reconcile import sensor
 from embedd_dagster.defs.reconcile.observe import Memory
 from embedd_dagster.defs.reconcile.sensor import reconcile, reconcile_sensor
 from embedd_dagster.defs.resources import RuntimeResource
@@ -402,7 +403,7 @@ def test_what_went_on_by_itself_meanwhile_is_left_alone(
     task_id = tables.task(key)
     run_id = make_run(Status.SUCCESS, key, task_id)
     tables.claim(task_id, run_id)
-    observe = sensors.observe
+    observe = sensor.observe
 
     def then_it_completes(*arguments: Any) -> Any:
         seen = observe(*arguments)
@@ -411,7 +412,7 @@ def test_what_went_on_by_itself_meanwhile_is_left_alone(
                 tasks.complete(session, task_id, run_id, tasks.EMPTY_PROGRESS)
         return seen
 
-    monkeypatch.setattr(sensors, "observe", then_it_completes)
+    monkeypatch.setattr(sensor, "observe", then_it_completes)
     assert not requests(tick())
     assert tables.get_task(task_id).status == "completed"
 
@@ -476,8 +477,8 @@ def test_the_sensor_as_dagster_calls_it(instance: dg.DagsterInstance, tables: An
 def test_without_settings_the_ticks_skip_and_say_why(instance: dg.DagsterInstance) -> None:
     get_settings.cache_clear()
     resources._process_runtime.cache_clear()
-    for sensor in (reconcile_sensor, cleanup_sensor):
-        assert "EMBEDD_DATABASE_URL" in evaluate(sensor, instance).skip_message
+    for one in (reconcile_sensor, cleanup_sensor):
+        assert "EMBEDD_DATABASE_URL" in evaluate(one, instance).skip_message
     skipped = schedule_syncs(RuntimeResource().open, now(), print)
     assert "EMBEDD_DATABASE_URL" in (skipped.skip_message or "")
 
@@ -559,7 +560,7 @@ def test_cleaning_up_ends_in_time(
     keys = [tables.create(name) for name in "abc"]
     retire(runtime, *keys)
     clock = iter(range(0, 1000, 15))  # every look at it comes 15 seconds after the one before
-    monkeypatch.setattr(sensors, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(cleanup, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     skipped = clean_up(lambda: runtime, Delays(), log.append)
     assert len(dropping.calls) == 1
     assert skipped.skip_message == f"Dropped set 9 of {dropping.calls[0]}."

@@ -35,9 +35,11 @@ from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration
-from embedd_dagster.engine.run import RunReport, run_task
+from embedd_dagster.engine.report import RunReport
+from embedd_dagster.engine.run import run_task
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.engine.search import Question, Searcher
+from embedd_dagster.engine.task_run import RunOptions
 from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.protocols.store import Store
@@ -73,6 +75,7 @@ class Product:
     vector_table_id: str
     mode: Mode
     log: list[str] = field(default_factory=list)
+    options: RunOptions = field(default_factory=RunOptions)
 
     def renew(self) -> None:
         """Another vector table over the same source, nothing built yet; the old one is torn down."""
@@ -111,7 +114,14 @@ class Product:
     def run_task(
         self, task_id: str, *, run_id: str | None = None, should_stop: Callable[[], bool] = lambda: False
     ) -> RunReport:
-        return run_task(self.runtime, task_id, run_id or uuid4().hex, log=self.log.append, should_stop=should_stop)
+        return run_task(
+            self.runtime,
+            task_id,
+            run_id or uuid4().hex,
+            log=self.log.append,
+            should_stop=should_stop,
+            options=self.options,
+        )
 
     @contextmanager
     def caught(self, task_id: str) -> Iterator[Future[RunReport]]:

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import failed_rows, shard_checkpoints, tasks, vector_sets, vector_tables
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
@@ -16,9 +15,9 @@ from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
 from embedd_dagster.defs.stopping import WorkerStopped
 from embedd_dagster.engine import backfill
-from embedd_dagster.engine.reuse import TextMemory
+from embedd_dagster.engine.context import RunContext
+from embedd_dagster.engine.task_run import RunOptions
 from embedd_dagster.engine.teardown import drop_retired_sets, teardown
-from embedd_dagster.engine.work import Work
 from embedd_dagster.errors import (
     CatalogUnavailable,
     EmbeddingRejected,
@@ -70,9 +69,9 @@ def test_duplicate_texts_cost_one_embedding(product: Product) -> None:
     product.assert_true_to_source()
 
 
-def test_a_duplicate_far_behind_is_found_in_the_set(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_duplicate_far_behind_is_found_in_the_set(product: Product) -> None:
     """Without any room for vectors in memory, a text that was written is read back, not paid for again."""
-    monkeypatch.setattr("embedd_dagster.engine.work.TextMemory", lambda: TextMemory(max_vector_bytes=0))
+    product.options = RunOptions(reuse_bytes=0)
     product.sql(
         "INSERT INTO products SELECT n, 'product ' || n - 1000, 'the body of ' || n - 1000, 'red', 1 "
         "FROM generate_series(1001, 1500) n"
@@ -260,7 +259,7 @@ def test_a_catalog_that_is_away_for_a_moment_costs_no_attempt(
     monkeypatch.setattr(shard_checkpoints, "record", checkpoint)
     product.run()
     assert product.latest_task().attempts == 1
-    assert "The catalog database does not answer. Waiting for it, up to 20 seconds." in product.log
+    assert "The catalog database does not answer. Retrying for up to 20 seconds." in product.log
     product.assert_true_to_source()
 
 
@@ -287,11 +286,11 @@ def test_what_is_given_up_does_not_say_that_it_is_tried_again(product: Product) 
         with pytest.raises(EmbeddingUnavailable):
             product.run_task(task_id)
     assert product.task(task_id).status == TaskStatus.FAILED
-    assert (product.table().last_error or "").endswith("Tried 3 times: start it again once that is mended.")
+    assert (product.table().last_error or "").endswith("Tried 3 times: start it again once the cause is fixed.")
 
 
-def test_a_long_load_says_how_far_it_is(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedd_dagster.engine.backfill._TELL_SECONDS", 0.2)
+def test_a_long_load_says_how_far_it_is(product: Product) -> None:
+    product.options = RunOptions(report_seconds=0.2)
     product.provider.behave(latency_seconds=0.5)
     product.run()
     assert any(" of 500 rows, " in line for line in product.log)
@@ -302,19 +301,20 @@ def test_a_swap_that_is_cancelled_between_its_halves_is_taken_back(
 ) -> None:
     product.run()
     product.reconfigure(dimensions=24)
-    original = Work.record
+    original = RunContext.record
+    task_id = product.add_task(TaskType.REBACKFILL)
 
-    def record(work: Work, action: Callable[[Session], Any]) -> Any:
+    def record(context: RunContext, action: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         if action.__name__ == "mark_live":
             with product.runtime.catalog.transaction() as session:
-                task = tasks.find(session, work.task.id, lock=True)
+                task = tasks.find(session, task_id, lock=True)
                 assert task is not None
                 tasks.request_cancel(session, task)
-        return original(work, action)
+        return original(context, action, *arguments, **options)
 
-    monkeypatch.setattr(Work, "record", record)
+    monkeypatch.setattr(RunContext, "record", record)
     with pytest.raises(RunCancelled):
-        product.run(TaskType.REBACKFILL)
+        product.run_task(task_id)
     assert (product.table().live_version, product.published_dimensions()) == (1, 16)
 
 
@@ -402,7 +402,7 @@ def test_a_source_that_goes_away_in_the_middle_is_waited_for_and_read_on(
 ) -> None:
     """Every third page is lost on the way; what came before it is neither read nor embedded again."""
     product.sql("INSERT INTO products SELECT n, 'p ' || n, 'b', 'red', n FROM generate_series(501, 9000) n")
-    monkeypatch.setattr("embedd_dagster.engine.backfill._PAGE_ROWS", 500)
+    product.options = RunOptions(page_rows=500)
     original = PostgresTableReader.read
     lost = 0
 

@@ -9,6 +9,7 @@ import pytest
 from embedd_dagster.catalog import embedding_providers, vector_tables
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.errors import EmbeddingRejected
+from embedd_dagster.protocols.store import SearchRequest
 from tests.engine.conftest import Product
 from tests.support.flask_provider import FlaskProvider, running_flask_provider
 
@@ -73,7 +74,7 @@ def test_vectors_of_any_size_are_all_found(product: Product, provider: FlaskProv
     assert len(keys) == 10
     with product.open_store() as store:
         vectors = store.vectors(product.live_set(), list(range(1, ROWS + 1)))
-        found = store.search(product.live_set(), vectors[1][1], limit=ROWS)
+        found = store.search(product.live_set(), SearchRequest(vectors[1][1], limit=ROWS))
     assert len(found) == ROWS
     assert found[0].key == 1
     assert found[0].similarity_score == pytest.approx(1, abs=1e-5)
@@ -89,7 +90,7 @@ def test_huge_vectors_fit_an_index_of_half_floats(product: Product, provider: Fl
     assert product.failed_keys() == [GUILTY]
     with product.open_store() as store:
         vectors = store.vectors(product.live_set(), [1])
-        assert len(store.search(product.live_set(), vectors[1][1], limit=ROWS)) == ROWS - 1
+        assert len(store.search(product.live_set(), SearchRequest(vectors[1][1], limit=ROWS))) == ROWS - 1
 
 
 def test_a_model_that_gives_only_zeros_fails_the_run(product: Product, provider: FlaskProvider) -> None:

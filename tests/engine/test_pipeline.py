@@ -29,14 +29,12 @@ COLUMNS = (
 def pipeline() -> RowPipeline:
     """A pipeline that only composes: it has no store."""
     return RowPipeline(
-        vector_set=VectorSet("vt_1", 1, "vt_1_t", 8, {}),
-        configuration=VectorConfiguration("t", "id", COLUMNS, "m", 8),
-        store=cast("Any", SimpleNamespace()),
-        embedder=cast("Any", MemoryEmbedder()),
+        cast("Any", SimpleNamespace()),
+        VectorSet("vt_1", 1, "vt_1_t", 8, {}),
+        VectorConfiguration("t", "id", COLUMNS, "m", 8),
+        cast("Any", MemoryEmbedder()),
         reuse_from=[],
         memory=TextMemory(),
-        patiently=lambda action: action(),
-        as_owner=lambda write: write(),
     )
 
 

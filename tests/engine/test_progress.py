@@ -7,7 +7,7 @@ from typing import Any
 from embedd_dagster.catalog import table_details, tasks
 from embedd_dagster.catalog.table_details import TableDetails
 from embedd_dagster.core.status import TaskType
-from embedd_dagster.engine import backfill
+from embedd_dagster.engine.task_run import RunOptions
 from tests.engine.conftest import Product, eventually
 
 
@@ -40,20 +40,21 @@ def test_a_waiting_task_is_told_from_a_running_one_and_a_running_one_shows_its_s
 
 
 def test_the_index_stage_says_in_log_and_progress_how_far_it_is(product: Product, monkeypatch: Any) -> None:
-    monkeypatch.setattr(backfill, "_TELL_SECONDS", -1)
+    product.options = RunOptions(report_seconds=0)
     stages: list[Any] = []
-    show = backfill.Work.show_progress
+    shown = tasks.heartbeat
 
-    def seen(work: backfill.Work) -> None:
-        stages.append((work.progress.stage, work.progress.rows_indexed))
-        show(work)
+    def heartbeat(session: Any, task_id: str, run_id: str, progress: Any) -> None:
+        stages.append((progress["stage"], progress["rows_indexed"]))
+        shown(session, task_id, run_id, progress)
 
-    monkeypatch.setattr(backfill.Work, "show_progress", seen)
+    monkeypatch.setattr(tasks, "heartbeat", heartbeat)
     store_type = type(product.open_store())
     finish = store_type.finish_load
 
     def reporting(store: Any, vector_set: Any, report: Any) -> None:
         report(250, 500)
+        eventually(lambda: ("index", 250) in stages)
         finish(store, vector_set, report)
 
     monkeypatch.setattr(store_type, "finish_load", reporting)

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from embedd_dagster.core.keys import Key
-from embedd_dagster.engine import reuse
 from embedd_dagster.engine.reuse import TextMemory
 
 
 @pytest.fixture
 def memory() -> Iterator[TextMemory]:
-    memory = TextMemory(max_vector_bytes=3 * 4 * 4)
+    memory = TextMemory(max_vector_bytes=3 * 4 * 4, rows_per_write=4)
     yield memory
     memory.close()
 
@@ -25,10 +24,7 @@ def embed(memory: TextMemory, vectors: dict[int, np.ndarray]) -> None:
     memory.resolve(mine, vectors)
 
 
-def test_texts_are_found_whether_they_are_in_the_file_yet_or_not(
-    memory: TextMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reuse, "_ROWS_A_WRITE", 4)
+def test_texts_are_found_whether_they_are_in_the_file_yet_or_not(memory: TextMemory) -> None:
     keys: dict[int, Key] = {
         -(2**63): 1, 2**63 - 1: 'a "key"', 0: UUID(int=7), 5: "ü\n", 6: -(2**63), 7: "", 8: 8, 9: 9, 10: 10,
     }  # fmt: skip

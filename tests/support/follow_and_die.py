@@ -10,8 +10,8 @@ from typing import Any
 
 from embedd_dagster.catalog import cdc, resyncs
 from embedd_dagster.connectors.postgresql.cdc.stream import PostgresCdcStream
-from embedd_dagster.engine.cdc.consumer import follow
-from embedd_dagster.engine.cdc.table import TableFollower
+from embedd_dagster.engine.cdc.consumer import run_consumer
+from embedd_dagster.engine.cdc.table import TableConsumer
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.settings import read_settings
 from tests.support.run_and_die import POINTS as OF_A_RUN
@@ -21,7 +21,7 @@ POINTS: dict[str, list[tuple[Any, str]]] = {
     "subscribe": [(PostgresCdcStream, "subscribe")],
     "record": [(cdc, "record_subscribed")],
     "read": [(PostgresCdcStream, "read")],
-    "write": [(TableFollower, "write")],
+    "write": [(TableConsumer, "write")],
     "embed": OF_A_RUN["embed"],
     "upsert": OF_A_RUN["upsert"],
     "owe": [(resyncs, "request")],
@@ -36,7 +36,7 @@ def main() -> None:
     for owner, attribute in POINTS[name]:
         die_at(owner, attribute, when, int(nth))
     with Runtime.open(read_settings()) as runtime:
-        follow(
+        run_consumer(
             runtime,
             connection_id,
             run_id,

@@ -20,8 +20,8 @@ from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
-from embedd_dagster.engine.cdc.consumer import follow
-from embedd_dagster.engine.cdc.report import FollowReport
+from embedd_dagster.engine.cdc.consumer import ConsumerOptions, run_consumer
+from embedd_dagster.engine.cdc.report import CdcReport
 from embedd_dagster.engine.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class RunningFollower:
     def __init__(self, runtime: Runtime, connection_id: str) -> None:
         self.run_id = uuid4().hex
         self.log: list[str] = []
-        self.reports: list[FollowReport] = []
+        self.options = ConsumerOptions()
+        self.reports: list[CdcReport] = []
         self.reason: str | None = None
         self.error: BaseException | None = None
         self._told = threading.Event()
@@ -48,13 +49,14 @@ class RunningFollower:
 
     def _run(self, runtime: Runtime, connection_id: str) -> None:
         try:
-            self.reason = follow(
+            self.reason = run_consumer(
                 runtime,
                 connection_id,
                 self.run_id,
                 log=self.log.append,
                 report=self.reports.append,
                 should_stop=self._told.is_set,
+                options=self.options,
             )
         except BaseException as error:  # told when the block ends
             self.error = error

@@ -25,7 +25,7 @@ class SynchronousStandby:
     """Acknowledges the log as it comes, unless it is stopped."""
 
     def __init__(self, postgres: EmbeddedPostgres, directory: str) -> None:
-        program = str(postgres.place.binaries / "pg_receivewal")
+        program = str(postgres.location.binaries / "pg_receivewal")
         command = [program, "--synchronous", "-D", directory, "-d", f"{postgres.url()}?application_name={_NAME}"]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 

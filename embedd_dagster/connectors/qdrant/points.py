@@ -103,7 +103,8 @@ def _ids_and_payloads(vector_set: VectorSet, points: PointBatch, part: slice) ->
             strict=True,
         )
     ]
-    return point_ids(vector_set.vector_table_id, keys), payloads
+    ordinals = None if points.ordinals is None else points.ordinals[part]
+    return point_ids(vector_set.vector_table_id, keys, ordinals), payloads
 
 
 def _clean(value: Any) -> Any:

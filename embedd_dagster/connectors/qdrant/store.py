@@ -23,12 +23,11 @@ from embedd_dagster.connectors.qdrant.messages import GetPoints, GetResponse, Po
 from embedd_dagster.connectors.qdrant.points import point_uuid, read_key, split_batch, upsert_body, upsert_message
 from embedd_dagster.connectors.qdrant.search import nearest
 from embedd_dagster.core.embedded_text import text_hash
-from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.ranking import bucket_ranges, rank
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
-from embedd_dagster.protocols.store import ReportIndexed, ignore_report
+from embedd_dagster.protocols.store import ReportIndexed, SearchRequest, ignore_report
 
 _IDS_PER_CALL: Final = 1_000
 _RANGES_PER_FILTER: Final = 64
@@ -147,21 +146,14 @@ class QdrantStore:
         except SetMissing:
             return 0
 
-    def search(
-        self,
-        vector_set: VectorSet,
-        vector: Vectors,
-        *,
-        limit: int,
-        min_similarity_score: float | None = None,
-        filters: Filter | None = None,
-    ) -> list[Hit]:
+    def search(self, vector_set: VectorSet, request: SearchRequest) -> list[Hit]:
         """The nearest points by cosine, highest first, among exactly those the filter matches."""
-        if not vector.any():
+        if not request.vector.any():
             return []
         try:
             points = self._calls.within_limits(
-                vector_set, lambda limits: nearest(self._calls, vector_set, vector, limit, filters, limits)
+                vector_set,
+                lambda limits: nearest(self._calls, vector_set, request.vector, request.limit, request.filter, limits),
             )
         except SetMissing as error:
             raise VectorStoreUnavailable(
@@ -177,7 +169,7 @@ class QdrantStore:
             )
             for point in points
         ]
-        return rank(hits, limit, min_similarity_score)
+        return rank(hits, request.limit, request.minimum_score)
 
     def publish(self, vector_set: VectorSet) -> None:
         """Points the alias at this set's collection, away from the one that it may have, in one step."""

@@ -12,8 +12,8 @@ from embedd_dagster.defs.heartbeat import heartbeat
 from embedd_dagster.defs.materialization import Links, describe_follow_report
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.stopping import stop_requested
-from embedd_dagster.engine.cdc.consumer import follow
-from embedd_dagster.engine.cdc.report import FollowReport
+from embedd_dagster.engine.cdc.consumer import run_consumer
+from embedd_dagster.engine.cdc.report import CdcReport
 
 
 class CdcConfig(dg.Config):
@@ -30,7 +30,7 @@ def follow_changes(context: dg.OpExecutionContext, config: CdcConfig, runtime: R
     try:
         opened = runtime.open()
 
-        def report(done: FollowReport) -> None:
+        def report(done: CdcReport) -> None:
             context.log_event(
                 dg.AssetMaterialization(
                     asset_key=ASSET_NAME,
@@ -41,7 +41,7 @@ def follow_changes(context: dg.OpExecutionContext, config: CdcConfig, runtime: R
             )
 
         with heartbeat(opened, context.run_id, context.log.info), stop_requested() as should_stop:
-            reason = follow(
+            reason = run_consumer(
                 opened,
                 config.connection_id,
                 context.run_id,

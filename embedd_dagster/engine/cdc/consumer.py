@@ -1,8 +1,8 @@
-"""Following a connection's log: reads which keys changed, has them applied, and only then lets the source forget.
+"""Consumes a connection's CDC stream: reads which keys changed, has them applied, and only then confirms the position.
 
-A change to a table that has vectors is applied, or noted until it can be, or a sync is owed that will find it;
-whichever it is, is durable before the position is confirmed. So a follower may die anywhere: the next one is given the
-same changes again, and applying them twice ends in the same points.
+A change to a table that has vectors is applied, or buffered until it can be, or a resync is requested that will find it.
+Each of these is durable before the position is confirmed. So a consumer may die anywhere: the next one gets the same
+changes again, and applying them twice ends in the same points.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from embedd_dagster.catalog import cdc, connections, resyncs, vector_tables
 from embedd_dagster.catalog.clock import now
-from embedd_dagster.engine.cdc.lease import FeedLease, LogTooLong
-from embedd_dagster.engine.cdc.report import FollowReport, Reports
-from embedd_dagster.engine.cdc.table import Following
+from embedd_dagster.engine.cdc.lease import CdcLease, LogTooLong
+from embedd_dagster.engine.cdc.report import CdcReport, CdcReports
 from embedd_dagster.engine.cdc.tables import CdcTables
-from embedd_dagster.engine.opened import Opened
+from embedd_dagster.engine.context import RunContext
+from embedd_dagster.engine.resources import ConnectionResources
+from embedd_dagster.engine.retry import RetryPolicy
 from embedd_dagster.engine.run import describe
 from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import (
@@ -34,124 +36,130 @@ from embedd_dagster.errors import (
 )
 from embedd_dagster.protocols.cdc import CdcStream, Subscription
 
-_KEYS_A_BATCH: Final = 1_000
-_ATTACH_SECONDS: Final = 5.0
+_KEYS_PER_BATCH: Final = 1_000
 _CONFIRM_SECONDS: Final = 2.0
-"""How long what is applied waits to be confirmed while there is more."""
+"""How long applied changes wait to be confirmed while there are more."""
 _IDLE_CONFIRM_SECONDS: Final = 5.0
 _CAUGHT_UP_SECONDS: Final = 1.0
 _LONGEST_OUTAGE_WAIT_SECONDS: Final = 10.0
-_HELD_OUT_SECONDS: Final = 60.0
-"""How long a table may wait for somebody's transaction before its users are told."""
 
 
-def follow(
+@dataclass(slots=True)
+class ConsumerOptions:
+    """How often a consumer looks; the defaults suit production."""
+
+    subscribe_seconds: float = 5.0
+    """How often it looks for tables that have come, gone or changed."""
+    blocked_seconds: float = 60.0
+    """How long a table may be blocked by somebody's transaction before its users see an error."""
+
+
+def run_consumer(
     runtime: Runtime,
     connection_id: str,
     run_id: str,
     *,
     log: Callable[[str], None],
-    report: Callable[[FollowReport], None],
+    report: Callable[[CdcReport], None],
     should_stop: Callable[[], bool],
+    options: ConsumerOptions | None = None,
 ) -> str:
-    """Follows a connection until nothing is left to follow, another run takes over, or it is asked to end; says which.
+    """Consumes a connection's stream until no table is left, another run takes over, or it is asked to end; returns why.
 
-    Raises what keeps it from following at all, after it has been recorded with the feed: the next run waits for a while.
+    Raises an error that prevents consuming, after it is recorded with the stream: the next run starts after a delay.
     """
     try:
-        lease = FeedLease(runtime, connection_id, run_id, log=log, should_stop=should_stop)
+        lease = CdcLease(runtime, connection_id, run_id, log=log, should_stop=should_stop)
     except RunSuperseded as error:
         return str(error)
     trouble = None
     try:
-        with closing(Follower(runtime, lease, log=log, report=report)) as follower:
-            return follower.run()
+        with closing(CdcConsumer(runtime, lease, log=log, report=report, options=options)) as consumer:
+            return consumer.run()
     except (RunSuperseded, RunCancelled) as error:
         return str(error)
     except Exception as error:
         trouble = describe(error)
         if isinstance(error, PermanentError):
-            with suppress(RunSuperseded, CatalogUnavailable), lease.fenced() as session:  # what is told is the error
+            with suppress(RunSuperseded, CatalogUnavailable), lease.fenced() as session:  # the first error is raised
                 cdc.mark_stream_failed(session, connection_id, trouble)
         raise
     finally:
         lease.end(trouble)
 
 
-class Follower:
-    """One run's following of one connection."""
+class CdcConsumer:
+    """One run that consumes the stream of one connection."""
 
     def __init__(
         self,
         runtime: Runtime,
-        lease: FeedLease,
+        lease: CdcLease,
         *,
         log: Callable[[str], None],
-        report: Callable[[FollowReport], None],
+        report: Callable[[CdcReport], None],
+        options: ConsumerOptions | None = None,
     ) -> None:
         self._settings = runtime.settings
+        self._options = options or ConsumerOptions()
         self._lease = lease
         self._log = log
-        with lease.transaction() as session:
+        with runtime.catalog.transaction() as session:
             connection = connections.find(session, lease.connection_id)
         if connection is None:
             raise RunSuperseded("The connection is gone.")
         self._connection = connection
-        self._opened = Opened(
-            runtime,
-            connection,
-            check=lease.check,
-            fenced=lease.fenced,
-            log=log,
-            patience_seconds=self._settings.follow_patience_seconds,
-        )
-        self._feed: CdcStream = self._opened.source.cdc_stream(lease.feed_name)
-        self._reports = Reports(report)
-        self._tables = CdcTables(Following(self._opened, lease.fenced, lease.check, log), lease, self._reports)
+        outage_seconds = self._settings.follow_patience_seconds
+        self._resources = ConnectionResources(runtime, connection, outage_seconds=outage_seconds, check=lease.check)
+        context = RunContext(lease, self._resources, RetryPolicy(outage_seconds, lease.check, log), log)
+        self._stream: CdcStream = self._resources.source.cdc_stream(lease.stream_name)
+        self._reports = CdcReports(report)
+        self._tables = CdcTables(runtime, context, lease, self._reports)
         self._position = lease.known_position
-        self._held_out_since: dict[str, float] = {}
-        """Tables that cannot join yet, and since when."""
+        self._blocked_since: dict[str, float] = {}
+        """Tables that cannot be subscribed yet, and since when."""
         self._confirmed_at = self._caught_up_at = time.monotonic()
 
     def close(self) -> None:
-        """Tells what is left to tell, and gives back what was opened; the source goes on keeping the position."""
+        """Sends the last reports and closes what was opened; the source keeps its log from the confirmed position."""
         self._tables.close()
-        with suppress(EmbeddError):  # numbers for people: not worth an end that looks like a failure
+        with suppress(EmbeddError):  # reports are for users: not worth an end that looks like a failure
             self._reports.send_due(self._tables.by_id, self._lease, everything=True)
-        self._feed.close()
-        self._opened.close()
+        self._stream.close()
+        self._resources.close()
 
     def run(self) -> str:
-        """Follows; why it has ended."""
-        self._lease.begin(self._feed.lag)
-        attached_at: float | None = None
+        """Consumes until there is a reason to end, which it returns."""
+        self._lease.begin(self._stream.lag)
+        subscribed_at: float | None = None
         outage_wait = wait = 0.0
         while True:
             try:
                 self._pause(wait)
                 self._lease.check()
-                if self._feed.is_altered or attached_at is None or time.monotonic() - attached_at > _ATTACH_SECONDS:
-                    if reason := self._attach():
+                due_at = None if subscribed_at is None else subscribed_at + self._options.subscribe_seconds
+                if self._stream.is_altered or due_at is None or time.monotonic() > due_at:
+                    if reason := self._subscribe():
                         return reason
-                    attached_at = time.monotonic()
-                self._tables.apply_noted()  # first: nothing of it waits for what cannot be read yet
+                    subscribed_at = time.monotonic()
+                self._tables.apply_buffered()  # first: it does not depend on what cannot be read yet
                 self._read()
                 self._reports.send_due(self._tables.by_id, self._lease)
             except CdcPositionLost as error:
-                self._log(f"{error.message} Beginning anew.")
-                attached_at, wait = None, 0.0
+                self._log(f"{error.message} Beginning at the current position.")
+                subscribed_at, wait = None, 0.0
             except LogTooLong as error:
-                self._give_up_log(error)
-                attached_at, wait = None, 0.0
+                self._drop_log(error)
+                subscribed_at, wait = None, 0.0
             except (SourceUnavailable, CatalogUnavailable) as error:
-                # it comes back, or there is nothing to do for any run: meanwhile the source keeps its log
+                # no other run could do better: this one waits, and the source keeps its log
                 outage_wait = min(max(0.5, outage_wait * 2), _LONGEST_OUTAGE_WAIT_SECONDS)
                 self._lease.trouble = error.message
                 self._log(f"{error.message} Trying again in {outage_wait:g} seconds.")
-                attached_at, wait = None, outage_wait
+                subscribed_at, wait = None, outage_wait
             else:
                 outage_wait, self._lease.trouble = 0.0, None
-                wait = max(self._settings.follow_poll_seconds, self._tables.gathering_seconds)
+                wait = max(self._settings.follow_poll_seconds, self._tables.interval_seconds)
 
     def _pause(self, seconds: float) -> None:
         until = time.monotonic() + seconds
@@ -159,81 +167,83 @@ class Follower:
             self._lease.check()
             time.sleep(min(left, 0.25))
 
-    def _attach(self) -> str | None:
-        """Sees to it that the tables of now are followed; a reason to end where there are none."""
-        # fenced: to a run that was replaced unnoticed, its successor's slot looks like one that somebody has moved
+    def _subscribe(self) -> str | None:
+        """Subscribes the tables that should be consumed now; returns a reason to end if there are none."""
+        # fenced: to a replaced run that does not know it yet, its successor's position would look moved by somebody
         with self._lease.fenced() as session:
             connection = connections.find(session, self._lease.connection_id)
             rows = cdc.cdc_tables(session, self._lease.connection_id)
         if connection is None or connection.updated_at != self._connection.updated_at:
-            if connection is not None and not self._feed.reads_log_of(connection.settings):
+            if connection is not None and not self._stream.reads_log_of(connection.settings):
                 self._leave_server()
-            return "The connection was changed: another run goes on with it."
-        self._tables.take_up(rows)
+            return "The connection was changed: another run continues with it."
+        self._tables.replace(rows)
         if not rows:
             with self._lease.fenced() as session:
                 cdc.record_subscribed(session, self._lease.connection_id, {}, [])
-                self._feed.drop()
+                self._stream.drop()
                 cdc.remove(session, self._lease.connection_id)
-            return "No table of this connection is to be followed any more."
-        attachment = self._feed.subscribe(self._tables.sources, self._position, self._tables.shapes)
-        for key in self._tables.ids(attachment.newly_subscribed):
-            self._tables.by_id[key].forget_reader()
-        self._record(attachment)
+            return "No table of this connection uses CDC any more."
+        subscription = self._stream.subscribe(self._tables.sources, self._position, self._tables.fingerprints)
+        for key in self._tables.ids(subscription.newly_subscribed):
+            self._tables.by_id[key].reopen_reader()
+        self._record(subscription)
         return None
 
     def _leave_server(self) -> None:
-        """Drops slot and publication of a server that the connection leads to no more: it would keep its log for ever."""
+        """Drops the stream on the server that the connection led to before: it would keep its log for ever."""
         try:
-            self._feed.drop()
+            self._stream.drop()
         except EmbeddError as error:
-            self._log(f"{error.message} {self._feed.removal_advice}")
+            self._log(f"{error.message} {self._stream.removal_advice}")
 
-    def _record(self, attachment: Subscription) -> None:
-        begins_anew = self._position is None or attachment.lost is not None
-        joined = self._tables.ids(attachment.newly_subscribed)
+    def _record(self, subscription: Subscription) -> None:
+        restarted = self._position is None or subscription.lost is not None
+        joined = self._tables.ids(subscription.newly_subscribed)
         shapes = {
-            key: shape for source, shape in attachment.table_fingerprints.items() for key in self._tables.ids([source])
+            key: shape
+            for source, shape in subscription.table_fingerprints.items()
+            for key in self._tables.ids([source])
         }
-        refused = {key: error for source, error in attachment.rejected.items() for key in self._tables.ids([source])}
+        refused = {key: error for source, error in subscription.rejected.items() for key in self._tables.ids([source])}
         instant = time.monotonic()
-        held_out_since = {key: self._held_out_since.get(key, instant) for key in refused}
+        blocked_since = {key: self._blocked_since.get(key, instant) for key in refused}
         with self._lease.fenced() as session:
-            hidden = cdc.subscribed_among(session, self._tables.ids(attachment.hidden))
+            hidden = cdc.subscribed_among(session, self._tables.ids(subscription.hidden))
             anew = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
             states = cdc.table_states(session, anew)
-            # before it was ever built there is nothing to compare, unless that is being done at this moment
-            owed = [key for key, state in states.items() if state.live_version is not None or state.live_task]
-            resyncs.request(session, owed, attachment.lost or "Its changes were not followed before.")
-            if attachment.lost:
-                vector_tables.record_error(session, owed, attachment.lost)
+            # a table that was never built has nothing to compare, unless it is being built at this moment
+            to_resync = [key for key, state in states.items() if state.live_version is not None or state.live_task]
+            resyncs.request(session, to_resync, subscription.lost or "Its changes were not followed before.")
+            if subscription.lost:
+                vector_tables.record_error(session, to_resync, subscription.lost)
             resyncs.request(session, hidden, "Row-level security hides rows of it since.")
             for key, error in refused.items():
                 if not isinstance(error, TransientError):
                     vector_tables.mark_failed(session, key, describe(error))
-                elif instant - held_out_since[key] > _HELD_OUT_SECONDS:  # else it is followed in a moment
+                elif instant - blocked_since[key] > self._options.blocked_seconds:
                     vector_tables.record_error(session, [key], describe(error))
-            if begins_anew:
-                self._lease.advance(session, position=attachment.position)
-        self._held_out_since = held_out_since
-        if begins_anew:
-            self._position = attachment.position
+            if restarted:
+                self._lease.advance(session, position=subscription.position)
+        self._blocked_since = blocked_since
+        if restarted:
+            self._position = subscription.position
         if anew:
-            self._log(f"{attachment.lost or ''} Following {', '.join(sorted(anew))} from now on.".strip())
+            self._log(f"{subscription.lost or ''} Following {', '.join(sorted(anew))} from now on.".strip())
 
-    def _give_up_log(self, error: LogTooLong) -> None:
-        self._log(f"{error.message} It is dropped, and everything is compared instead.")
-        self._feed.drop()
+    def _drop_log(self, error: LogTooLong) -> None:
+        self._log(f"{error.message} It is dropped, and syncs compare all tables instead.")
+        self._stream.drop()
         self._position = None
         with self._lease.fenced() as session:
             resyncs.request(session, self._tables.by_id, error.message)
             vector_tables.record_error(session, list(self._tables.by_id), error.message)
-        self._lease.forgive()
+        self._lease.resume()
 
     def _read(self) -> None:
-        """Has all applied that was committed by now, then confirms it."""
+        """Applies everything that is committed so far, then confirms it."""
         begun_at, position, changes = now(), None, 0
-        with closing(self._feed.read(max_keys=_KEYS_A_BATCH)) as batches:
+        with closing(self._stream.read(max_keys=_KEYS_PER_BATCH)) as batches:
             for batch in batches:
                 self._lease.check()
                 changes += batch.change_count
@@ -246,7 +256,7 @@ class Follower:
 
     def _confirm(self, position: str | None, caught_up_at: datetime | None, *, changed: bool) -> None:
         instant = time.monotonic()
-        # the log moves with every write to the server, ours among them: that alone is no reason to write again
+        # every write to the server moves the log, also our own: that alone is not a reason to write again
         idle = not changed and instant - self._confirmed_at < _IDLE_CONFIRM_SECONDS
         if idle or position == self._position:
             position = None
@@ -259,5 +269,5 @@ class Follower:
         self._caught_up_at = self._caught_up_at if caught_up_at is None else instant
         if position is not None:
             self._position = position
-            self._feed.confirm(position)
+            self._stream.confirm(position)
             self._confirmed_at = instant

@@ -1,25 +1,23 @@
-"""What following did to each vector table, told at a modest rate: not one report a change."""
+"""What a CDC consumer applied to each vector table, reported at most once per minute and table."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from embedd_dagster.catalog import failed_rows, vector_tables
-from embedd_dagster.engine.pipeline import RowCounts
+from embedd_dagster.core.counts import ReportedCounts, RowCounts
+from embedd_dagster.engine.cdc.lease import CdcLease
+from embedd_dagster.engine.cdc.table import TableConsumer
 from embedd_dagster.errors import PermanentError, TransientError
-
-if TYPE_CHECKING:
-    from embedd_dagster.engine.cdc.lease import FeedLease
-    from embedd_dagster.engine.cdc.table import TableFollower
 
 _SECONDS_BETWEEN: Final = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class FollowReport:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CdcReport(ReportedCounts):
     """What was applied to one vector table since its last report."""
 
     vector_table_id: str
@@ -32,7 +30,6 @@ class FollowReport:
     version: int
     changes: int
     """Changed keys; several changes of one row within a batch are one."""
-    counts: RowCounts
     seconds: float
     lag_seconds: float
     """The longest time from a commit in the source until it could be found."""
@@ -42,30 +39,34 @@ class FollowReport:
 
 @dataclass(slots=True)
 class _Sum:
-    since: float = field(default_factory=time.monotonic)
+    since: float
     changes: int = 0
     counts: RowCounts = field(default_factory=RowCounts)
     lag_seconds: float = 0.0
 
 
-class Reports:
-    """Adds up what is applied, and tells it at most once a minute and table."""
+class CdcReports:
+    """Adds up what is applied, and reports it at most once per minute and table."""
 
-    def __init__(self, send: Callable[[FollowReport], None]) -> None:
+    def __init__(self, send: Callable[[CdcReport], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._send = send
+        self._clock = clock
         self._sums: dict[str, _Sum] = {}
         self._sent_at: dict[str, float] = {}
 
     def add(self, vector_table_id: str, counts: RowCounts, changes: int, lag_seconds: float | None) -> None:
-        """Something was applied."""
-        total = self._sums.setdefault(vector_table_id, _Sum())
+        """Adds what was applied to a table."""
+        total = self._sums.setdefault(vector_table_id, _Sum(self._clock()))
         total.counts.add(counts)
         total.changes += changes
         total.lag_seconds = max(total.lag_seconds, lag_seconds or 0.0)
 
-    def send_due(self, tables: Mapping[str, TableFollower], lease: FeedLease, *, everything: bool = False) -> None:
-        """Tells what is due, and keeps the counts that users see; `everything` at the end of a run."""
-        instant = time.monotonic()
+    def send_due(self, tables: Mapping[str, TableConsumer], lease: CdcLease, *, everything: bool = False) -> None:
+        """Sends the reports that are due (`everything`: all), and updates the counts that users see.
+
+        Raises RunSuperseded. If a count cannot be read, the report is sent a minute later.
+        """
+        instant = self._clock()
         for key in list(self._sums):
             if not everything and instant - self._sent_at.get(key, -_SECONDS_BETWEEN) < _SECONDS_BETWEEN:
                 continue
@@ -81,10 +82,11 @@ class Reports:
                     truncated = self._sums[key].counts.truncated
                     vector_tables.record_counts(session, key, table.version, point_count, failed, truncated)
             except (TransientError, PermanentError):
-                continue  # numbers for people: told in a minute, with what is added until then
+                continue
             total = self._sums.pop(key)
             self._send(
-                FollowReport(
+                CdcReport(
+                    **total.counts.reported(rewrites=True),
                     vector_table_id=key,
                     partition_key=table.row.partition_key,
                     name=table.row.name,
@@ -94,7 +96,6 @@ class Reports:
                     model=table.row.embedding_model,
                     version=table.version,
                     changes=total.changes,
-                    counts=total.counts,
                     seconds=instant - total.since,
                     lag_seconds=total.lag_seconds,
                     lag_bytes=lease.lag_bytes,

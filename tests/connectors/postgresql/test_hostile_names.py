@@ -20,6 +20,7 @@ from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.protocols.cdc import CdcTable
 from embedd_dagster.protocols.source import Selection
+from embedd_dagster.protocols.store import SearchRequest
 from tests.support.followed_source import Follower, credentials_of
 from tests.support.hostile_names import plant
 
@@ -123,8 +124,8 @@ def test_no_name_of_a_store_s_statements_is_hijacked(credentials: dict[str, Any]
             store.finish_load(vector_set)
             store.publish(vector_set)
             tree = parse_filter(filters, types)
-            assert store.search(vector_set, vectors[1], limit=1)[0].key == keys[1]
-            assert store.search(vector_set, vectors[1], limit=1, filters=tree)[0].key == keys[1]
+            assert store.search(vector_set, SearchRequest(vectors[1], limit=1))[0].key == keys[1]
+            assert store.search(vector_set, SearchRequest(vectors[1], limit=1, filter=tree))[0].key == keys[1]
             assert len(list(store.fingerprints(vector_set, 4, None))) == 2
             list(store.fingerprints(vector_set, 4, [0, 5]))
             assert store.vectors(vector_set, keys).keys() == set(keys)

@@ -21,6 +21,7 @@ from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceAccessDenied, VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.protocols.store import SearchRequest
 from tests.support.followed_source import credentials_of
 
 Connection = psycopg.Connection[tuple[object, ...]]
@@ -95,7 +96,7 @@ def test_a_search_by_sql_through_the_view_uses_the_index(
     admin.execute("SET enable_seqscan = off")  # a table of this size is scanned otherwise
     assert "_hnsw" in str(admin.execute(f"EXPLAIN {query}").fetchall())  # type: ignore[arg-type]
     assert admin.execute(query).fetchall()[0] == (5,)  # type: ignore[arg-type]
-    hits = store.search(vector_set, points.vectors[5], limit=10)
+    hits = store.search(vector_set, SearchRequest(points.vectors[5], limit=10))
     assert hits[0].key == 5
     assert len(hits) == 10
     assert "ready" in str(store.info(vector_set)["index"])
@@ -104,7 +105,7 @@ def test_a_search_by_sql_through_the_view_uses_the_index(
 def test_above_4_000_dimensions_search_is_exact_and_says_so(store: PgvectorStore) -> None:
     points = batch([1, 2, 3], 5000)
     vector_set = built(store, new_set(dimensions=5000), points)
-    assert store.search(vector_set, points.vectors[1], limit=1)[0].key == 2
+    assert store.search(vector_set, SearchRequest(points.vectors[1], limit=1))[0].key == 2
     assert "exact" in str(store.info(vector_set)["index"])
 
 
@@ -230,7 +231,7 @@ def test_pgvector_and_tables_may_be_in_schemas_outside_of_the_search_path(
         vector_set = built(store, new_set(), points)
         store.publish(vector_set)
         tree = parse_filter({"color": {"in": ["c1", "c2"]}}, vector_set.filter_types)
-        assert store.search(vector_set, points.vectors[1], limit=3, filters=tree)[0].key == 1
+        assert store.search(vector_set, SearchRequest(points.vectors[1], limit=3, filter=tree))[0].key == 1
         assert store.versions(vector_set.vector_table_id) == [1]
     with PgvectorStore(credentials) as elsewhere:  # opened without the schema, it finds what is there
         assert elsewhere.schema == "public"
@@ -259,7 +260,7 @@ def test_keys_of_the_sources_own_types(
     store.upsert(vector_set, points)
     assert sorted(point.key for point in store.fingerprints(vector_set, 0, None)) == sorted(keys)  # type: ignore[type-var]
     assert store.vectors(vector_set, keys).keys() == set(keys)
-    assert store.search(vector_set, points.vectors[1], limit=1)[0].key == keys[1]
+    assert store.search(vector_set, SearchRequest(points.vectors[1], limit=1))[0].key == keys[1]
     store.delete(vector_set, keys[:1])
     assert store.count(vector_set) == 1
 
@@ -335,7 +336,7 @@ def test_an_abandoned_iteration_leaves_no_transaction_open(store: PgvectorStore,
     iterator = store.fingerprints(vector_set, 0, None)
     next(iterator)
     del iterator
-    store.search(vector_set, np.ones(8, np.float32), limit=1)
+    store.search(vector_set, SearchRequest(np.ones(8, np.float32), limit=1))
     open_ones = (
         "SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%' AND datname = current_database()"
     )
@@ -376,7 +377,7 @@ def test_all_matching_rows_are_found_also_by_way_of_the_index(store: PgvectorSto
     tree = parse_filter({"price": {"lt": 3}}, vector_set.filter_types)
     # the scan of the index ends early, and the exact search takes over
     with PgvectorStore(credentials_of(database_url), exact_rows=0, max_scan_tuples=50) as short:
-        hits = short.search(vector_set, points.vectors[3], limit=10, filters=tree)
+        hits = short.search(vector_set, SearchRequest(points.vectors[3], limit=10, filter=tree))
     assert {hit.key for hit in hits} == set(range(6))
 
 

@@ -16,6 +16,7 @@ from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import SourceRejected
 from embedd_dagster.protocols.source import Selection
+from embedd_dagster.protocols.store import SearchRequest
 from tests.support.followed_source import T, credentials_of
 from tests.support.pgbouncer import needs_pgbouncer, pgbouncer
 
@@ -85,7 +86,7 @@ def use_the_store(url: URL) -> None:
         store.finish_load(vector_set)
         store.publish(vector_set)
         filters = parse_filter({"color": "red"}, vector_set.filter_types)
-        assert [hit.key for hit in store.search(vector_set, vectors[2], limit=1, filters=filters)] == [3]
+        assert [hit.key for hit in store.search(vector_set, SearchRequest(vectors[2], limit=1, filter=filters))] == [3]
         assert len(list(store.fingerprints(vector_set, 4, None))) == 4
         assert len(store.vectors(vector_set, [1, 2])) == 2
         store.delete(vector_set, [1])

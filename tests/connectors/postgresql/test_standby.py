@@ -31,12 +31,12 @@ def standby(postgres: EmbeddedPostgres) -> Iterator[dict[str, Any]]:
     directory = Path(tempfile.mkdtemp(prefix="embedd-standby-"))
     directory.chmod(0o711)
     replica = EmbeddedPostgres(directory)
-    place = replica.place
-    place.data.mkdir(mode=0o700)
-    if place.account:
-        os.chown(place.data, place.account.uid, place.account.gid)
-    program = str(place.binaries / "pg_basebackup")
-    copied = run_as(place.account, [program, "-d", postgres.url(), "-D", str(place.data), "-R", "-c", "fast"])
+    location = replica.location
+    location.data.mkdir(mode=0o700)
+    if location.account:
+        os.chown(location.data, location.account.uid, location.account.gid)
+    program = str(location.binaries / "pg_basebackup")
+    copied = run_as(location.account, [program, "-d", postgres.url(), "-D", str(location.data), "-R", "-c", "fast"])
     assert copied.returncode == 0, copied.stdout
     # its users and their passwords are the primary's
     (directory / "postgres" / "password").write_text(make_url(postgres.url()).password or "")

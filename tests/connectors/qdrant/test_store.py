@@ -30,7 +30,7 @@ from embedd_dagster.errors import (
     VectorStoreRejected,
     VectorStoreUnavailable,
 )
-from embedd_dagster.protocols.store import ReportIndexed, ignore_report
+from embedd_dagster.protocols.store import ReportIndexed, SearchRequest, ignore_report
 from embedd_dagster.stack.qdrant.server import MAX_BODY_BYTES
 
 SET = VectorSet("vt_abcdefgh", 1, "vt_abcdefgh_things", 4, {"color": FilterType.KEYWORD})
@@ -266,7 +266,7 @@ def test_too_few_hits_are_looked_for_again_exactly() -> None:
         payload = {"pk": "i:1", "embedded_text": "t", "metadata": {}}
         return ok({"points": [{"id": str(index), "score": 0.5, "payload": payload} for index in range(found)]})
 
-    assert len(opened(handler).search(SET, np.ones(4, np.float32), limit=5)) == 3
+    assert len(opened(handler).search(SET, SearchRequest(np.ones(4, np.float32), limit=5))) == 3
     assert [body["params"]["exact"] for body in asked] == [False, True]
     assert asked[0]["params"]["acorn"]["enable"], "fields have no links of their own in the graph"
 

@@ -15,6 +15,7 @@ from embedd_dagster.core.filters import Condition, Operator
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
+from embedd_dagster.protocols.store import SearchRequest
 
 COUNT = 700
 VECTORS = np.random.default_rng(3).standard_normal((COUNT, 4)).astype(np.float32)
@@ -85,12 +86,12 @@ def test_a_whole_life_under_a_limit_gives_the_same_answers(
         (few, range(7, COUNT, 50)),
         (Condition("color", Operator.IN, colors), range(0, COUNT, 2)),
     ):
-        hits = store.search(vector_set, VECTORS[0], limit=100, filters=condition)
+        hits = store.search(vector_set, SearchRequest(VECTORS[0], limit=100, filter=condition))
         scores = {n: float(VECTORS[n] @ VECTORS[0] / np.linalg.norm(VECTORS[n])) for n in matching}
         best = sorted(scores, key=lambda n: -scores[n])[:100]
         assert [hit.key for hit in hits] == best
     top = Condition("size", Operator.GTE, 2**56)
-    assert store.search(vector_set, VECTORS[0], limit=10, filters=top) == []
+    assert store.search(vector_set, SearchRequest(VECTORS[0], limit=10, filter=top)) == []
 
     store.delete(vector_set, range(0, COUNT, 2))
     assert store.count(vector_set) == COUNT // 2
@@ -129,7 +130,7 @@ def test_a_limit_that_cannot_be_kept_is_told_with_its_name(
     store.upsert(vector_set, POINTS)
     set_limits(max_query_limit=5)
     with pytest.raises(VectorStoreRejected, match='"limit"') as caught:
-        store.search(vector_set, VECTORS[0], limit=50)
+        store.search(vector_set, SearchRequest(VECTORS[0], limit=50))
     assert "strict_mode_config" in caught.value.resolution
     set_limits(max_payload_index_count=0, unindexed_filtering_retrieve=False)
     with pytest.raises(VectorStoreRejected, match="max_payload_index_count"):

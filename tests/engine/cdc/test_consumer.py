@@ -227,7 +227,7 @@ def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(cdc_product: Pro
 
 
 @ONE_STORE
-@pytest.mark.parametrize("method", ["_write", "_settle"])
+@pytest.mark.parametrize("method", ["_write", "_complete_buffered"])
 def test_what_was_noted_outlives_an_outage(
     followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -21,7 +21,7 @@ from embedd_dagster.catalog import tasks, vector_tables
 from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
 from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import SyncStatus, TaskType
-from embedd_dagster.engine.cdc.lease import FeedLease
+from embedd_dagster.engine.cdc.lease import CdcLease
 from embedd_dagster.errors import Conflict, MassDeleteRefused, VectorStoreUnavailable
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
 from tests.support.following import Meanwhile, RunningFollower, eventually, is_followed, make_cdc, settled
@@ -67,7 +67,7 @@ class Follower:
         """Ends without giving its feed up, and forgets what it had noted (the real kill -9 is in test_follow_crash.py)."""
         assert self._running is not None
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(FeedLease, "end", lambda lease, _error: lease._ended.set())
+            patch.setattr(CdcLease, "end", lambda lease, _error: lease.stop())
             self._running.stop()
         self.start()
 

@@ -1,4 +1,4 @@
-"""What is told of following: sums, at most one a minute and vector table."""
+"""Reports of a CDC consumer: sums, at most one per minute and vector table."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from embedd_dagster.engine.cdc import report as follow_reports
-from embedd_dagster.engine.cdc.report import FollowReport, Reports
-from embedd_dagster.engine.pipeline import RowCounts
+from embedd_dagster.core.counts import RowCounts
+from embedd_dagster.engine.cdc import report as cdc_report
+from embedd_dagster.engine.cdc.report import CdcReport, CdcReports
 from embedd_dagster.errors import RunSuperseded, VectorStoreRejected, VectorStoreUnavailable
 
 
@@ -40,15 +40,14 @@ class _Lease:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     instant = [1000.0]
-    monkeypatch.setattr(follow_reports.time, "monotonic", lambda: instant[0])
-    monkeypatch.setattr(follow_reports.vector_sets, "count_failures", lambda *_args: 0)
-    monkeypatch.setattr(follow_reports.vector_tables, "note_counts", lambda *_args: None)
+    monkeypatch.setattr(cdc_report.failed_rows, "count", lambda *_args: 0)
+    monkeypatch.setattr(cdc_report.vector_tables, "record_counts", lambda *_args: None)
     return instant
 
 
-def test_changes_are_summed_and_told_once_a_minute(clock: list[float]) -> None:
-    sent: list[FollowReport] = []
-    reports = Reports(sent.append)
+def test_changes_are_summed_and_reported_once_per_minute(clock: list[float]) -> None:
+    sent: list[CdcReport] = []
+    reports = CdcReports(sent.append, lambda: clock[0])
     tables: Any = {"vt_a": _Table()}
     lease: Any = _Lease()
     reports.add("vt_a", RowCounts(read=1, embedded=1), 1, 0.1)
@@ -61,17 +60,17 @@ def test_changes_are_summed_and_told_once_a_minute(clock: list[float]) -> None:
     assert len(sent) == 1
     clock[0] += 31
     reports.send_due(tables, lease)
-    assert (sent[1].changes, sent[1].counts.reused, sent[1].lag_seconds) == (6, 6, 0.9)
+    assert (sent[1].changes, sent[1].rows_rewritten, sent[1].lag_seconds) == (6, 6, 0.9)
     assert (sent[1].version, sent[1].point_count, sent[1].lag_bytes) == (3, 40, 77)
     assert (sent[1].partition_key, sent[1].source_table) == ("vt_a_products", "public.products")
     clock[0] += 61
     reports.send_due(tables, lease)
-    assert len(sent) == 2, "nothing happened, so there is nothing to tell"
+    assert len(sent) == 2, "nothing happened, so there is nothing to report"
 
 
-def test_what_is_left_is_told_at_the_end(clock: list[float]) -> None:
-    sent: list[FollowReport] = []
-    reports = Reports(sent.append)
+def test_remaining_sums_are_reported_at_the_end(clock: list[float]) -> None:
+    sent: list[CdcReport] = []
+    reports = CdcReports(sent.append, lambda: clock[0])
     tables: Any = {"vt_a": _Table()}
     lease: Any = _Lease()
     for _ in range(2):
@@ -84,9 +83,9 @@ def test_what_is_left_is_told_at_the_end(clock: list[float]) -> None:
 
 
 @pytest.mark.parametrize("error", [VectorStoreUnavailable("down"), VectorStoreRejected("It is gone.")])
-def test_a_store_that_cannot_be_counted_delays_what_is_told(clock: list[float], error: Exception) -> None:
-    sent: list[FollowReport] = []
-    reports, table = Reports(sent.append), _Table()
+def test_a_report_is_delayed_while_the_store_cannot_be_counted(clock: list[float], error: Exception) -> None:
+    sent: list[CdcReport] = []
+    reports, table = CdcReports(sent.append, lambda: clock[0]), _Table()
     tables: Any = {"vt_a": table}
     lease: Any = _Lease()
     attempts: list[Exception] = []
@@ -99,16 +98,16 @@ def test_a_store_that_cannot_be_counted_delays_what_is_told(clock: list[float], 
     reports.add("vt_a", RowCounts(read=1), 1, 0.1)
     for _ in range(3):
         reports.send_due(tables, lease)
-    assert len(attempts) == 1, "it is left alone for a minute"
+    assert len(attempts) == 1, "it is not asked again for a minute"
     reports.add("vt_a", RowCounts(read=2), 2, 0.2)
     tables["vt_a"] = _Table()
     clock[0] += 61
     reports.send_due(tables, lease)
-    assert [(report.changes, report.counts.read) for report in sent] == [(3, 3)]
+    assert [(report.changes, report.rows_read) for report in sent] == [(3, 3)]
 
 
-def test_a_run_that_follows_no_longer_is_told_so(clock: list[float]) -> None:
-    reports, table = Reports(lambda _report: None), _Table()
+def test_a_run_that_lost_its_lease_learns_of_it_when_it_reports(clock: list[float]) -> None:
+    reports, table = CdcReports(lambda _report: None, lambda: clock[0]), _Table()
 
     def superseded() -> int:
         raise RunSuperseded("Another run follows.")

@@ -15,7 +15,6 @@ from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.engine.cdc import consumer as follow
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
 from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceTableNotFound, SourceUnavailable
 from tests.engine.conftest import Product
@@ -91,10 +90,10 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
 
 @ONE_STORE
 def test_updates_that_fail_for_want_of_a_replica_identity_go_on_before_the_next_regular_look(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningFollower],
 ) -> None:
-    product, _follower = followed
-    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 3600.0)
+    product, follower = followed
+    follower.options.subscribe_seconds = 3600.0
     product.sql("ALTER TABLE products REPLICA IDENTITY NOTHING")
     eventually(_retried(lambda: not product.sql("UPDATE products SET price = 5 WHERE id = 1")))
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
@@ -135,7 +134,7 @@ def test_a_name_that_begins_to_mean_another_table_is_an_error_until_it_means_the
     product.sql("CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
     product.sql("INSERT INTO app.products VALUES (1, 'other', 'table', 'red', 1)")
     eventually(lambda: is_owed(product))
-    with pytest.raises(SourceRejected, match=r'means table "app"\."products" now.*from "public"\."products"'):
+    with pytest.raises(SourceRejected, match=r'now means table "app"\."products".*from "public"\."products"'):
         run_owed(product)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
     assert points.keys() | {6000} == product.points().keys(), "what is live stays live"
@@ -415,12 +414,11 @@ def _use(product: Product, **changes: Any) -> dict[str, Any]:
 
 @ONE_STORE
 def test_a_table_that_waits_for_a_transaction_says_so(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningFollower],
 ) -> None:
     """It cannot join the log while somebody who has written to it may yet commit; the others go on."""
-    monkeypatch.setattr(follow, "_HELD_OUT_SECONDS", 0.5)
-    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 0.2)
     product, follower = followed
+    follower.options.blocked_seconds, follower.options.subscribe_seconds = 0.5, 0.2
     held = another_table(product, "held")
     with psycopg.connect(product.database_url) as writer:
         writer.execute("INSERT INTO held VALUES (1, 'written', 'and not committed', 'red', 1)")
@@ -500,10 +498,10 @@ def test_a_table_that_is_rewritten_while_no_follower_runs_is_compared(cdc_produc
 
 @ONE_STORE
 def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
-    followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
+    followed: tuple[Product, RunningFollower],
 ) -> None:
     product, follower = followed
-    monkeypatch.setattr(follow, "_ATTACH_SECONDS", 0.05)
+    follower.options.subscribe_seconds = 0.05
     before = product.table().cdc.table_fingerprint
     version = "SELECT xmin::text FROM vector_tables WHERE id = %s"
     # whatever else is written to the row is written when there are changes
@@ -537,16 +535,17 @@ def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
     followed: tuple[Product, RunningFollower], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reader of the old type takes the new keys for impossible: they must not count as gone."""
-    product, _follower = followed
+    product, follower = followed
     product.sql("UPDATE products SET price = 5 WHERE id = 1")
     eventually(is_true(product))
     with monkeypatch.context() as patched:
-        # the changes are read before anybody sees the new type
-        patched.setattr(follow, "_ATTACH_SECONDS", 3600)
+        # the changes are read before the consumer sees the new type
+        follower.options.subscribe_seconds = 3600
         patched.setattr(Alterations, "look", lambda self, connection: None)
         product.sql("ALTER TABLE products ALTER COLUMN id TYPE text USING 'p' || id")
         product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
         eventually(lambda: "p1" in product.points())
+    follower.options.subscribe_seconds = 5.0
     eventually(lambda: is_owed(product))
     eventually(lambda: settled(product))
     product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")

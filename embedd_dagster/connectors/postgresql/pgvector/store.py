@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self, Unpack
@@ -46,13 +47,12 @@ from embedd_dagster.connectors.postgresql.pgvector.rows import (
 )
 from embedd_dagster.connectors.postgresql.pgvector.search import FoundRow, SearchQuery, find_nearest
 from embedd_dagster.core.embedded_text import clean_text
-from embedd_dagster.core.filters import Filter
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.ranking import bucket_ranges, rank
 from embedd_dagster.core.rows import BUCKET_BITS, Fingerprint, Hit, PointBatch, Vectors, VectorSet
 from embedd_dagster.errors import PointsRejected, VectorStoreUnavailable
 from embedd_dagster.postgresql import Connection
-from embedd_dagster.protocols.store import ReportIndexed, ignore_report
+from embedd_dagster.protocols.store import ReportIndexed, SearchRequest, ignore_report
 
 _KEYS_PER_STATEMENT: Final = 10_000
 _PAGE: Final = 10_000
@@ -247,43 +247,33 @@ class PgvectorStore:
         except TableMissing:
             return 0
 
-    def search(
-        self,
-        vector_set: VectorSet,
-        vector: Vectors,
-        *,
-        limit: int,
-        min_similarity_score: float | None = None,
-        filters: Filter | None = None,
-    ) -> list[Hit]:
+    def search(self, vector_set: VectorSet, request: SearchRequest) -> list[Hit]:
         """The nearest points by cosine, highest first, among exactly those the filter matches."""
-        if not vector.any():
+        if not request.vector.any():
             return []
         try:
-            rows = self._find_nearest(vector_set, vector, limit, filters)
+            rows = self._find_nearest(vector_set, request)
         except ValueRejected:
-            if filters is None:
+            if request.filter is None:
                 raise
-            texts = list(compared_texts(filters))  # no row has one that the database cannot hold
+            texts = list(compared_texts(request.filter))  # no row has one that the database cannot hold
             absent = frozenset(texts[index] for index in self.unholdable(texts))
-            rows = self._find_nearest(vector_set, vector, limit, without_texts(filters, absent))
+            rows = self._find_nearest(vector_set, replace(request, filter=without_texts(request.filter, absent)))
         hits = (
             Hit(load_key(key), 1.0 - distance, load_metadata(metadata, vector_set.filter_types), text)
             for key, distance, metadata, text in rows
             if not math.isnan(distance)
         )
-        return rank(hits, limit, min_similarity_score)
+        return rank(hits, request.limit, request.minimum_score)
 
-    def _find_nearest(
-        self, vector_set: VectorSet, vector: Vectors, limit: int, filters: Filter | None
-    ) -> list[FoundRow]:
+    def _find_nearest(self, vector_set: VectorSet, request: SearchRequest) -> list[FoundRow]:
         query = SearchQuery(
             table=self._table(vector_set).identifier,
             vector_schema=self._find_vector_schema(),
             key_column=_key_column(self._key_type(vector_set)),
-            vector=vector,
-            limit=limit,
-            filters=filters,
+            vector=request.vector,
+            limit=request.limit,
+            filters=request.filter,
             filter_types=vector_set.filter_types,
             exact_rows=self._exact_rows,
             max_scan_tuples=self._max_scan_tuples,
