@@ -48,7 +48,7 @@ WORDS = {
     r"the card": "say what it says",
 }
 # names of documents that are not in this repository
-DOCUMENTS = re.compile(r"\b(SPEC(?! as| =)|DESIGN)\b( §)?|\b(STYLE|LANGUAGE)\.md|§")
+DOCUMENTS = re.compile(r"\b(SPEC|DESIGN|STYLE|LANGUAGE)( §|\.md)|§|\bthe seed\b")
 _PATTERN = re.compile("|".join(rf"(?P<w{n}>\b(?:{word})\b)" for n, word in enumerate(WORDS)), re.IGNORECASE)
 _TEST_NAME = re.compile(r"def (test_(?:nor|and|or|but|which|also|neither|so)(?:_\w*)?)\(")
 _HINTS = list(WORDS.values())

@@ -1,4 +1,4 @@
-"""The vector table resource, as in the seed."""
+"""The vector table resource."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def test_ids_sort_by_their_second_and_differ_within_it() -> None:
     first = [new_id("vt", 1_700_000_000) for _ in range(1000)]
     assert len(set(first)) == 1000
     assert max(first) < min(new_id("vt", 1_700_000_001) for _ in range(10))
-    assert len({identifier[:11] for identifier in first}) > 1, "the seed's 8 characters differ within a second"
+    assert len({identifier[:11] for identifier in first}) > 1, "the first 8 characters of an id differ within a second"
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def test_the_token_is_made_once_for_its_owner_alone_and_yours_wins(tmp_path, mon
     monkeypatch.setenv("EMBEDD_DAGSTER_TOKEN", TOKEN)
     assert find() == TOKEN
     monkeypatch.setenv("EMBEDD_DAGSTER_TOKEN", "easy to guess")
-    with pytest.raises(ConfigurationError, match=r"EMBEDD_DAGSTER_TOKEN: .*at least 16 characters") as caught:
+    with pytest.raises(ConfigurationError, match=r"EMBEDD_DAGSTER_TOKEN: .*at least 16 ASCII characters") as caught:
         find()
     assert "easy" not in str(caught.value)
 
