@@ -96,7 +96,7 @@ def test_update_delete_and_schema(tenant: Tenant) -> None:
 def test_backfill_is_queued_once_under_concurrent_calls(tenant: Tenant, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(tenant.client.app, FastAPI)
     patient = replace(tenant.state, estimate_seconds=10.0)  # six at once, on a busy machine
-    monkeypatch.setattr(tenant.client.app.state, "embedd", patient)
+    monkeypatch.setitem(tenant.client.app.state._state, "embedd", patient)
     table = tenant.table()
     path = f"/v1/vector-tables/{table['id']}/backfill"
     with ThreadPoolExecutor(6) as pool:
