@@ -181,7 +181,7 @@ def test_objects_of_others_are_never_touched(store: PgvectorStore, admin: Connec
         lambda: store.drop(vector_set.vector_table_id, 1),
         lambda: store.drop_public_name(vector_set.vector_table_id, vector_set.public_name),
     ):
-        with pytest.raises(VectorStoreRejected, match="something else"):
+        with pytest.raises(VectorStoreRejected, match="is not part of this vector table"):
             call()
     other = new_set(2, like=vector_set)
     store.create(other)
