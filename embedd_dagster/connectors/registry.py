@@ -31,7 +31,7 @@ from embedd_dagster.protocols.source import Source
 from embedd_dagster.protocols.store import PlatformStore, Store
 from embedd_dagster.settings import Settings
 
-P = TypeVar("P", SourceSpec, PlatformStoreSpec, ManagedStoreSpec, EmbedderSpec)
+P = TypeVar("P", ConnectorSpec, SourceSpec, PlatformStoreSpec, ManagedStoreSpec, EmbedderSpec)
 T = TypeVar("T")
 
 _DISTRIBUTION: Final = "embedd-vector-tables"
@@ -60,6 +60,11 @@ def registered(spec: ConnectorSpec) -> Iterator[None]:
         del _connectors[spec.name]
 
 
+def connector(name: str) -> ConnectorSpec:
+    """The whole connector. Raises ConfigurationError."""
+    return _part(name, lambda spec: spec, "connector", tuple(_connectors))
+
+
 def sources() -> tuple[str, ...]:
     """The connectors that have a source."""
     return tuple(spec.name for spec in _connectors.values() if spec.source)
@@ -83,6 +88,11 @@ def embedders() -> tuple[str, ...]:
 def source_spec(name: str) -> SourceSpec:
     """The connector's source. Raises ConfigurationError."""
     return _part(name, lambda spec: spec.source, "source", sources())
+
+
+def leftover_resolution(provider: str, name: str) -> str:
+    """What to run in a database of this provider to remove the CDC stream of this name. Raises ConfigurationError."""
+    return source_spec(provider).leftover_resolution(name)
 
 
 def platform_store_spec(name: str) -> PlatformStoreSpec:
