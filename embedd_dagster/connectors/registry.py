@@ -25,6 +25,7 @@ from embedd_dagster.connectors.spec import (
     SourceSpec,
 )
 from embedd_dagster.connectors.voyage.spec import SPEC as VOYAGE
+from embedd_dagster.core.models import EmbeddingModel, find_model
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.embedder import DEFAULT_TIMEOUT_SECONDS, Embedder
 from embedd_dagster.protocols.source import Source
@@ -108,6 +109,16 @@ def managed_store_spec(name: str) -> ManagedStoreSpec:
 def embedder_spec(name: str) -> EmbedderSpec:
     """The connector's embedder. Raises ConfigurationError."""
     return _part(name, lambda spec: spec.embedder, "embedder", embedders())
+
+
+def embedding_models() -> list[tuple[str, EmbeddingModel]]:
+    """The known models, each with its connector's name."""
+    return [(name, model) for name in embedders() for model in embedder_spec(name).models]
+
+
+def find_model_by_name(name: str) -> EmbeddingModel | None:
+    """The first known model of this name, of any connector, or None."""
+    return find_model((model for _, model in embedding_models()), name)
 
 
 def open_source(provider: str, credentials: Mapping[str, Any], **options: Any) -> Source:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from embedd_dagster.core.models import EmbeddingModel
 from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.protocols.embedder import Embedder
 from embedd_dagster.protocols.source import Source
@@ -96,6 +97,14 @@ class EmbedderSpec:
     """A connector's embedder."""
 
     open: Callable[[EmbedderOptions], Embedder]
+    models: tuple[EmbeddingModel, ...]
+    """The known ones; the first is what a provider is tested with. A server behind a `base_url` may have others."""
+    hosts: tuple[str, ...] = ()
+    """Where the provider itself answers: a server elsewhere may have other models of the same names."""
+    is_remote: bool = True
+    """Whether it is a server: it takes credentials, and limits of its requests."""
+    rows_per_second: float = 5_000.0
+    """What an estimate of the duration expects."""
 
 
 @dataclass(frozen=True, slots=True)
