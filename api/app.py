@@ -83,7 +83,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         vector_table_sync,
         tasks,
     ):
-        v1.include_router(module.router)
+        v1.include_router(connections.build_router() if module is connections else module.router)
     app.include_router(v1)
     app.include_router(docs.router)
     return app

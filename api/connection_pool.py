@@ -12,7 +12,7 @@ from uvicorn.server import ServerState
 _CHECK_SECONDS: Final = 1.0
 _MIN_CONNECTIONS: Final = 8
 _RESERVED_DESCRIPTORS: Final = 64
-"""What the process itself needs at least, for databases, providers, Qdrant and its event loop."""
+"""What the process itself needs at least, for databases, providers, the vector store and its event loop."""
 
 
 class PooledConnection(Protocol):

@@ -15,7 +15,6 @@ _SYNONYMS: Final = {
     "search": "query",
     "envs": "environments",
 }
-_OTHER_PATHS: Final = {("POST", "/v1/connections"): "POST /v1/providers/postgresql/connections"}
 _METHODS: Final = {"PATCH": "PUT"}
 
 
@@ -25,9 +24,8 @@ def nearest_operation(paths: Mapping[str, Any], method: str, path: str) -> str |
     `paths` is the part of the OpenAPI document with this name.
     """
     wanted = _segments(path)
-    other = _OTHER_PATHS.get((method, "/" + "/".join(wanted)))
-    if other is not None:
-        return other
+    if method == "POST" and wanted == ["v1", "connections"]:
+        return next(f"POST {template}" for template in paths if template.startswith("/v1/providers/"))
     wanted_method = _METHODS.get(method, method)
     best: tuple[float, bool] = (0.0, False)
     found = None

@@ -64,11 +64,18 @@ def validate_body(model: type[B], content_type: str | None, content: bytes) -> B
     value: Any = content
     if content_type == "application/json" or _is_json(content_type):
         value = None if content.strip() == b"null" else RawBody(content)
+    return validate_value(model, value)
+
+
+def validate_value(model: type[B], value: Any, *location: str) -> B:
+    """The body, or the part of it at this location, as the model reads it. Raises RequestValidationError."""
     try:
         return model.model_validate(value)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_context=True, include_input=False)
-        raise RequestValidationError([{**fault, "loc": ("body", *fault["loc"])} for fault in faults]) from None
+        raise RequestValidationError(
+            [{**fault, "loc": ("body", *location, *fault["loc"])} for fault in faults]
+        ) from None
 
 
 def _is_json(content_type: str | None) -> bool:

@@ -166,8 +166,8 @@ def measure(servers: Servers, seconds: float, rows: int) -> None:
     heads = ["store", "changes", "p50, ms", "p95, ms", "sampled", "changes per second, sustained"]
     body = (
         f"A table of {rows:,} rows, 384 dimensions, indexed; every change is a text that has to be embedded again, by a"
-        " provider that answers after 20 ms. Targets: p95 below 1,000 ms at 100 changes per second, 1,000 changes per second sustained."
-        "\n\n"
+        " provider that answers after 20 ms. Targets: p95 below 1,000 ms at 100 changes per second, 1,000 changes per second "
+        "sustained.\n\n"
         f"{table(heads, lines)}"
     )
     record("follow", "CDC", body, {"lines": lines}, "make bench-follow")

@@ -19,6 +19,7 @@ from embedd_dagster.catalog import connections, embedding_providers, environment
 from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
 from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref
 from embedd_dagster.connectors.qdrant.store import QdrantStore
@@ -77,13 +78,13 @@ class Bench:
         )
         self.runtime = Runtime.open(settings)
         address = make_url(database_url)
-        credentials = {
-            "host": address.host,
-            "port": address.port,
-            "database": address.database,
-            "user": address.username,
-            "password": address.password,
-        }
+        credentials = PostgresqlCredentials(
+            host=address.host,
+            port=address.port,
+            database=address.database,
+            user=address.username,
+            password=address.password,
+        ).model_dump()
         with self.runtime.catalog.transaction() as session:
             environment = environments.ensure_defaults(session)
             name = uuid4().hex

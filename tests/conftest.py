@@ -45,6 +45,7 @@ UNIT_TESTS = [
         "engine/cdc/test_report.py",
         "test_cli.py",
         "test_errors.py",
+        "test_no_vendor_names.py",
         "webserver/test_guard.py",
     )
 ]

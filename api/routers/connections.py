@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -44,31 +44,55 @@ from ..schemas.connections import (
     ConnectionAnswer,
     ConnectionList,
     ConnectionUpdate,
-    PostgresqlConnectionCreate,
-    PostgresqlPassword,
     SourceTableAnswer,
     SourceTableColumnAnswer,
     SourceTableColumnList,
     SourceTableList,
     TestAnswer,
+    connection_create_model,
+    connection_update_model,
+    read_new_credentials,
 )
 from ..strict_json import StrictRoute
 
-router = APIRouter(tags=["Connections"], route_class=StrictRoute)
+router = APIRouter(route_class=StrictRoute)
 
 
-@router.post(
-    "/providers/postgresql/connections",
-    status_code=201,
-    dependencies=EXTERNAL_CALLS,
-    responses=idempotent_responses(201, "permission_denied", "name_conflict", "server_busy"),
-)
-def create_postgresql_connection(
-    body: PostgresqlConnectionCreate, caller: Writer, idempotent: Idempotent
-) -> ConnectionAnswer:
-    """Create a connection to a PostgreSQL database. It is tested at once: see `status` and `last_error`."""
-    with idempotent:
-        return _create(caller, idempotent, "postgresql", body.name, body.mode, body.credentials.model_dump())
+def build_router() -> APIRouter:
+    """The routes of connections. What a user sends of credentials goes by the connectors that are registered now."""
+    routes = APIRouter(tags=["Connections"], route_class=StrictRoute)
+    for provider in registry.sources():
+        routes.add_api_route(
+            f"/providers/{provider}/connections",
+            _create_endpoint(provider),
+            methods=["POST"],
+            name=f"create_{provider}_connection",
+            description=f"Create a connection to a {registry.connector(provider).title} database. "
+            "It is tested at once: see `status` and `last_error`.",
+            status_code=201,
+            dependencies=EXTERNAL_CALLS,
+            responses=idempotent_responses(201, "permission_denied", "name_conflict", "server_busy"),
+        )
+    routes.include_router(router)
+    routes.add_api_route(
+        "/connections/{connection_id}",
+        _update_endpoint(),
+        methods=["PUT"],
+        name="update_connection",
+        description="Rename a connection, or give it other credentials, which are tested at once.",
+        dependencies=EXTERNAL_CALLS,
+        responses=error_responses("permission_denied", "connection_not_found", "name_conflict", "server_busy"),
+    )
+    return routes
+
+
+def _create_endpoint(provider: str) -> Callable[..., ConnectionAnswer]:
+    def create(body: Any, caller: Writer, idempotent: Idempotent) -> ConnectionAnswer:
+        with idempotent:
+            return _create(caller, idempotent, provider, body.name, body.mode, body.credentials.model_dump())
+
+    create.__annotations__["body"] = connection_create_model(provider)  # FastAPI reads the body's model from here
+    return create
 
 
 def _create(
@@ -117,23 +141,20 @@ def _get(caller: Caller, connection_id: str) -> Connection:
         return connections.get(session, caller.environment.id, connection_id)
 
 
-@router.put(
-    "/connections/{connection_id}",
-    dependencies=EXTERNAL_CALLS,
-    responses=error_responses("permission_denied", "connection_not_found", "name_conflict", "server_busy"),
-)
-def update_connection(connection_id: ConnectionId, body: ConnectionUpdate, caller: Writer) -> ConnectionAnswer:
-    """Rename a connection, or give it other credentials, which are tested at once."""
-    given = body.model_fields_set
-    with caller.state.runtime.catalog.transaction() as session:
-        row = connections.get(session, caller.environment.id, connection_id, lock=True)
-        if "name" in given:
-            connections.rename(session, row, body.name)
-        if "credentials" in given:
-            # a password alone leaves everything else as it is
-            others = row.settings if isinstance(body.credentials, PostgresqlPassword) else {}
-            connections.set_credentials(row, caller.state.runtime.box, {**others, **body.credentials.model_dump()})
-    return _test(caller, row)[1] if "credentials" in given else ConnectionAnswer.model_validate(row)
+def _update_endpoint() -> Callable[..., ConnectionAnswer]:
+    def update(connection_id: ConnectionId, body: ConnectionUpdate, caller: Writer) -> ConnectionAnswer:
+        given = body.model_fields_set
+        with caller.state.runtime.catalog.transaction() as session:
+            row = connections.get(session, caller.environment.id, connection_id, lock=True)
+            if "name" in given:
+                connections.rename(session, row, body.name)
+            if "credentials" in given:
+                credentials = read_new_credentials(row.provider, row.settings, body.credentials)
+                connections.set_credentials(row, caller.state.runtime.box, credentials)
+        return _test(caller, row)[1] if "credentials" in given else ConnectionAnswer.model_validate(row)
+
+    update.__annotations__["body"] = connection_update_model()
+    return update
 
 
 @router.delete(
@@ -150,7 +171,13 @@ def delete_connection(
 ) -> None:
     """Delete a connection that no vector table uses."""
     with caller.state.runtime.catalog.transaction() as session:
-        connections.delete(session, caller.environment.id, connection_id, force=force)
+        connections.delete(
+            session,
+            caller.environment.id,
+            connection_id,
+            leftover_resolution=registry.leftover_resolution,
+            force=force,
+        )
 
 
 @router.post(

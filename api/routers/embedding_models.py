@@ -6,7 +6,8 @@ from typing import Annotated
 
 from fastapi import APIRouter
 
-from embedd_dagster.core.models import EMBEDDING_MODELS, EmbeddingModel
+from embedd_dagster.connectors import registry
+from embedd_dagster.core.models import EmbeddingModel
 
 from ..auth import Reader
 from ..error_codes import error_responses
@@ -17,9 +18,9 @@ from ..strict_json import StrictRoute
 router = APIRouter(prefix="/embedding-models", tags=["Embedding providers"], route_class=StrictRoute)
 
 
-def _shown(model: EmbeddingModel) -> EmbeddingModelAnswer:
+def _shown(provider: str, model: EmbeddingModel) -> EmbeddingModelAnswer:
     return EmbeddingModelAnswer(
-        provider=model.provider.value,
+        provider=provider,
         model=model.name,
         dimensions=model.dimensions,
         accepted_dimensions=model.accepted_dimensions,
@@ -36,4 +37,5 @@ def list_embedding_models(
     name: Annotated[str | None, text_filter("Only the models with exactly this name", max_length=200)] = None,
 ) -> EmbeddingModelList:
     """List the known embedding models, all in one page."""
-    return whole_list(EmbeddingModelList, [_shown(model) for model in EMBEDDING_MODELS if name in (None, model.name)])
+    found = [_shown(*known) for known in registry.embedding_models() if name in (None, known[1].name)]
+    return whole_list(EmbeddingModelList, found)

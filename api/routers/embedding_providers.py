@@ -11,8 +11,8 @@ from fastapi import APIRouter
 from embedd_dagster.catalog import embedding_providers
 from embedd_dagster.catalog.tables import EmbeddingProvider
 from embedd_dagster.connectors.network import AddressForbidden, NameUnknown, vetted_addresses
-from embedd_dagster.connectors.registry import open_embedder
-from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind, find_model
+from embedd_dagster.connectors.registry import embedder_spec, open_embedder
+from embedd_dagster.core.models import find_model
 from embedd_dagster.engine.question import embed_question
 from embedd_dagster.errors import (
     EmbeddError,
@@ -60,7 +60,7 @@ def create_embedding_provider(
     runtime = caller.state.runtime
     with idempotent:
         _check_limits(body.provider, body.limits)
-        credentials = _checked(caller, ProviderKind(body.provider), body.credentials)
+        credentials = _checked(caller, body.provider, body.credentials)
         with runtime.catalog.transaction() as session:
             row = embedding_providers.create(
                 session,
@@ -75,12 +75,14 @@ def create_embedding_provider(
         return _test_by_itself(caller, row, idempotent)
 
 
-def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) -> dict[str, Any]:
+def _checked(caller: Caller, provider: str, given: EmbeddingCredentials) -> dict[str, Any]:
     """The credentials, if this provider takes them. Raises ValidationFailed."""
     credentials = given.as_given()
-    if kind is ProviderKind.LOCAL:
+    if not embedder_spec(provider).is_remote:
         if credentials:
-            raise ValidationFailed(f"credentials.{next(iter(credentials))}: the local provider takes no credentials.")
+            raise ValidationFailed(
+                f"credentials.{next(iter(credentials))}: the {provider} provider takes no credentials."
+            )
         return credentials
     if "base_url" not in credentials:
         if "api_key" not in credentials:
@@ -90,14 +92,14 @@ def _checked(caller: Caller, kind: ProviderKind, given: EmbeddingCredentials) ->
     return credentials
 
 
-def _check_limits(kind: str, limits: EmbeddingLimits) -> None:
+def _check_limits(provider: str, limits: EmbeddingLimits) -> None:
     """Raises ValidationFailed for a limit that the provider cannot keep."""
-    if kind != ProviderKind.LOCAL:
+    if embedder_spec(provider).is_remote:
         return
     for name in ("request_timeout_seconds", "max_input_tokens"):
         if getattr(limits, name) is not None:
             raise ValidationFailed(
-                f"limits.{name}: the local provider has a fixed model and no requests; leave it out."
+                f"limits.{name}: the {provider} provider has a fixed model and no requests; leave it out."
             )
 
 
@@ -149,8 +151,8 @@ def update_embedding_provider(
 ) -> EmbeddingProviderAnswer:
     """Rename an embedding provider, or give it other limits or credentials, which are tested at once."""
     given = body.model_fields_set
-    kind = ProviderKind(_get(caller, embedding_provider_id).provider)
-    credentials = _checked(caller, kind, body.credentials) if "credentials" in given else {}
+    provider = _get(caller, embedding_provider_id).provider
+    credentials = _checked(caller, provider, body.credentials) if "credentials" in given else {}
     with caller.state.runtime.catalog.transaction() as session:
         row = embedding_providers.get(session, caller.environment.id, embedding_provider_id, lock=True)
         if "name" in given:
@@ -245,18 +247,17 @@ def _test_by_itself(
     return _test(
         caller,
         row,
-        used or _first_model(ProviderKind(row.provider)),
+        used or _first_model(row.provider),
         is_model_known=is_model_known,
         idempotent=idempotent,
     )[1]
 
 
 def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderTest | None) -> tuple[str, int]:
-    """The model to test with: the one asked for, else one in use, else the catalog's first."""
-    kind = ProviderKind(row.provider)
+    """The model to test with: the one asked for, or one in use, or the catalog's first."""
     given = body.model_fields_set if body else set()
     if body is not None and "embedding_model" in given:
-        known = find_model(kind, body.embedding_model)
+        known = find_model(embedder_spec(row.provider).models, body.embedding_model)
         if "embedding_dimensions" in given:
             return body.embedding_model, body.embedding_dimensions
         if known is not None:
@@ -266,10 +267,10 @@ def _test_model(caller: Caller, row: EmbeddingProvider, body: EmbeddingProviderT
         raise ValidationFailed("embedding_dimensions: only accepted together with embedding_model.")
     with caller.state.runtime.catalog.transaction() as session:
         used = embedding_providers.find_used_model(session, row.id)
-    return used or _first_model(kind)
+    return used or _first_model(row.provider)
 
 
-def _first_model(kind: ProviderKind) -> tuple[str, int]:
-    """The catalog's first."""
-    first = next(model for model in EMBEDDING_MODELS if model.provider is kind)
+def _first_model(provider: str) -> tuple[str, int]:
+    """The provider's first known model."""
+    first = embedder_spec(provider).models[0]
     return first.name, first.dimensions

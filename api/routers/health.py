@@ -68,7 +68,7 @@ def get_ready(
         Query(alias="for", description="`query`: only what queries need, so without Dagster; left out, everything"),
     ] = None,
 ) -> Any:
-    """Tell whether the catalog, Dagster and Qdrant answer, each by name."""
+    """Tell whether the catalog, Dagster and the vector store answer, each by name."""
     state: ApiState = request.app.state.embedd
     parts = check_parts(state, without={"dagster"} if purpose == "query" else frozenset())
     checks = {name: part.model_dump() for name, part in parts.items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, Final
 
 from fastapi import Path
 from pydantic import (
@@ -15,14 +16,16 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     GetJsonSchemaHandler,
     PlainSerializer,
     StringConstraints,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, PydanticKnownError, core_schema
 
+from embedd_dagster.connectors.strict_model import StrictModel
 from embedd_dagster.errors import NotFound
 
 from ..strict_json import parse_body
@@ -31,27 +34,8 @@ _MAX_SHOWN: Final = 64
 _ID: Final = re.compile(r"[a-z]{2,8}_[0-9a-z]{26}")
 
 
-def _forbid_nul(described: dict[str, Any]) -> None:
-    for variant in (described, *described.get("anyOf", [])):
-        if variant.get("type") == "string" and not {"pattern", "enum", "const"} & variant.keys():
-            variant["pattern"] = r"^[^\u0000]*$"
-
-
-class Body(BaseModel):
-    """A request body: strict types, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    immutable_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of the resource that cannot be changed: the message says so."""
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema. It says that no text may contain NUL, which no database can hold."""
-        found = handler.resolve_ref_schema(handler(schema))
-        for described in found.get("properties", {}).values():
-            _forbid_nul(described)
-        return found
+class Body(StrictModel):
+    """A request body, which is parsed when it is validated."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,17 +45,27 @@ class Body(BaseModel):
             cls._reject_unknown(data)
         return data
 
-    @classmethod
-    def _reject_unknown(cls, data: dict[str, Any]) -> None:
-        for name in data:
-            if name in cls.model_fields:
-                continue
-            accepted = {"name": repr(name[:_MAX_SHOWN]), "accepted": ", ".join(cls.model_fields)}
-            if name in cls.immutable_fields:
-                raise PydanticCustomError(
-                    "immutable_field", "field {name} cannot be changed; accepted: {accepted}", accepted
-                )
-            raise PydanticCustomError("unknown_field", "field {name} is not known; accepted: {accepted}", accepted)
+
+@dataclass(frozen=True, slots=True)
+class NameIn:
+    """Marks a text that is one of these names: those of the registry when a value is validated or a schema is made."""
+
+    names: Callable[[], tuple[str, ...]]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """The schema of a text that is checked."""
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema, which lists the names."""
+        return {**handler(schema), "enum": list(self.names())}
+
+    def _check(self, value: str) -> str:
+        names = [repr(name) for name in self.names()]
+        if repr(value) not in names:
+            expected = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+            raise PydanticKnownError("literal_error", {"expected": expected})
+        return value
 
 
 class Answer(BaseModel):

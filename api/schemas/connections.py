@@ -1,97 +1,76 @@
-"""Connections to source databases."""
+"""Connections to source databases. The models of credentials are those of the registered connectors."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from copy import copy
+from functools import cache
+from typing import Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, GetJsonSchemaHandler, StringConstraints, Tag, model_validator
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic import BaseModel, Field, create_model
+from pydantic_core import PydanticUndefined
+
+from embedd_dagster.connectors import registry
+from embedd_dagster.connectors.strict_model import StrictModel, secret_fields
 
 from ..pagination import ListAnswer
-from ..postgresql_url import read_postgresql_url
 from ..schemas.base import Answer, Body, Name, Timestamp, unset
+from ..strict_json import validate_value
 
 
-def _one_host(value: str) -> str:
-    if "," in value or any(character.isspace() for character in value):
-        raise PydanticCustomError("host", "exactly one host name or address is accepted")
-    return value
+def connection_create_model(provider: str) -> type[Body]:
+    """The body that creates a connection of this provider: its mode, if its database can hold vectors, and credentials."""
+    spec = registry.connector(provider)
+    modes: Any = Literal["managed", "platform"] if spec.platform_store else Literal["managed"]
+    return create_model(
+        f"{_prefix(provider)}ConnectionCreate",
+        __base__=Body,
+        __doc__=f"A new connection to a {spec.title} database.",
+        name=(Name, Field(description="Unique in the environment", examples=["shop"])),
+        mode=(
+            modes,
+            Field(
+                description="Where the vectors of its vector tables live: `managed` in the vector store of this "
+                "installation, `platform` in this database"
+            ),
+        ),
+        credentials=(registry.source_spec(provider).credentials, ...),
+    )
 
 
-_Text = Annotated[str, StringConstraints(min_length=1, max_length=255)]
+@cache
+def _secrets_model(provider: str, model: type[BaseModel]) -> type[StrictModel] | None:
+    """A model of the secrets alone, all of them required; None for credentials without one."""
+    names = secret_fields(model)
+    if not names:
+        return None
+    fields: dict[str, Any] = {}
+    for name in names:
+        field = copy(model.model_fields[name])
+        field.default = PydanticUndefined
+        fields[name] = (field.annotation, field)
+    return create_model(
+        _prefix(provider) + "".join(_prefix(name) for name in names),
+        __base__=StrictModel,
+        __doc__=f"Another {' and '.join(names)}; everything else of the credentials stays as it is.",
+        **fields,
+    )
 
 
-class PostgresqlCredentials(Body):
-    """How to reach a PostgreSQL database: by `url`, or by the single fields.
+def _prefix(name: str) -> str:
+    return name.title().replace("_", "")
 
-    Encrypted at rest; the password is never returned.
+
+def read_new_credentials(provider: str, settings: Mapping[str, Any], given: Any) -> dict[str, Any]:
+    """The credentials that replace those of a connection with these settings; secrets alone leave the settings as they are.
+
+    Raises RequestValidationError.
     """
-
-    url: str | None = Field(
-        default=None,
-        exclude=True,
-        max_length=4096,
-        description="All of the others in one: `postgresql://user:password@host:port/database?sslmode=require`, "
-        "with special characters percent-encoded. No other parameter is accepted",
-        json_schema_extra={"writeOnly": True},
-    )
-
-    host: Annotated[_Text, AfterValidator(_one_host)] = Field(
-        description="Host name or address. A pooler such as PgBouncer will do, in transaction mode for all but sync_mode cdc",
-        examples=["db.example.com"],
-        json_schema_extra={"pattern": r"^[^,\s\u0000]+$"},
-    )
-    port: int = Field(default=5432, ge=1, le=65535)
-    database: _Text = Field(examples=["shop"])
-    user: _Text = Field(description="A role that may SELECT (in platform mode also CREATE)", examples=["embedd"])
-    password: Annotated[str, StringConstraints(max_length=1024)] = Field(
-        default="", json_schema_extra={"writeOnly": True}
-    )
-    ssl_mode: Literal["disable", "allow", "prefer", "require", "verify-ca", "verify-full"] = Field(
-        default="prefer",
-        description="As libpq's sslmode. A server that asks for the password in clear needs verify-ca or verify-full",
-    )
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """The schema, without required fields: `url` stands for them. Client generators do not take a choice here."""
-        found = super().__get_pydantic_json_schema__(schema, handler)
-        handler.resolve_ref_schema(found).pop("required", None)
-        return found
-
-    @model_validator(mode="before")
-    @classmethod
-    def _take_url(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or data.get("url") is None:
-            return data
-        if len(data) > 1:
-            other = next(name for name in data if name != "url")
-            raise PydanticCustomError(
-                "url", "url: it is given instead of the single fields, not with {other}", {"other": repr(other[:64])}
-            )
-        return read_postgresql_url(data["url"])
-
-
-class PostgresqlPassword(Body):
-    """Another password; everything else of the credentials stays as it is."""
-
-    password: Annotated[str, StringConstraints(max_length=1024)] = Field(json_schema_extra={"writeOnly": True})
-
-
-def _which(value: Any) -> str:
-    is_password = isinstance(value, PostgresqlPassword) or (isinstance(value, dict) and set(value) == {"password"})
-    return "~password" if is_password else "~all"
-
-
-class PostgresqlConnectionCreate(Body):
-    """A new connection to a PostgreSQL database."""
-
-    name: Name = Field(description="Unique in the environment", examples=["shop"])
-    mode: Literal["managed", "platform"] = Field(
-        description="Where the vectors of its vector tables live: `managed` in our Qdrant, `platform` in this database"
-    )
-    credentials: PostgresqlCredentials
+    model = registry.source_spec(provider).credentials
+    secrets = _secrets_model(provider, model)
+    if secrets is not None and isinstance(given, dict) and set(given) == set(secrets.model_fields):
+        return {**settings, **validate_value(secrets, given, "credentials").model_dump()}
+    return validate_value(model, given, "credentials").model_dump()
 
 
 class ConnectionUpdate(Body):
@@ -100,14 +79,39 @@ class ConnectionUpdate(Body):
     immutable_fields = frozenset({"id", "org_id", "environment_id", "provider", "mode", "status"})
 
     name: Name = Field(default_factory=unset, description="Another name")
-    credentials: Annotated[
-        Annotated[PostgresqlCredentials, Tag("~all")] | Annotated[PostgresqlPassword, Tag("~password")],
-        Discriminator(_which),
-    ] = Field(
+    credentials: Any = Field(default_factory=unset)
+
+
+def connection_update_model() -> type[ConnectionUpdate]:
+    """The body that updates a connection of any provider.
+
+    Its schema lists the credentials of all of them; `read_new_credentials` validates by the connection's own.
+    """
+    models: Any = Any
+    for provider in registry.sources():
+        model = registry.source_spec(provider).credentials
+        models |= model
+        secrets = _secrets_model(provider, model)
+        if secrets is not None:
+            models |= secrets
+    credentials: Any = Field(
         default_factory=unset,
-        description="The password alone, or all of them: the stored password is never sent to another host. They are "
+        union_mode="left_to_right",
+        json_schema_extra=_without_any,
+        description="The secrets alone, or all of them: the stored secrets are never sent to another host. They are "
         "tested at once",
     )
+    return create_model(
+        "ConnectionUpdate",
+        __base__=ConnectionUpdate,
+        __doc__=ConnectionUpdate.__doc__,
+        credentials=(models, credentials),
+    )
+
+
+def _without_any(schema: dict[str, Any]) -> None:
+    """Makes a choice between models of the union whose first member accepts anything."""
+    schema["oneOf"] = schema.pop("anyOf")[1:]
 
 
 class ConnectionAnswer(Answer):

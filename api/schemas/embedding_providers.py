@@ -7,12 +7,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+from embedd_dagster.connectors import registry
 from embedd_dagster.connectors.http.base_url import UnusableUrl, parse_base_url
 
 from ..pagination import ListAnswer
-from ..schemas.base import Answer, Body, Name, Timestamp, unset
+from ..schemas.base import Answer, Body, Name, NameIn, Timestamp, unset
 
 _MAX_LIMIT = 1_000_000_000
+
+ProviderName = Annotated[str, NameIn(registry.embedders)]
+"""A registered connector that has an embedder."""
 
 
 def _http_url(value: str) -> str:
@@ -80,7 +84,7 @@ class EmbeddingProviderCreate(Body):
     """A new embedding provider."""
 
     name: Name = Field(description="Unique in the environment", examples=["openai"])
-    provider: Literal["openai", "gemini", "voyage", "local"] = Field(
+    provider: ProviderName = Field(
         description="Whose protocol it speaks; `local` is a small model in the process, without a key"
     )
     credentials: EmbeddingCredentials = Field(default_factory=EmbeddingCredentials)
@@ -94,16 +98,18 @@ class EmbeddingProviderUpdate(Body):
 
     name: Name = Field(default_factory=unset, description="Another name")
     credentials: EmbeddingCredentials = Field(
-        default_factory=unset, description="All of them anew: the stored key is never sent to another base_url"
+        default_factory=unset, description="All of them: the stored key is never sent to another base_url"
     )
-    limits: EmbeddingLimits = Field(default_factory=unset, description="All of them anew")
+    limits: EmbeddingLimits = Field(
+        default_factory=unset, description="All of them; limits that are left out are removed"
+    )
 
 
 class EmbeddingProviderTest(Body):
     """What to test an embedding provider with."""
 
     embedding_model: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(
-        default_factory=unset, description="Left out: one that a vector table uses, else the provider's first"
+        default_factory=unset, description="Left out: one that a vector table uses, or the provider's first"
     )
     embedding_dimensions: int = Field(default_factory=unset, ge=1, le=16_000)
 
@@ -115,7 +121,7 @@ class EmbeddingProviderAnswer(Answer):
     org_id: str
     environment_id: str
     name: str
-    provider: Literal["openai", "gemini", "voyage", "local"]
+    provider: ProviderName
     base_url: str | None
     limits: dict[str, int | None]
     status: Literal["pending", "connected", "failed"] = Field(
@@ -135,7 +141,7 @@ class EmbeddingProviderList(ListAnswer[EmbeddingProviderAnswer]):
 class EmbeddingModelAnswer(Answer):
     """A model of the catalog. A server behind a `base_url` may have others."""
 
-    provider: Literal["openai", "gemini", "voyage", "local"]
+    provider: ProviderName
     model: str = Field(description="As `embedding_model` spells it", examples=["text-embedding-3-small"])
     dimensions: int = Field(description="What it gives by itself", examples=[1536])
     accepted_dimensions: str = Field(description="What it can be asked for", examples=["1 to 1536"])

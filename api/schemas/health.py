@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from embedd_dagster.connectors import registry
+
 from ..error_codes import ErrorBody
-from ..schemas.base import Answer
+from ..schemas.base import Answer, NameIn
 
 
 class HealthAnswer(Answer):
@@ -36,7 +38,7 @@ class ReadyAnswer(Answer):
     """Whether everything that the service stands on (or what was asked for) answers."""
 
     status: Literal["ready", "not_ready"]
-    checks: dict[Literal["catalog", "dagster", "qdrant"], PartAnswer]
+    checks: dict[Annotated[str, NameIn(lambda: ("catalog", "dagster", *registry.managed_stores()))], PartAnswer]
 
 
 class NotReadyAnswer(ReadyAnswer):

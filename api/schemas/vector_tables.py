@@ -80,7 +80,7 @@ class VectorTableCreate(Body):
         description="Source database connection. It must have passed its test and have the same mode"
     )
     embedding_provider_id: Annotated[str, AfterValidator(valid_id("ep", "embedding_provider"))] | None = Field(
-        default=None, description="Required in managed mode, and in platform mode with PostgreSQL"
+        default=None, description="Required in managed mode, and in platform mode if the source cannot embed by itself"
     )
     source_table: _Identifier = Field(
         description="Source table or view: `table` or `schema.table`, by the name rules of the database",
@@ -92,12 +92,13 @@ class VectorTableCreate(Body):
     embedding_dimensions: _Dimensions = Field(description="Vector dimensions, supported by the model", examples=[1536])
     mode: Literal["managed", "platform"] = Field(
         default="managed",
-        description="Where vectors are stored: `managed` in Qdrant, `platform` in the source database",
+        description="Where vectors are stored: `managed` in the vector store of this installation, "
+        "`platform` in the source database",
     )
     sync_mode: Literal["batch", "cdc"] = Field(
         default="batch",
         description="How changes in the source are found: `batch` compares digests on a schedule; "
-        "`cdc` reads the log of the source (PostgreSQL: logical replication), usually within a second",
+        "`cdc` reads the log of the source, usually within a second",
     )
     sync_schedule: _Cron | None = Field(
         default=None,
@@ -156,7 +157,8 @@ class VectorTableAnswer(Answer):
     sync_mode: Literal["batch", "cdc"]
     sync_status: SyncStatusName
     qdrant_collection: str | None = Field(
-        description="In managed mode: the Qdrant alias of the live vectors", examples=["vt_1q3k8zc0_product-search"]
+        description="In managed mode: the name of the live vectors in the vector store",
+        examples=["vt_1q3k8zc0_product-search"],
     )
     platform_vector_ref: str | None = Field(description="In platform mode: the view over the live vectors")
     total_rows: int = Field(description="Rows of the source at the last run")

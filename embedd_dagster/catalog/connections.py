@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
+from pydantic import SecretStr
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -16,9 +17,6 @@ from embedd_dagster.catalog.secrets import SecretBox
 from embedd_dagster.catalog.tables import CdcStreamRow, Connection, Environment, VectorTable
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.errors import Conflict, NotFound
-
-SECRET_FIELDS: Final = frozenset({"password", "private_key", "passphrase"})
-"""The fields of credentials that are encrypted and never shown; the others stand in `settings`."""
 
 
 class ConnectionStatus(StrEnum):
@@ -61,9 +59,11 @@ def create(
 
 
 def set_credentials(connection: Connection, box: SecretBox, credentials: Mapping[str, Any]) -> None:
-    """Replaces settings and secrets; the connection counts as untested."""
-    connection.settings = {name: value for name, value in credentials.items() if name not in SECRET_FIELDS}
-    secrets = {name: value for name, value in credentials.items() if name in SECRET_FIELDS}
+    """Replaces settings and secrets, which are the values of type SecretStr; the connection counts as untested."""
+    connection.settings = {name: value for name, value in credentials.items() if not isinstance(value, SecretStr)}
+    if not any(isinstance(value, SecretStr) for value in credentials.values()):
+        raise TypeError("Credentials come from their connector's model: without it, secrets would be stored in clear.")
+    secrets = {name: value.get_secret_value() for name, value in credentials.items() if isinstance(value, SecretStr)}
     connection.credentials = box.seal(secrets, row_id=connection.id)
     connection.status = ConnectionStatus.PENDING.value
     connection.updated_at = now()
@@ -110,7 +110,14 @@ def page(
     return fetch_page(session, having(statement, {Connection.name: name}), Connection, limit, after)
 
 
-def delete(session: Session, environment_id: str, connection_id: str, *, force: bool = False) -> None:
+def delete(
+    session: Session,
+    environment_id: str,
+    connection_id: str,
+    *,
+    leftover_resolution: Callable[[str, str], str],
+    force: bool = False,
+) -> None:
     """Removes a connection that nothing uses. Raises NotFound, Conflict.
 
     What followed its changes is dropped from its database first, in the background: left behind, a slot fills the server's
@@ -136,8 +143,8 @@ def delete(session: Session, environment_id: str, connection_id: str, *, force: 
         raise Conflict(
             f"What followed the changes of {connection.name!r} is still to be removed from its database.{trouble}",
             code="connection_conflict",
-            resolution="Try again in some seconds. Where the database does not come back, delete with ?force=true; if it"
-            f" does after all, run there: SELECT pg_drop_replication_slot('{feed.name}'); DROP PUBLICATION {feed.name};",
+            resolution="Try again in some seconds. If the database does not come back, delete with ?force=true. "
+            + leftover_resolution(connection.provider, feed.name),
         )
     session.delete(connection)
 

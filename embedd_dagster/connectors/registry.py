@@ -25,13 +25,14 @@ from embedd_dagster.connectors.spec import (
     SourceSpec,
 )
 from embedd_dagster.connectors.voyage.spec import SPEC as VOYAGE
+from embedd_dagster.core.models import EmbeddingModel, find_model
 from embedd_dagster.errors import ConfigurationError
 from embedd_dagster.protocols.embedder import DEFAULT_TIMEOUT_SECONDS, Embedder
 from embedd_dagster.protocols.source import Source
 from embedd_dagster.protocols.store import PlatformStore, Store
 from embedd_dagster.settings import Settings
 
-P = TypeVar("P", SourceSpec, PlatformStoreSpec, ManagedStoreSpec, EmbedderSpec)
+P = TypeVar("P", ConnectorSpec, SourceSpec, PlatformStoreSpec, ManagedStoreSpec, EmbedderSpec)
 T = TypeVar("T")
 
 _DISTRIBUTION: Final = "embedd-vector-tables"
@@ -60,6 +61,11 @@ def registered(spec: ConnectorSpec) -> Iterator[None]:
         del _connectors[spec.name]
 
 
+def connector(name: str) -> ConnectorSpec:
+    """The whole connector. Raises ConfigurationError."""
+    return _part(name, lambda spec: spec, "connector", tuple(_connectors))
+
+
 def sources() -> tuple[str, ...]:
     """The connectors that have a source."""
     return tuple(spec.name for spec in _connectors.values() if spec.source)
@@ -85,6 +91,11 @@ def source_spec(name: str) -> SourceSpec:
     return _part(name, lambda spec: spec.source, "source", sources())
 
 
+def leftover_resolution(provider: str, name: str) -> str:
+    """What to run in a database of this provider to remove the CDC stream of this name. Raises ConfigurationError."""
+    return source_spec(provider).leftover_resolution(name)
+
+
 def platform_store_spec(name: str) -> PlatformStoreSpec:
     """The connector's platform store. Raises ConfigurationError."""
     return _part(name, lambda spec: spec.platform_store, "platform store", platform_stores())
@@ -98,6 +109,16 @@ def managed_store_spec(name: str) -> ManagedStoreSpec:
 def embedder_spec(name: str) -> EmbedderSpec:
     """The connector's embedder. Raises ConfigurationError."""
     return _part(name, lambda spec: spec.embedder, "embedder", embedders())
+
+
+def embedding_models() -> list[tuple[str, EmbeddingModel]]:
+    """The known models, each with its connector's name."""
+    return [(name, model) for name in embedders() for model in embedder_spec(name).models]
+
+
+def find_model_by_name(name: str) -> EmbeddingModel | None:
+    """The first known model of this name, of any connector, or None."""
+    return find_model((model for _, model in embedding_models()), name)
 
 
 def open_source(provider: str, credentials: Mapping[str, Any], **options: Any) -> Source:

@@ -9,6 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
+
+from embedd_dagster.core.models import EmbeddingModel
 from embedd_dagster.deadlines import DeadlineSource, no_deadline
 from embedd_dagster.protocols.embedder import Embedder
 from embedd_dagster.protocols.source import Source
@@ -61,10 +64,15 @@ class StoreCapabilities:
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """A connector's source. `embeds_itself`: its vector tables may have no embedding provider."""
+    """A connector's source."""
 
     open: Callable[[Mapping[str, Any], DatabaseOptions], Source]
+    credentials: type[BaseModel]
+    """What a user gives to connect. Fields of type `SecretStr` are encrypted and never shown."""
+    leftover_resolution: Callable[[str], str] = lambda _name: ""
+    """How an administrator removes by hand what the CDC stream of this name created; ends with a full stop."""
     embeds_itself: bool = False
+    """Its vector tables may have no embedding provider."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +97,14 @@ class EmbedderSpec:
     """A connector's embedder."""
 
     open: Callable[[EmbedderOptions], Embedder]
+    models: tuple[EmbeddingModel, ...]
+    """The known ones; the first is what a provider is tested with. A server behind a `base_url` may have others."""
+    hosts: tuple[str, ...] = ()
+    """Where the provider itself answers: a server elsewhere may have other models of the same names."""
+    is_remote: bool = True
+    """Whether it is a server: it takes credentials, and limits of its requests."""
+    rows_per_second: float = 5_000.0
+    """What an estimate of the duration expects."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,7 @@ from embedd_dagster.errors import MetadataTooLarge, ValueOutOfRange
 
 MAX_INTEGER = 2**63 - 1
 MAX_METADATA_LENGTH: Final = 2**20
-"""Characters of a row's metadata, all columns together. It is for filters: Qdrant refuses a point of 32 MB, and with it its
+"""Characters of a row's metadata, all columns together. It is for filters: a store may refuse a point of 32 MB, and with it its
 whole batch."""
 
 
@@ -86,7 +86,7 @@ def render_value(value: Any) -> str | None:  # noqa: C901, PLR0911, PLR0912 - on
 
 
 def _render_interval(value: timedelta) -> str:
-    """As PostgreSQL writes an interval of these days and this time: `P-1DT2H0.5S`; a negative one has the sign at each number."""
+    """An interval of these days and this time in ISO 8601: `P-1DT2H0.5S`; a negative one has the sign at each number."""
     sign = "-" if value < timedelta(0) else ""
     value = abs(value)
     minutes, seconds = divmod(value.seconds, 60)

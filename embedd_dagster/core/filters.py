@@ -1,7 +1,7 @@
 """The filter language: JSON → tree, checked against the metadata columns; `matches` is the reference meaning.
 
 Every store must return exactly the rows for which `matches` is true. A null or absent value matches only
-`exists: false`, `neq` and `nin`. Range comparisons are made as IEEE doubles (so Qdrant does), equality exactly; a float is
+`exists: false`, `neq` and `nin`. Range comparisons are made as IEEE doubles, equality exactly; a float is
 compared as it is kept (`core.floats`).
 """
 

@@ -36,7 +36,7 @@ class JsonNumber:
 def load_json(document: str, *, has_unique_keys: bool) -> Any:
     """The document; its text as it is where that tells more: a name twice in one object, or hundreds of levels.
 
-    `has_unique_keys` saves the look for such names, which PostgreSQL's `jsonb` never has.
+    `has_unique_keys` saves the look for such names, which JSON that a source keeps parsed never has.
     """
     try:
         try:

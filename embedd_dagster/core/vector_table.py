@@ -173,7 +173,7 @@ def check_columns(columns: Sequence[Column]) -> None:
 def storage_name(vector_table_id: str, name: str, *, max_length: int = 100) -> str:
     """`vt_<first 8 of the id>_<name>`, with what is not a letter, digit, `_` or `-` made a `-`.
 
-    The Qdrant alias, and behind `embedd_` the platform table. Fixed when the vector table is created: a rename does
+    The name that users query in the store (a platform store puts `embedd_` before it), fixed at creation: a rename does
     not move it, so that direct queries of it keep working.
     """
     slug = _UNSAFE.sub("-", name).strip("-") or "table"

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from embedd_dagster.catalog import partitions as catalog_partitions
 from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.connectors import registry
 from embedd_dagster.core.run_names import NAME_TAG, PARTITION_SET, TASK_TAG, TASK_TYPE_TAG
 from embedd_dagster.core.status import LIVE_TASK_STATUSES, TaskType
 from embedd_dagster.defs import partitions
@@ -24,7 +25,8 @@ from embedd_dagster.engine.runtime import Runtime
 from embedd_dagster.errors import NotFound, NotReady, RunCancelled, RunSuperseded
 
 GROUP = "vector_tables"
-SOURCE_KINDS, STORE_KINDS = {"table"}, {"vectors"}  # connect to the registry of connectors
+# Dagster accepts three kinds of an asset
+SOURCE_KINDS, STORE_KINDS = {"table", *registry.sources()[:2]}, {"vectors", *registry.managed_stores()[:2]}
 OWNERS = ["team:data-engineering"]
 
 source_table = dg.AssetSpec(

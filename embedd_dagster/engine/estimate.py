@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.connectors.registry import embedder_spec, find_model_by_name
 from embedd_dagster.core.embedded_text import compose_text, text_hash
-from embedd_dagster.core.models import ProviderKind, find_model_by_name
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.vector_table import Mode, VectorConfiguration
 from embedd_dagster.engine.runtime import Runtime
@@ -19,11 +19,8 @@ _SAMPLED_RANGES = 8
 _SAMPLED_ROWS = 64
 """Of each range."""
 _BYTES_A_TOKEN = 4
-"""What OpenAI reckons with for English; other languages have fewer, so that their estimate is too low."""
-_REMOTE_ROWS_A_SECOND = 5_000.0
+"""A usual number for English text; other languages have fewer, so that their estimate is too low."""
 _TEXTS_PER_REQUEST = 256
-_LOCAL_ROWS_A_SECOND = 130.0
-"""Measured on two cores (docs/decisions/0003, docs/benchmarks.md); what a provider's own limits allow may be less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +38,7 @@ class Estimate:
     cost_usd: float
     """By list price; 0 for a model without one in the catalog."""
     seconds: float
-    """At the provider's configured limits, otherwise at what was measured."""
+    """At the provider's configured limits, or at the connector's usual speed."""
 
 
 def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Estimate:
@@ -80,7 +77,7 @@ def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Est
     tokens = round(sampled_tokens * share)
     rows_to_embed = round((len(written) - len(reusable)) * share)
     limits = provider.limits if provider else {}
-    kind = provider.provider if provider else None
+    embedder = embedder_spec(provider.provider if provider else endpoints.connection.provider)
     return Estimate(
         rows=row_count,
         sampled_rows=len(sample),
@@ -89,7 +86,7 @@ def estimate(runtime: Runtime, environment_id: str, vector_table_id: str) -> Est
         rows_skipped=round((len(sample) - len(written)) * share),
         tokens=tokens,
         cost_usd=round(tokens / 1_000_000 * (model.price_per_million_tokens if model else 0.0), 6),
-        seconds=round(_seconds(rows_to_embed, tokens, limits, is_local=kind == ProviderKind.LOCAL.value), 1),
+        seconds=round(_seconds(rows_to_embed, tokens, limits, embedder.rows_per_second), 1),
     )
 
 
@@ -111,8 +108,8 @@ def _same_model(old: VectorConfiguration, new: VectorConfiguration) -> bool:
     return (old.embedding_model, old.embedding_dimensions) == (new.embedding_model, new.embedding_dimensions)
 
 
-def _seconds(rows: int, tokens: int, limits: dict[str, int], *, is_local: bool) -> float:
-    seconds = rows / (_LOCAL_ROWS_A_SECOND if is_local else _REMOTE_ROWS_A_SECOND)
+def _seconds(rows: int, tokens: int, limits: dict[str, int], rows_per_second: float) -> float:
+    seconds = rows / rows_per_second
     if per_minute := limits.get("tokens_per_minute"):
         seconds = max(seconds, tokens / per_minute * 60)
     if per_minute := limits.get("requests_per_minute"):

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedd_dagster.catalog import vector_sets, vector_tables
+from embedd_dagster.connectors.registry import find_model_by_name
 from embedd_dagster.core.counts import ReportedCounts, RowCounts
 from embedd_dagster.core.keys import render_key
-from embedd_dagster.core.models import find_model_by_name
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.task_run import TaskRun
 from embedd_dagster.errors import EmbeddError

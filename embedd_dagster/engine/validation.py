@@ -20,7 +20,7 @@ from embedd_dagster.catalog.connections import ConnectionStatus
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors import registry
-from embedd_dagster.core.models import PROVIDER_HOSTS, ProviderKind, check_model
+from embedd_dagster.core.models import check_model
 from embedd_dagster.core.vector_table import Column, Mode, SyncMode, VectorConfiguration, check_columns
 from embedd_dagster.deadlines import current_deadline
 from embedd_dagster.engine.runtime import Runtime
@@ -152,13 +152,14 @@ def check_embedding(
             f"embedding_provider_id: required, as source {connection.provider!r} cannot embed by itself.",
             resolution="Make one with POST /v1/embedding-providers, and give its id.",
         )
-    kind, base_url = ProviderKind(provider.provider), provider.base_url
+    spec, base_url = registry.embedder_spec(provider.provider), provider.base_url
     check_model(
-        kind,
+        provider.provider,
+        spec.models,
         model,
         dimensions,
         own_server=base_url is not None,
-        own_models=base_url is not None and urlsplit(base_url).hostname not in PROVIDER_HOSTS.get(kind, ()),
+        own_models=base_url is not None and urlsplit(base_url).hostname not in spec.hosts,
     )
 
 

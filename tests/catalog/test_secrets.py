@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from pydantic import SecretStr
 from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import connections, embedding_providers, environments, idempotency
@@ -71,7 +72,7 @@ def catalog(database_url: str) -> Iterator[Catalog]:
                 name=f"c{number}",
                 provider="postgresql",
                 mode="managed",
-                credentials={"host": "h", "password": f"p{number}"},
+                credentials={"host": "h", "password": SecretStr(f"p{number}")},
             )
         embedding_providers.create(
             session, old, environment, name="p", provider="openai", credentials={"api_key": "sk"}, limits={}

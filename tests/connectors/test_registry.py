@@ -25,7 +25,7 @@ def test_an_unknown_embedder_is_an_error_and_opens_no_other_one() -> None:
 
 
 def test_a_connector_is_listed_only_while_it_is_registered() -> None:
-    with registry.registered(ConnectorSpec("toy", "Toy", embedder=EmbedderSpec(_open))):
+    with registry.registered(ConnectorSpec("toy", "Toy", embedder=EmbedderSpec(_open, models=()))):
         assert "toy" in registry.embedders()
         assert "toy" not in registry.sources()
         assert registry.open_embedder("toy", credentials={}, model="m", dimensions=4).embed_query("a").shape == (4,)
@@ -39,7 +39,7 @@ def test_a_name_that_is_taken_is_rejected() -> None:
 
 
 def test_a_package_that_is_not_installed_is_named_with_the_pip_command() -> None:
-    spec = ConnectorSpec("toy", "Toy", embedder=EmbedderSpec(_open_without_sdk), extra="toy")
+    spec = ConnectorSpec("toy", "Toy", embedder=EmbedderSpec(_open_without_sdk, models=()), extra="toy")
     with registry.registered(spec), pytest.raises(ConfigurationError, match="toy_sdk") as caught:
         registry.open_embedder("toy", credentials={}, model="m", dimensions=4)
     assert "pip install 'embedd-vector-tables[toy]'" in caught.value.resolution

@@ -9,12 +9,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from embedd_dagster.connectors.registry import open_embedder
+from embedd_dagster.connectors.registry import open_embedder, registered
 from embedd_dagster.errors import TextRejected
 from embedd_dagster.protocols.embedder import Embedder
 from tests.support.gemini_server import running_gemini_server
 from tests.support.memory_embedder import POISON, MemoryEmbedder
 from tests.support.openai_server import RunningServer, running_openai_server
+from tests.support.toy_connector.spec import MODEL, SPEC
 from tests.support.voyage_server import running_voyage_server
 
 TEXTS = [
@@ -47,6 +48,7 @@ def voyage_server() -> Iterator[RunningServer]:
 
 REFUSING = [
     "memory",
+    "toy",
     "openai-small",
     "openai-512",
     "openai-unknown-model",
@@ -72,6 +74,9 @@ def embedder(
     match request.param:
         case "memory":
             opened: Embedder = MemoryEmbedder(dimensions=16)
+        case "toy":
+            with registered(SPEC):
+                opened = open_embedder("toy", credentials={}, model=MODEL, dimensions=16)
         case "openai-small":
             opened = open_embedder("openai", credentials=credentials, model="text-embedding-3-small", dimensions=1536)
         case "openai-512":

@@ -12,13 +12,15 @@ import psycopg
 import pytest
 from psycopg.conninfo import conninfo_to_dict
 
-from embedd_dagster.connectors.registry import open_source, sources
+from embedd_dagster.connectors.registry import open_source, registered, sources
 from embedd_dagster.core.keys import Key
 from embedd_dagster.core.rows import SourceRow
 from embedd_dagster.core.shards import KeyRange
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, SourceRejected, SourceTableNotFound, SourceUnavailable
 from embedd_dagster.protocols.source import Selection, Source, TableReader
+from tests.support.toy_connector.database import create_database
+from tests.support.toy_connector.spec import SPEC
 
 ITEMS = Selection("items", "id", ("name", "price"))
 EVERYTHING = KeyRange()
@@ -57,7 +59,14 @@ def postgresql(database_url: str) -> Iterator[Backend]:
         yield Backend(source, connection.execute)
 
 
-_BACKENDS = ("postgresql",)
+@pytest.fixture
+def toy() -> Iterator[Backend]:
+    database = create_database("contract", "token")
+    with registered(SPEC), open_source("toy", {"database": "contract", "token": "token"}) as source:
+        yield Backend(source, database.execute)
+
+
+_BACKENDS = ("postgresql", "toy")
 
 
 @pytest.fixture(params=_BACKENDS)
@@ -76,7 +85,7 @@ def read_keys(reader: TableReader, keys: list[Key]) -> list[SourceRow]:
 
 
 def test_every_provider_is_under_contract() -> None:
-    assert set(_BACKENDS) == set(sources())
+    assert set(_BACKENDS) == {*sources(), "toy"}
 
 
 def test_an_unknown_provider_names_those_known() -> None:

@@ -16,7 +16,7 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from embedd_dagster.connectors.qdrant.store import QdrantStore
-from embedd_dagster.connectors.registry import open_platform_store
+from embedd_dagster.connectors.registry import open_platform_store, registered
 from embedd_dagster.core.embedded_text import text_hash, text_hashes
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key, encode_key
@@ -24,6 +24,9 @@ from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.errors import ConfigurationError, VectorStoreRejected, VectorStoreUnavailable
 from embedd_dagster.protocols.store import SearchRequest, Store
+from tests.support.toy_connector.database import create_database
+from tests.support.toy_connector.spec import SPEC
+from tests.support.toy_connector.store import ToyStore
 
 DIMENSIONS = 8
 FILTER_TYPES = {"color": FilterType.KEYWORD, "price": FilterType.FLOAT}
@@ -33,8 +36,12 @@ HOSTILE_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["qdrant", "qdrant over grpc", "pgvector"])
+@pytest.fixture(params=["qdrant", "qdrant over grpc", "pgvector", "toy", "toy platform"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    if request.param.startswith("toy"):
+        with registered(SPEC), _open_toy(request.param) as toy:
+            yield toy
+        return
     if request.param != "pgvector":
         port = request.getfixturevalue("qdrant_grpc_port") if "grpc" in request.param else None
         opened: Store = QdrantStore(request.getfixturevalue("qdrant_url"), grpc_port=port)
@@ -42,6 +49,13 @@ def store(request: pytest.FixtureRequest) -> Iterator[Store]:
         opened = open_platform_store("postgresql", credentials_of(request.getfixturevalue("database_url")))
     with opened:
         yield opened
+
+
+def _open_toy(kind: str) -> Store:
+    if kind == "toy":
+        return SPEC.managed_store.open(None, None)  # type: ignore[union-attr, arg-type]
+    create_database("contract", "token")
+    return open_platform_store("toy", {"database": "contract", "token": "token"})
 
 
 def credentials_of(database_url: str) -> dict[str, object]:
@@ -395,6 +409,15 @@ def test_publishing_switches_while_readers_read(store: Store, read_public: Calla
 @pytest.fixture
 def read_public(store: Store, request: pytest.FixtureRequest) -> Callable[[VectorSet], set[str]]:
     """The distinct texts of 20 points that a user of the public name sees."""
+    if isinstance(store, ToyStore):
+
+        def read_toy(vector_set: VectorSet) -> set[str]:
+            try:
+                return set(store.data.read_public(vector_set.public_name)[:20])
+            except KeyError as error:
+                raise AssertionError from error
+
+        return read_toy
     if type(store).__name__ == "QdrantStore":
         import httpx
 

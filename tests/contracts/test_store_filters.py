@@ -22,6 +22,7 @@ from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.core.vector_table import FilterType
 from embedd_dagster.protocols.store import SearchRequest, Store
 from embedd_dagster.stack.postgres import EmbeddedPostgres
+from tests.support.toy_connector.store import SetsInMemory, ToyStore
 
 ROW_COUNT = 400
 COLUMNS: dict[str, FilterType] = {
@@ -88,7 +89,7 @@ def loaded(postgres: EmbeddedPostgres, qdrant_url: str) -> Iterator[Loaded]:
     vector_table_id = f"vt_{uuid4().hex[:26]}"
     vector_set = VectorSet(vector_table_id, 1, f"{vector_table_id[:11]}_f", 4, COLUMNS, "integer")
     with QdrantStore(qdrant_url) as qdrant, open_platform_store("postgresql", credentials) as pgvector:
-        stores: dict[str, Store] = {"qdrant": qdrant, "pgvector": pgvector}
+        stores: dict[str, Store] = {"qdrant": qdrant, "pgvector": pgvector, "toy": ToyStore(SetsInMemory())}
         for store in stores.values():
             store.create(vector_set)
             store.upsert(vector_set, points)

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from embedd_dagster.connectors.registry import embedder_spec
 from embedd_dagster.core.ids import new_id
-from embedd_dagster.core.models import ProviderKind, check_model
+from embedd_dagster.core.models import check_model
 from embedd_dagster.core.vector_table import (
     Column,
     ColumnRole,
@@ -106,32 +107,32 @@ def test_ids_sort_by_their_second_and_differ_within_it() -> None:
 @pytest.mark.parametrize(
     ("provider", "model", "dimensions", "own_server", "accepted"),
     [
-        (ProviderKind.OPENAI, "text-embedding-3-small", 1536, False, True),
-        (ProviderKind.OPENAI, "text-embedding-3-small", 512, False, True),
-        (ProviderKind.OPENAI, "text-embedding-3-small", 1537, False, False),
-        (ProviderKind.OPENAI, "text-embedding-ada-002", 512, False, False),
-        (ProviderKind.OPENAI, "nomic-embed", 768, False, False),
-        (ProviderKind.OPENAI, "nomic-embed", 768, True, True),
-        (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 384, False, True),
-        (ProviderKind.LOCAL, "all-MiniLM-L6-v2", 128, False, False),
-        (ProviderKind.VOYAGE, "voyage-3.5", 2048, False, True),
-        (ProviderKind.VOYAGE, "voyage-3.5", 300, False, False),
+        ("openai", "text-embedding-3-small", 1536, False, True),
+        ("openai", "text-embedding-3-small", 512, False, True),
+        ("openai", "text-embedding-3-small", 1537, False, False),
+        ("openai", "text-embedding-ada-002", 512, False, False),
+        ("openai", "nomic-embed", 768, False, False),
+        ("openai", "nomic-embed", 768, True, True),
+        ("local", "all-MiniLM-L6-v2", 384, False, True),
+        ("local", "all-MiniLM-L6-v2", 128, False, False),
+        ("voyage", "voyage-3.5", 2048, False, True),
+        ("voyage", "voyage-3.5", 300, False, False),
     ],
 )
 def test_dimensions_that_a_model_gives(
-    provider: ProviderKind, model: str, dimensions: int, own_server: bool, accepted: bool
+    provider: str, model: str, dimensions: int, own_server: bool, accepted: bool
 ) -> None:
     if accepted:
-        check_model(provider, model, dimensions, own_server=own_server)
+        check_model(provider, embedder_spec(provider).models, model, dimensions, own_server=own_server)
     else:
         with pytest.raises(ValidationFailed, match="embedding_"):
-            check_model(provider, model, dimensions, own_server=own_server)
+            check_model(provider, embedder_spec(provider).models, model, dimensions, own_server=own_server)
 
 
 @pytest.mark.parametrize(("name", "dimensions"), [("text-embedding-ada-002", 384), ("text-embedding-3-small", 4096)])
 def test_a_known_model_name_on_a_server_of_its_own_is_not_held_to_the_providers_dimensions(
     name: str, dimensions: int
 ) -> None:
-    check_model(ProviderKind.OPENAI, name, dimensions, own_server=True, own_models=True)
+    check_model("openai", embedder_spec("openai").models, name, dimensions, own_server=True, own_models=True)
     with pytest.raises(ValidationFailed, match="gives"):
-        check_model(ProviderKind.OPENAI, name, dimensions, own_server=True)
+        check_model("openai", embedder_spec("openai").models, name, dimensions, own_server=True)

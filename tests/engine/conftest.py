@@ -30,6 +30,7 @@ from embedd_dagster.catalog.migrate import upgrade
 from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.tables import Connection, Task, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref, view_name
 from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
@@ -245,18 +246,24 @@ def product(request: pytest.FixtureRequest, settings: Settings, openai_server: R
     upgrade(url)
     runtime = Runtime.open(settings)
     address = make_url(url)
-    credentials = {
-        "host": address.host,
-        "port": address.port,
-        "database": address.database,
-        "user": address.username,
-        "password": address.password,
-    }
+    credentials = PostgresqlCredentials(
+        host=address.host,
+        port=address.port,
+        database=address.database,
+        user=address.username,
+        password=address.password,
+    ).model_dump()
     mode: Mode = request.param
     with runtime.catalog.transaction() as session:
         environment = environments.ensure_defaults(session)
         connection = connections.create(
-            session, runtime.box, environment, name="c", provider="postgresql", mode=mode, credentials=credentials
+            session,
+            runtime.box,
+            environment,
+            name="c",
+            provider="postgresql",
+            mode=mode,
+            credentials=credentials,
         )
         connections.record_test(connection, None)
         provider = embedding_providers.create(

@@ -11,6 +11,8 @@ from uuid import uuid4
 import pytest
 
 from embedd_dagster.catalog import connections, embedding_providers, tasks, vector_tables
+from embedd_dagster.connectors import registry
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.teardown import teardown
@@ -433,7 +435,7 @@ def test_a_connection_changed_during_a_run_is_used_by_the_next(product: Product)
         table = vector_tables.get(session, product.environment_id, product.vector_table_id)
         connection = connections.get(session, product.environment_id, table.connection_id)
         credentials = connections.open_credentials(connection, product.runtime.box)
-        elsewhere = {**credentials, "database": "nowhere"}
+        elsewhere = PostgresqlCredentials(**{**credentials, "database": "nowhere"}).model_dump()
         connections.set_credentials(connection, product.runtime.box, elsewhere)
     assert running.result().rows_embedded == 500
     assert status(product) is SyncStatus.SYNCED
@@ -477,8 +479,16 @@ def test_a_connection_is_deleted_by_force_with_the_vectors_in_its_database(produ
         pytest.raises(Conflict, match="still to be removed from its database"),
         product.runtime.catalog.transaction() as session,
     ):
-        connections.delete(session, product.environment_id, connection_id)
+        connections.delete(
+            session, product.environment_id, connection_id, leftover_resolution=registry.leftover_resolution
+        )
     with product.runtime.catalog.transaction() as session:
-        connections.delete(session, product.environment_id, connection_id, force=True)
+        connections.delete(
+            session,
+            product.environment_id,
+            connection_id,
+            leftover_resolution=registry.leftover_resolution,
+            force=True,
+        )
     with product.runtime.catalog.transaction() as session:
         assert vector_tables.find(session, product.vector_table_id) is None

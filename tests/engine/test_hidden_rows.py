@@ -9,6 +9,7 @@ from uuid import uuid4
 import pytest
 
 from embedd_dagster.catalog import connections
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine import validation
@@ -24,7 +25,8 @@ def role(product: Product) -> Iterator[str]:
     with product.runtime.catalog.transaction() as session:
         connection = connections.get(session, product.environment_id, product.connection().id, lock=True)
         credentials = connections.open_credentials(connection, product.runtime.box)
-        connections.set_credentials(connection, product.runtime.box, {**credentials, "user": name, "password": "word"})
+        other = PostgresqlCredentials(**{**credentials, "user": name, "password": "word"})
+        connections.set_credentials(connection, product.runtime.box, other.model_dump())
         connections.record_test(connection, None)
     yield name
     product.sql(f"DROP OWNED BY {name}; DROP ROLE {name}")

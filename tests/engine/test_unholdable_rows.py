@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from embedd_dagster.catalog import connections, failed_rows, vector_tables
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, Mode
 from embedd_dagster.engine import validation
@@ -30,7 +31,8 @@ def latin1(product: Product, postgres: EmbeddedPostgres) -> Iterator[Product]:
     with product.runtime.catalog.transaction() as session:
         connection = connections.get(session, product.environment_id, product.connection().id, lock=True)
         credentials = dict(connections.open_credentials(connection, product.runtime.box))
-        connections.set_credentials(connection, product.runtime.box, {**credentials, "database": name})
+        elsewhere = PostgresqlCredentials(**{**credentials, "database": name})
+        connections.set_credentials(connection, product.runtime.box, elsewhere.model_dump())
         connections.record_test(connection, None)
     product.database_url = postgres.url(name)
     product.sql(

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from embedd_dagster.catalog import tasks, vector_sets
+from embedd_dagster.catalog import shard_checkpoints, tasks, vector_sets
 from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
 from embedd_dagster.connectors.postgresql.reader import PostgresTableReader
 from embedd_dagster.connectors.qdrant.store import QdrantStore
@@ -28,7 +28,7 @@ POINTS: dict[str, list[tuple[Any, str]]] = {
     "create": [(QdrantStore, "create"), (PgvectorStore, "create")],
     "embed": [(PacedEmbedder, "embed")],
     "upsert": [(QdrantStore, "upsert"), (PgvectorStore, "upsert")],
-    "checkpoint": [(vector_sets, "checkpoint_shard")],
+    "checkpoint": [(shard_checkpoints, "record")],
     "catch_up": [(backfill, "_catch_up")],
     "index": [(QdrantStore, "finish_load"), (PgvectorStore, "finish_load")],
     "publish": [(QdrantStore, "publish"), (PgvectorStore, "publish")],

@@ -76,7 +76,7 @@ class VectorTable(Base):
     not_rebuilt_version: Mapped[int | None] = mapped_column("held_config_version")
     """The configuration version whose build was cancelled: while it is the present one, only a request starts the build."""
     storage_name: Mapped[str] = mapped_column(unique=True)
-    """`vt_<8>_<name>`: the Qdrant alias, and behind `embedd_` the platform table."""
+    """`vt_<8>_<name>`: the name in the store; a platform store may put `embedd_` before it."""
     partition_key: Mapped[str] = mapped_column(unique=True)
     """Its partition in Dagster: the storage name, never cut for PostgreSQL. Renaming the vector table does not change it."""
     platform_vector_ref: Mapped[str | None]

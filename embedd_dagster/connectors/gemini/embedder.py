@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from embedd_dagster.connectors.gemini.models import MODELS
 from embedd_dagster.connectors.http.answers import Answer, load_json, read_vectors
 from embedd_dagster.connectors.http.embedder import HttpEmbedder
-from embedd_dagster.core.models import ProviderKind
 from embedd_dagster.core.unit_length import to_unit_length
 
 
@@ -22,7 +22,7 @@ class GeminiEmbedder(HttpEmbedder):
     Texts are cut without Gemini's tokenizer, which is not public in a small form.
     """
 
-    provider = ProviderKind.GEMINI
+    models = MODELS
     title = "Gemini"
     default_base_url = "https://generativelanguage.googleapis.com/v1beta"
     max_items = 100  # the API's own limit

@@ -16,7 +16,7 @@ from embedd_dagster.connectors.http.client import ProviderClient
 from embedd_dagster.connectors.http.rejections import FieldRefused, refusal
 from embedd_dagster.connectors.http.transport import LARGEST_ANSWER
 from embedd_dagster.core.embedded_text import clean_text
-from embedd_dagster.core.models import ProviderKind, find_model
+from embedd_dagster.core.models import EmbeddingModel, find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.core.text_cutting import CutText, byte_count, cut_at_bytes, cut_at_unknown_tokens
@@ -38,7 +38,7 @@ class HttpEmbedder:
     Optional fields of a request that the server refuses are left out from then on.
     """
 
-    provider: ClassVar[ProviderKind]
+    models: ClassVar[tuple[EmbeddingModel, ...]]
     title: ClassVar[str]
     """The provider's name in messages."""
     default_base_url: ClassVar[str]
@@ -77,7 +77,7 @@ class HttpEmbedder:
         self._api_key = _check_key(
             api_key, provider=self.title, is_required=url.host == httpx.URL(self.default_base_url).host
         )
-        self._known = known = find_model(self.provider, self._catalog_name)
+        self._known = known = find_model(self.models, self._catalog_name)
         concurrency = concurrency or _DEFAULT_CONCURRENCY
         self.limits = EmbedderLimits(
             batch=BatchLimits(

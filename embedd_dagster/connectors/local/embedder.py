@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from embedd_dagster import HOW_TO_INSTALL_LOCAL
+from embedd_dagster.connectors.local.models import MODELS
 from embedd_dagster.core.embedded_text import clean_text
-from embedd_dagster.core.models import ProviderKind, find_model
+from embedd_dagster.core.models import find_model
 from embedd_dagster.core.rows import Vectors
 from embedd_dagster.core.shards import BatchLimits
 from embedd_dagster.core.text_cutting import CutText, byte_count
@@ -48,7 +49,7 @@ class LocalEmbedder:
     def __init__(
         self, *, model: str = MODEL_NAME, dimensions: int = _DIMENSIONS, concurrency: int | None = None
     ) -> None:
-        known = find_model(ProviderKind.LOCAL, model)
+        known = find_model(MODELS, model)
         if known is None or not known.gives(dimensions):
             raise EmbeddingRejected(
                 f"The local provider has model {MODEL_NAME!r} with {_DIMENSIONS} dimensions, "

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+from embedd_dagster.connectors.local.models import MODELS
 from embedd_dagster.connectors.spec import ConnectorSpec, EmbedderOptions, EmbedderSpec
 from embedd_dagster.protocols.embedder import Embedder
+
+_ROWS_PER_SECOND: Final = 130.0
+"""Measured on two cores: docs/decisions/0003, docs/benchmarks.md."""
 
 
 def _open(options: EmbedderOptions) -> Embedder:
@@ -14,4 +20,9 @@ def _open(options: EmbedderOptions) -> Embedder:
     )
 
 
-SPEC = ConnectorSpec("local", "The local model", embedder=EmbedderSpec(_open), extra="local")
+SPEC = ConnectorSpec(
+    "local",
+    "The local model",
+    embedder=EmbedderSpec(_open, MODELS, is_remote=False, rows_per_second=_ROWS_PER_SECOND),
+    extra="local",
+)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 import httpx
 
 from embedd_dagster.connectors.http.embedder import HttpEmbedder
+from embedd_dagster.connectors.openai.models import MODELS
 from embedd_dagster.connectors.openai.tokenizer import cut_at_tokens
-from embedd_dagster.core.models import ProviderKind
 from embedd_dagster.core.text_cutting import CutText
 
 
@@ -23,7 +23,7 @@ class OpenAIEmbedder(HttpEmbedder):
     for the dimensions that they give anyway.
     """
 
-    provider = ProviderKind.OPENAI
+    models = MODELS
     title = "OpenAI"
     default_base_url = "https://api.openai.com/v1"
     # The protocol takes 2,048. From 256 texts on the fixed cost of a request no longer shows (see benchmarks/), but the

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from embedd_dagster.connectors.postgresql.cdc.cleanup_advice import leftover_resolution
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.connectors.spec import (
     ConnectorSpec,
     DatabaseOptions,
@@ -46,7 +48,7 @@ def _public_ref(schema: str, public_name: str) -> str:
 SPEC = ConnectorSpec(
     "postgresql",
     "PostgreSQL",
-    source=SourceSpec(_open_source),
+    source=SourceSpec(_open_source, PostgresqlCredentials, leftover_resolution),
     platform_store=PlatformStoreSpec(
         _open_platform_store,
         _public_ref,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from embedd_dagster.connectors.http.embedder import HttpEmbedder
-from embedd_dagster.core.models import ProviderKind
+from embedd_dagster.connectors.voyage.models import MODELS
 
 _MAX_TOKENS_PER_REQUEST: Final = {
     "voyage-4-lite": 1_000_000,
@@ -21,7 +21,7 @@ class VoyageEmbedder(HttpEmbedder):
     Texts are cut without Voyage's tokenizers, which would have to be downloaded.
     """
 
-    provider = ProviderKind.VOYAGE
+    models = MODELS
     title = "Voyage"
     default_base_url = "https://api.voyageai.com/v1"
     max_items = 256  # the API takes 1,000; see OpenAIEmbedder for why fewer are sent

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from embedd_dagster.connectors.http.options import http_options
 from embedd_dagster.connectors.spec import ConnectorSpec, EmbedderOptions, EmbedderSpec
+from embedd_dagster.connectors.voyage.models import HOSTS, MODELS
 from embedd_dagster.protocols.embedder import Embedder
 
 
@@ -13,4 +14,4 @@ def _open(options: EmbedderOptions) -> Embedder:
     return VoyageEmbedder(model=options.model, dimensions=options.dimensions, **http_options(options))
 
 
-SPEC = ConnectorSpec("voyage", "Voyage", embedder=EmbedderSpec(_open))
+SPEC = ConnectorSpec("voyage", "Voyage", embedder=EmbedderSpec(_open, MODELS, HOSTS))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from embedd_dagster.connectors.registry import open_embedder
-from embedd_dagster.core.models import EMBEDDING_MODELS, ProviderKind
+from embedd_dagster.connectors.voyage.models import MODELS
 from embedd_dagster.engine.pacing.embedder import PacedEmbedder
 from embedd_dagster.errors import (
     EmbeddingRateLimited,
@@ -127,7 +127,6 @@ def test_one_failing_text_is_found_among_many(open_voyage: Open) -> None:
 
 
 def test_every_model_of_the_catalog_opens_at_all_its_dimensions() -> None:
-    for model in EMBEDDING_MODELS:
-        if model.provider is ProviderKind.VOYAGE:
-            for dimensions in (model.dimensions, *model.other_dimensions):
-                open_embedder("voyage", credentials={"api_key": KEY}, model=model.name, dimensions=dimensions).close()
+    for model in MODELS:
+        for dimensions in (model.dimensions, *model.other_dimensions):
+            open_embedder("voyage", credentials={"api_key": KEY}, model=model.name, dimensions=dimensions).close()

@@ -12,7 +12,9 @@ import pytest
 
 from embedd_dagster.catalog import cdc, connections, vector_tables
 from embedd_dagster.catalog.tables import CdcStreamRow
+from embedd_dagster.connectors import registry
 from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
+from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
@@ -241,7 +243,9 @@ def test_the_last_table_takes_slot_and_publication_with_it(followed: tuple[Produ
     assert teardown(product.runtime, product.vector_table_id)
     with product.runtime.catalog.transaction() as session:
         assert cdc.find(session, connection_id) is None
-        connections.delete(session, product.environment_id, connection_id)
+        connections.delete(
+            session, product.environment_id, connection_id, leftover_resolution=registry.leftover_resolution
+        )
 
 
 @ONE_STORE
@@ -288,7 +292,13 @@ def test_a_connection_is_deleted_by_force_with_its_database_gone(followed: tuple
 
 def _delete_connection(product: Product, connection_id: str, *, force: bool = False) -> None:
     with product.runtime.catalog.transaction() as session:
-        connections.delete(session, product.environment_id, connection_id, force=force)
+        connections.delete(
+            session,
+            product.environment_id,
+            connection_id,
+            leftover_resolution=registry.leftover_resolution,
+            force=force,
+        )
 
 
 def _lead_to_port(product: Product, connection_id: str, port: int) -> None:
@@ -407,7 +417,8 @@ def _use(product: Product, **changes: Any) -> dict[str, Any]:
         connection = connections.find(session, product.table().connection_id)
         assert connection is not None
         before = connections.open_credentials(connection, product.runtime.box)
-        connections.set_credentials(connection, product.runtime.box, {**before, **changes})
+        credentials = PostgresqlCredentials(**{**before, **changes})
+        connections.set_credentials(connection, product.runtime.box, credentials.model_dump())
         connections.record_test(connection, None)
         return before
 

@@ -1,0 +1,1 @@
+"""A connector that lives in the tests alone: source, stores and embedder over data in memory."""
