@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from embedd_dagster.catalog.tables import Connection, EmbeddingProvider
+from embedd_dagster.connectors.spec import StoreCapabilities
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, SyncMode, VectorConfiguration
 from embedd_dagster.engine import validation
 from embedd_dagster.engine.runtime import Runtime
@@ -23,7 +25,8 @@ CONFIGURATION = VectorConfiguration(
 )
 PROVIDER = EmbeddingProvider(id="ep_1", provider="local", base_url=None)
 NOWHERE = Connection(id="conn_1", name="gone", provider="postgresql", mode="managed", status="failed")
-NO_RUNTIME = cast(Runtime, None)
+LIMITS = StoreCapabilities(max_dimensions=16_000, max_name_length=255)
+NO_RUNTIME = cast(Runtime, SimpleNamespace(store_capabilities=lambda *_: LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -72,8 +75,9 @@ def test_a_source_that_is_down_does_not_stop_what_does_not_concern_it() -> None:
 
 
 def test_a_change_is_checked_by_itself_before_anything_is_asked() -> None:
-    with pytest.raises(ValidationFailed, match="embedding_dimensions"):
-        _change(embedding_dimensions=100)
+    for dimensions in (0, 100, 16_001):
+        with pytest.raises(ValidationFailed, match="embedding_dimensions"):
+            _change(embedding_dimensions=dimensions)
     with pytest.raises(ValidationFailed, match="role `embedding`"):
         _change(columns=(Column("price", ColumnRole.METADATA, filter_type=FilterType.FLOAT),))
 
