@@ -11,6 +11,7 @@ from datetime import datetime
 import dagster as dg
 import pytest
 from dagster._core.remote_origin import GrpcServerCodeLocationOrigin, RemoteJobOrigin, RemoteRepositoryOrigin
+from pydantic import SecretStr
 
 from embedd_dagster.catalog import connections, environments, migrate, partitions, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.clock import now
@@ -71,7 +72,7 @@ class Tables:
                 name=f"c-{name}",
                 provider="postgresql",
                 mode="managed",
-                credentials={"host": "127.0.0.1"},
+                credentials={"host": "127.0.0.1", "password": SecretStr("p")},
             )
             configuration = VectorConfiguration("public.t", "id", (Column("a", ColumnRole.EMBEDDING),), "m", 3)
             session.flush()
