@@ -60,9 +60,9 @@ def create(
 
 def set_credentials(connection: Connection, box: SecretBox, credentials: Mapping[str, Any]) -> None:
     """Replaces settings and secrets, which are the values of type SecretStr; the connection counts as untested."""
-    connection.settings = {name: value for name, value in credentials.items() if not isinstance(value, SecretStr)}
     if credentials and not any(isinstance(value, SecretStr) for value in credentials.values()):
         raise TypeError("Credentials come from their connector's model: without it, secrets would be stored in clear.")
+    connection.settings = {name: value for name, value in credentials.items() if not isinstance(value, SecretStr)}
     secrets = {name: value.get_secret_value() for name, value in credentials.items() if isinstance(value, SecretStr)}
     connection.credentials = box.seal(secrets, row_id=connection.id)
     connection.status = ConnectionStatus.PENDING.value

@@ -139,3 +139,12 @@ def test_the_command_rotates(catalog: Catalog, database_url: str, monkeypatch: p
     done = CliRunner().invoke(app, ["keys", "rotate-encryption", "--state-dir", "/nonexistent"])
     assert done.exit_code == 0, done.output
     assert "250 connections" in done.output
+
+
+def test_credentials_that_no_model_made_are_refused_before_they_are_stored_in_clear() -> None:
+    connection = Connection(id="conn_a")
+    with pytest.raises(TypeError, match="stored in clear"):
+        connections.set_credentials(
+            connection, SecretBox([new_encryption_key()]), {"host": "db", "password": "in clear"}
+        )
+    assert not connection.settings
