@@ -20,7 +20,7 @@ $(VENV)/.ready: requirements.lock pyproject.toml
 	@$(PYTHON) scripts/setup.py $(VENV)
 	@touch $@
 
-demo: setup  ## the whole product once, on real data: under three minutes, no key, nothing left behind
+demo: setup  ## the whole product once, on real data: about four minutes, no key, nothing left behind
 	@$(BIN)/embedd demo
 
 up: setup  ## the stack, until Ctrl-C

@@ -21,7 +21,8 @@ from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
-from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref
+from embedd_dagster.connectors.postgresql.pgvector.names import platform_vector_ref
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
 from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Column, ColumnRole, FilterType, Mode, SyncMode, VectorConfiguration

@@ -15,7 +15,6 @@ ALLOWED = {
         "qdrant",
         "how floats are stored, until filters compare a source's exact doubles",
     ),
-    "embedd_dagster/defs/materialization.py": ("qdrant_url", "the name of a setting"),
     "api/schemas/vector_tables.py": ("qdrant_collection", "a field of the public API"),
     "api/schemas/connections.py": ('examples=["postgresql"]', "an example in the description of the API"),
     "api/schemas/embedding_providers.py": ("openai", "the name of a protocol that many servers speak, and an example"),

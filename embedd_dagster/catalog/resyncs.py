@@ -18,8 +18,8 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, and_, case, func, null, or_, select, update
 from sqlalchemy.orm import Session
 
+from embedd_dagster.catalog.due_tables import has_live_task, may_sync
 from embedd_dagster.catalog.tables import CdcState, CdcStreamRow, Task, VectorTable
-from embedd_dagster.catalog.vector_tables import has_live_task, may_sync
 from embedd_dagster.core.status import TaskStatus
 
 _SHORTEST_DELAY: Final = timedelta(minutes=1)

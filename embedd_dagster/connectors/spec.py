@@ -90,6 +90,8 @@ class ManagedStoreSpec:
 
     open: Callable[[Settings, float | None], Store]
     capabilities: StoreCapabilities
+    url_of: Callable[[Settings, str], str | None] = lambda _settings, _name: None
+    """Where a person finds the vectors that are stored under this name; None if there is no such page."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import dagster as dg
 
+from embedd_dagster.connectors import registry
 from embedd_dagster.core.counts import REPORTED_COUNTS
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.cdc.report import CdcReport
@@ -22,12 +25,13 @@ class Links:
     """Where people find what a materialization is about; without `api_url` there are no links to the API."""
 
     api_url: str | None
-    qdrant_url: str
+    stored: Callable[[str], str | None]
+    """Where the managed store shows the vectors of a storage name."""
 
     @classmethod
     def of(cls, settings: Settings) -> Links:
         """Those of this installation."""
-        return cls(settings.api_url, settings.qdrant_url)
+        return cls(settings.api_url, partial(registry.managed_store_spec(settings.managed_store).url_of, settings))
 
 
 def describe_report(report: RunReport, links: Links) -> dict[str, dg.MetadataValue]:
@@ -76,11 +80,12 @@ def _subject(report: RunReport | CdcReport, links: Links) -> dict[str, dg.Metada
     if links.api_url is not None:
         url = f"{links.api_url.rstrip('/')}/v1/vector-tables/{report.vector_table_id}"
         metadata["vector_table"] = dg.MetadataValue.url(url)
-    if report.platform_vector_ref is None:
-        collection = f"{links.qdrant_url.rstrip('/')}/collections/{report.storage_name}"
-        metadata["vectors"] = dg.MetadataValue.url(collection)
-    else:
+    if report.platform_vector_ref is not None:
         metadata["vectors"] = dg.MetadataValue.text(f"{report.platform_vector_ref} in the source's database")
+    elif stored_at := links.stored(report.storage_name):
+        metadata["vectors"] = dg.MetadataValue.url(stored_at)
+    else:
+        metadata["vectors"] = dg.MetadataValue.text(report.storage_name)
     return metadata
 
 

@@ -12,7 +12,7 @@ import dagster as dg
 from croniter import CroniterError, croniter  # type: ignore[import-untyped]
 from sqlalchemy.orm import Session
 
-from embedd_dagster.catalog import tasks, vector_tables
+from embedd_dagster.catalog import due_tables, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.tables import VectorTable
 from embedd_dagster.core.status import TaskType
@@ -45,10 +45,10 @@ def schedule_syncs(open_runtime: Callable[[], Runtime], instant: datetime, log: 
     try:
         runtime = open_runtime()
         with runtime.catalog.transaction() as session:
-            for table in vector_tables.without_next_sync(session):
+            for table in due_tables.without_next_sync(session):
                 _set_next_sync(table, instant, runtime.settings, log)
             room = max(0, _LIVE_TASKS - len(tasks.live_tasks(session)))
-            due = [table.id for table in vector_tables.due_for_sync(session, instant, limit=room)]
+            due = [table.id for table in due_tables.due_for_sync(session, instant, limit=room)]
         begun = [key for key in due if _begin_sync(runtime, key, instant, log)]
     except (CatalogUnavailable, ConfigurationError) as error:
         return dg.SkipReason(f"{error.message} {error.resolution}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
 
-from embedd_dagster.catalog import cdc, tasks, vector_sets, vector_tables
+from embedd_dagster.catalog import cdc, due_tables, tasks, vector_sets, vector_tables
 from embedd_dagster.catalog.tables import Connection
 from embedd_dagster.core.vector_table import Mode
 from embedd_dagster.deadlines import deadline
@@ -29,7 +29,7 @@ def _at_once(_name: str, _location: str, drop: Callable[[], bool]) -> bool:
 def drop_deleted_tables(runtime: Runtime, attempt: Attempt) -> int:
     """Tears down the vector tables that were deleted; returns how many are gone completely."""
     with runtime.catalog.transaction() as session:
-        deleted = [table.id for table in vector_tables.being_deleted(session)]
+        deleted = [table.id for table in due_tables.being_deleted(session)]
         places = vector_tables.storage_places(session, deleted)
     return sum(attempt(key, places[key], partial(teardown, runtime, key)) for key in deleted)
 

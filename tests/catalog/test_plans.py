@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from embedd_dagster.catalog import (
     connections,
+    due_tables,
     environments,
     failed_rows,
     live_tables,
@@ -114,10 +115,10 @@ READS: dict[str, Callable[[Session], object]] = {
     "live tasks of all": lambda s: tasks.page(s, _environment_id(s), 20, None, target_id=None, status="pending"),
     "live task": lambda s: tasks.find_live(s, TABLE),
     "live tasks": tasks.live_tasks,
-    "awaiting rebackfill": vector_tables.awaiting_rebackfill,
-    "being deleted": vector_tables.being_deleted,
-    "due for sync": lambda s: vector_tables.due_for_sync(s, now()),
-    "without next sync": vector_tables.without_next_sync,
+    "awaiting rebackfill": due_tables.awaiting_rebackfill,
+    "being deleted": due_tables.being_deleted,
+    "due for sync": lambda s: due_tables.due_for_sync(s, now()),
+    "without next sync": due_tables.without_next_sync,
     "pending resyncs": lambda s: resyncs.due(s, 25),
     "failed rows": lambda s: failed_rows.page(s, TABLE, 20, None),
     "connections": lambda s: connections.page(s, _environment_id(s), 20, None),

@@ -12,7 +12,7 @@ import dagster as dg
 import pytest
 from dagster import DagsterRunStatus as Status
 
-from embedd_dagster.catalog import resyncs, tasks, vector_tables
+from embedd_dagster.catalog import due_tables, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.clock import now
 from embedd_dagster.catalog.database import Catalog
 from embedd_dagster.catalog.tables import RunHeartbeat, VectorSetRow
@@ -324,7 +324,7 @@ def test_a_rebackfill_that_somebody_cancelled_is_not_begun_again(
     assert not requests(tick())
     assert tables[key].sync_status == "pending_rebackfill"
     with runtime.catalog.transaction() as session:
-        assert not vector_tables.awaiting_rebackfill(session), "no tick looks at it"
+        assert not due_tables.awaiting_rebackfill(session), "no tick looks at it"
         resyncs.request(session, [key], "Changes may have been missed.")
     (request,) = requests(tick())
     assert request.run_config["ops"]["vector_table"]["config"] == {"mode": "sync"}, "what is live is kept true"

@@ -31,7 +31,7 @@ from embedd_dagster.catalog.secrets import new_encryption_key
 from embedd_dagster.catalog.tables import Connection, Task, VectorSetRow, VectorTable
 from embedd_dagster.catalog.vector_tables import NewVectorTable
 from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
-from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref, view_name
+from embedd_dagster.connectors.postgresql.pgvector.names import platform_vector_ref, view_name
 from embedd_dagster.core.keys import decode_key
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.core.status import TaskType

@@ -10,7 +10,7 @@ from uuid import uuid4
 
 import pytest
 
-from embedd_dagster.catalog import connections, embedding_providers, tasks, vector_tables
+from embedd_dagster.catalog import connections, due_tables, embedding_providers, tasks, vector_tables
 from embedd_dagster.connectors import registry
 from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskStatus, TaskType
@@ -75,7 +75,7 @@ def status(product: Product) -> SyncStatus:
 def is_awaiting_rebackfill(product: Product) -> bool:
     """Whether the sensor would build the newer configuration."""
     with product.runtime.catalog.transaction() as session:
-        return product.vector_table_id in {table.id for table in vector_tables.awaiting_rebackfill(session)}
+        return product.vector_table_id in {table.id for table in due_tables.awaiting_rebackfill(session)}
 
 
 def prefixes(product: Product) -> set[str]:

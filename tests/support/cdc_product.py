@@ -17,7 +17,7 @@ import pytest
 from embedd_dagster.catalog import cdc, environments, resyncs, tasks, vector_tables
 from embedd_dagster.catalog.tables import CdcStreamRow
 from embedd_dagster.catalog.vector_tables import NewVectorTable
-from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
+from embedd_dagster.connectors.postgresql.pgvector.names import platform_vector_ref
 from embedd_dagster.core.status import TaskType
 from embedd_dagster.core.vector_table import Mode, SyncMode
 from embedd_dagster.engine.cdc.consumer import ConsumerOptions, run_consumer

@@ -8,6 +8,7 @@ from typing import Any
 
 from embedd_dagster.connectors.postgresql.cdc.cleanup_advice import leftover_resolution
 from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
+from embedd_dagster.connectors.postgresql.pgvector.names import platform_vector_ref
 from embedd_dagster.connectors.spec import (
     ConnectorSpec,
     DatabaseOptions,
@@ -39,19 +40,13 @@ def _open_platform_store(credentials: Mapping[str, Any], schema: str | None, opt
     )
 
 
-def _public_ref(schema: str, public_name: str) -> str:
-    from embedd_dagster.connectors.postgresql.pgvector.store import platform_vector_ref
-
-    return platform_vector_ref(schema, public_name)
-
-
 SPEC = ConnectorSpec(
     "postgresql",
     "PostgreSQL",
     source=SourceSpec(_open_source, PostgresqlCredentials, leftover_resolution),
     platform_store=PlatformStoreSpec(
         _open_platform_store,
-        _public_ref,
+        platform_vector_ref,
         # identifiers are cut at 63 bytes, and the view's name begins with `embedd_`
         StoreCapabilities(max_dimensions=16_000, max_name_length=63 - len("embedd_")),
     ),

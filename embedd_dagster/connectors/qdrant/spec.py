@@ -16,8 +16,12 @@ def _open(settings: Settings, read_timeout_seconds: float | None) -> Store:
     )
 
 
+def _url_of(settings: Settings, name: str) -> str:
+    return f"{settings.qdrant_url.rstrip('/')}/collections/{name}"
+
+
 SPEC = ConnectorSpec(
     "qdrant",
     "Qdrant",
-    managed_store=ManagedStoreSpec(_open, StoreCapabilities(max_dimensions=65_536, max_name_length=255)),
+    managed_store=ManagedStoreSpec(_open, StoreCapabilities(max_dimensions=65_536, max_name_length=255), _url_of),
 )

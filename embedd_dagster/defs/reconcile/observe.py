@@ -11,8 +11,8 @@ import dagster as dg
 from dagster._core.execution.backfill import BulkActionsFilter
 from sqlalchemy.orm import Session
 
+from embedd_dagster.catalog import due_tables, resyncs, run_heartbeats, tasks
 from embedd_dagster.catalog import partitions as catalog_partitions
-from embedd_dagster.catalog import resyncs, run_heartbeats, tasks, vector_tables
 from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.catalog.tables import Task
 from embedd_dagster.core.fairness import QueuePlace
@@ -67,7 +67,7 @@ def observe(instance: dg.DagsterInstance, runtime: Runtime, memory: Memory) -> S
         now = database_now(session)
         live = tuple(_task_fact(task) for task in tasks.live_tasks(session))
         wanted = catalog_partitions.present_keys(session)
-        awaiting = tuple(table.id for table in vector_tables.awaiting_rebackfill(session))
+        awaiting = tuple(table.id for table in due_tables.awaiting_rebackfill(session))
         resync = tuple(resyncs.due(session, _RESYNCS_AT_ONCE))
         given_up = _still_to_do(session, backfills.given_up, wanted)
         waiting = {*(task.vector_table_id for task in live), *awaiting, *(one.vector_table_id for one in resync)}
@@ -102,7 +102,7 @@ def _still_to_do(session: Session, works: Iterable[GivenUpWork], wanted: Mapping
     # the key was the id until version 0013 of the catalog, and a backfill of that time still has it
     by_key = {key: key for key in wanted} | {partition_key: key for key, partition_key in wanted.items()}
     left = [replace(work, vector_table_id=by_key[work.partition_key]) for work in works if work.partition_key in by_key]
-    never_built = vector_tables.never_built(session, {work.vector_table_id for work in left if work.is_sync})
+    never_built = due_tables.never_built(session, {work.vector_table_id for work in left if work.is_sync})
     left = [work for work in left if not (work.is_sync and work.vector_table_id in never_built)]
     begun: set[tuple[str, bool]] = set()
     for is_sync in {work.is_sync for work in left}:

@@ -12,9 +12,11 @@ from multiprocessing.connection import wait
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Event
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Final, Protocol, Self
 
 from embedd_dagster.engine.shards.job import ShardJob, ShardResources, ShardResult, load_shard, load_with
+
+_DRAIN_SECONDS: Final = 0.05
 
 
 class ShardPool(Protocol):
@@ -99,9 +101,12 @@ class ProcessShardPool:
 
     def poll(self) -> None:
         """Shows in the run's log and progress what the processes have reported."""
+        self._drain()
+        self._show_progress()
+
+    def _drain(self) -> None:
         while not self._channel.lines.empty():
             self._log(self._channel.lines.get())
-        self._show_progress()
 
     def stop(self) -> None:
         """Asks the running shards to end; does not wait for them."""
@@ -113,7 +118,13 @@ class ProcessShardPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._executor.shutdown(wait=True)
+        # a process that ends may still log, and would wait for ever if nobody read a full pipe
+        ending = threading.Thread(target=self._executor.shutdown, name="shard pool")
+        ending.start()
+        while ending.is_alive():
+            self._drain()
+            ending.join(_DRAIN_SECONDS)
+        self._drain()
 
 
 _channel: _Channel | None = None

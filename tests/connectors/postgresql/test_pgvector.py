@@ -13,8 +13,9 @@ from psycopg import sql
 
 from embedd_dagster.connectors.postgresql.pgvector import indexes as pgvector_index
 from embedd_dagster.connectors.postgresql.pgvector.filters import compile_filter
-from embedd_dagster.connectors.postgresql.pgvector.objects import Place
-from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore, platform_vector_ref, table_name
+from embedd_dagster.connectors.postgresql.pgvector.names import platform_vector_ref, table_name
+from embedd_dagster.connectors.postgresql.pgvector.objects import OwnedRelation
+from embedd_dagster.connectors.postgresql.pgvector.store import PgvectorStore
 from embedd_dagster.connectors.registry import open_platform_store
 from embedd_dagster.core.filters import parse_filter
 from embedd_dagster.core.keys import Key
@@ -306,7 +307,7 @@ def test_too_little_memory_for_a_parallel_build_is_lived_with(
     real, modest = pgvector_index._build, []
 
     def short_of_memory(
-        connection: Connection, place: Place, suffix: str, method: sql.Composable, settings: dict[str, str]
+        connection: Connection, place: OwnedRelation, suffix: str, method: sql.Composable, settings: dict[str, str]
     ) -> None:
         if "maintenance_work_mem" in settings:
             method = sql.SQL("(bucket); DO $$ BEGIN RAISE disk_full; END $$")

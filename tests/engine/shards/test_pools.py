@@ -24,6 +24,7 @@ from embedd_dagster.settings import ShardPoolKind, get_settings
 from tests.engine.conftest import Product, eventually
 from tests.support.killing import environment_of
 from tests.support.openai_server import POISON
+from tests.support.shard_logging import log_lines
 
 
 @pytest.fixture
@@ -146,3 +147,10 @@ def test_a_shard_whose_run_was_replaced_stops_and_leaves_the_checkpoint(in_proce
     assert (shard.done, shard.counts) == (False, {})
     with in_processes.open_store() as store:
         assert store.count(job.vector_set) == 0
+
+
+def test_a_process_that_logs_more_than_a_pipe_holds_while_the_pool_ends_is_heard() -> None:
+    lines: list[str] = []
+    with pools.ProcessShardPool(1, log=lines.append, show_progress=lambda: None) as pool:
+        pool._executor.submit(log_lines, 300)
+    assert len(lines) == 300

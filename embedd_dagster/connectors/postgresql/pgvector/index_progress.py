@@ -10,7 +10,7 @@ from typing import Final
 from psycopg import sql
 
 from embedd_dagster.connectors.postgresql.pgvector.database import Database
-from embedd_dagster.connectors.postgresql.pgvector.objects import Place
+from embedd_dagster.connectors.postgresql.pgvector.objects import OwnedRelation
 from embedd_dagster.errors import EmbeddError
 from embedd_dagster.protocols.store import ReportIndexed
 
@@ -23,7 +23,7 @@ _PROGRESS: Final = sql.SQL("""
 
 
 @contextmanager
-def reported_build(database: Database, place: Place, report: ReportIndexed, seconds: float) -> Iterator[None]:
+def reported_build(database: Database, place: OwnedRelation, report: ReportIndexed, seconds: float) -> Iterator[None]:
     """Calls `report` at this interval, from another thread, while an index over the table is built in the block.
 
     PostgreSQL counts the blocks of the table that it has read; `report` gets that share of the rows. What `report` raises
@@ -53,7 +53,7 @@ def reported_build(database: Database, place: Place, report: ReportIndexed, seco
         raise raised[0]
 
 
-def _read(database: Database, place: Place) -> tuple[int, int] | None:
+def _read(database: Database, place: OwnedRelation) -> tuple[int, int] | None:
     """(rows indexed, rows of the table); None while no index is built."""
     with database.transaction(timeout_seconds=10) as connection:
         name = place.identifier.as_string(connection)

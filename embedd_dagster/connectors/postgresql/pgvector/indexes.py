@@ -12,7 +12,7 @@ from psycopg import sql
 from embedd_dagster.connectors.postgresql.pgvector.database import Database
 from embedd_dagster.connectors.postgresql.pgvector.filters import index_expressions
 from embedd_dagster.connectors.postgresql.pgvector.index_progress import reported_build
-from embedd_dagster.connectors.postgresql.pgvector.objects import Place
+from embedd_dagster.connectors.postgresql.pgvector.objects import OwnedRelation
 from embedd_dagster.connectors.postgresql.sessions import set_local
 from embedd_dagster.core.rows import VectorSet
 from embedd_dagster.postgresql import Connection
@@ -47,7 +47,7 @@ def distance_expression(dimensions: int, vectors: sql.Identifier, asked: sql.Com
 def build_indexes(
     database: Database,
     vector_set: VectorSet,
-    place: Place,
+    place: OwnedRelation,
     *,
     vector_schema: str,
     report: ReportIndexed,
@@ -84,7 +84,7 @@ def build_indexes(
         connection.execute(sql.SQL("ANALYZE {}").format(table))
 
 
-def build_bucket_index(database: Database, place: Place) -> None:
+def build_bucket_index(database: Database, place: OwnedRelation) -> None:
     """The index that finds the rows of some buckets by itself, without the wide table."""
     with database.transaction(timeout_seconds=0) as connection:
         _build(connection, place, "bucket", sql.SQL("(bucket) INCLUDE (pk_value, row_hash)"), {})
@@ -95,7 +95,7 @@ class _MemoryShort(Exception):
 
 
 def _build(
-    connection: Connection, place: Place, suffix: str, method: sql.Composable, settings: Mapping[str, str]
+    connection: Connection, place: OwnedRelation, suffix: str, method: sql.Composable, settings: Mapping[str, str]
 ) -> None:
     index = sql.Identifier(place.schema, f"{place.name}_{suffix}")
     name = index.as_string(connection)

@@ -19,7 +19,7 @@ _INLINE_DIMENSIONS: Final = range(400, 1801)
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class OwnedRelation:
     """A table or view of ours: its schema and name, and the comment that says so."""
 
     schema: str
@@ -35,7 +35,7 @@ class Place:
         return sql.Identifier(self.schema, self.name)
 
 
-def create_table(connection: Connection, vector_set: VectorSet, place: Place, vector_schema: str) -> bool:
+def create_table(connection: Connection, vector_set: VectorSet, place: OwnedRelation, vector_schema: str) -> bool:
     """Makes the table of a set, unless it is there: then it is kept, and the answer is False.
 
     Raises VectorStoreRejected for somebody else's.
@@ -63,7 +63,7 @@ def create_table(connection: Connection, vector_set: VectorSet, place: Place, ve
     return True
 
 
-def replace_view(connection: Connection, view: Place, table: sql.Identifier, vector_schema: str) -> None:
+def replace_view(connection: Connection, view: OwnedRelation, table: sql.Identifier, vector_schema: str) -> None:
     """Makes the view show this table, under the views and grants that users have put on it.
 
     Only a primary key of another type makes it a new view: then grants are lost, and views over it are rejected.
@@ -82,14 +82,14 @@ def replace_view(connection: Connection, view: Place, table: sql.Identifier, vec
     connection.execute(sql.SQL("COMMENT ON VIEW {} IS {}").format(view.identifier, sql.Literal(view.mark)))
 
 
-def drop_view(connection: Connection, view: Place) -> None:
+def drop_view(connection: Connection, view: OwnedRelation) -> None:
     """Removes a view of ours; one that is not there is fine. Raises VectorStoreRejected if users' views depend on it."""
     if check_owned(connection, view):
         _require_no_dependents(view, _dependents(connection, view))
         connection.execute(sql.SQL("DROP VIEW {}").format(view.identifier))
 
 
-def drop_table(connection: Connection, table: Place) -> None:
+def drop_table(connection: Connection, table: OwnedRelation) -> None:
     """Removes a table of ours, with the public view if that shows it; one that is not there is fine.
 
     Raises VectorStoreRejected if users' views depend on it.
@@ -99,11 +99,11 @@ def drop_table(connection: Connection, table: Place) -> None:
     views = _dependents(connection, table)
     _require_no_dependents(table, [view for view in views if view[2] != table.mark])
     for schema, name, _comment in views:
-        drop_view(connection, Place(schema, name, table.mark))
+        drop_view(connection, OwnedRelation(schema, name, table.mark))
     connection.execute(sql.SQL("DROP TABLE {}").format(table.identifier))
 
 
-def check_owned(connection: Connection, place: Place) -> bool:
+def check_owned(connection: Connection, place: OwnedRelation) -> bool:
     """Whether the relation is there and ours, by its comment. Raises VectorStoreRejected for somebody else's."""
     row = connection.execute(
         "SELECT obj_description(c.oid, 'pg_class') FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace"
@@ -128,7 +128,7 @@ def relations(connection: Connection, vector_table_id: str) -> list[tuple[str, s
     ).fetchall()
 
 
-def _dependents(connection: Connection, place: Place) -> list[tuple[str, str, str | None]]:
+def _dependents(connection: Connection, place: OwnedRelation) -> list[tuple[str, str, str | None]]:
     # the views over a relation: schema, name and comment of each
     return connection.execute(
         """
@@ -142,7 +142,7 @@ def _dependents(connection: Connection, place: Place) -> list[tuple[str, str, st
     ).fetchall()
 
 
-def _require_no_dependents(place: Place, views: list[tuple[str, str, str | None]]) -> None:
+def _require_no_dependents(place: OwnedRelation, views: list[tuple[str, str, str | None]]) -> None:
     if views:
         listed = ", ".join(f"{schema}.{name}" for schema, name, _comment in views)
         raise VectorStoreRejected(

@@ -27,8 +27,9 @@ from embedd_dagster.connectors.postgresql.pgvector.encoding import (
     write_holdable,
 )
 from embedd_dagster.connectors.postgresql.pgvector.indexes import build_bucket_index, build_indexes, index_kind
+from embedd_dagster.connectors.postgresql.pgvector.names import table_name, view_name
 from embedd_dagster.connectors.postgresql.pgvector.objects import (
-    Place,
+    OwnedRelation,
     create_table,
     drop_table,
     drop_view,
@@ -364,10 +365,10 @@ class PgvectorStore:
         self._homes[vector_table_id] = found[0][0]
         return found[0][0]
 
-    def _place(self, vector_table_id: str, name: str) -> Place:
-        return Place(self._home(vector_table_id), name, f"embedd:{vector_table_id}")
+    def _place(self, vector_table_id: str, name: str) -> OwnedRelation:
+        return OwnedRelation(self._home(vector_table_id), name, f"embedd:{vector_table_id}")
 
-    def _table(self, vector_set: VectorSet) -> Place:
+    def _table(self, vector_set: VectorSet) -> OwnedRelation:
         return self._place(vector_set.vector_table_id, table_name(vector_set))
 
     def _key_type(self, vector_set: VectorSet) -> KeyType:
@@ -376,21 +377,6 @@ class PgvectorStore:
             with self._database.transaction() as connection:
                 self._key_types[name] = resolve_key_type(connection, vector_set.key_type)
         return self._key_types[name]
-
-
-def table_name(vector_set: VectorSet) -> str:
-    """The name of a set's table: at most 47 characters."""
-    return f"embedd_{vector_set.versioned_name}"
-
-
-def view_name(public_name: str) -> str:
-    """The name of the view that users see: `embedd_vt_<8>_<slug>`, within PostgreSQL's 63 bytes."""
-    return f"embedd_{public_name}"[:63]
-
-
-def platform_vector_ref(schema: str, public_name: str) -> str:
-    """The view as the API shows it: `public.embedd_vt_<8>_<slug>`."""
-    return f"{schema}.{view_name(public_name)}"
 
 
 def _key_column(key_type: KeyType) -> sql.SQL:
