@@ -57,7 +57,6 @@ CollectionExistsRequest = message_class("CollectionExistsRequest")
 CollectionExistsResponse = message_class("CollectionExistsResponse")
 GetPoints = message_class("GetPoints")
 GetResponse = message_class("GetResponse")
-PointStruct = message_class("PointStruct")
 PointsOperationResponse = message_class("PointsOperationResponse")
 UpsertPoints = message_class("UpsertPoints")
 
@@ -72,20 +71,27 @@ def read_vector(message: Any) -> Vectors:
     return np.frombuffer(message.data or message.dense.data, dtype="<f4")
 
 
-def payload_value(value: Any) -> dict[str, Any]:
-    """A JSON value as the fields of a message `Value`."""
+def fill_payload(fields: Any, payload: Mapping[str, Any]) -> None:
+    """Adds a JSON object to a map of messages `Value`. Raises UnicodeEncodeError for a lone surrogate.
+
+    Fields are set one by one: a message made from nested dictionaries takes twice the CPU.
+    """
+    for key, value in payload.items():
+        _fill_value(fields[key], value)
+
+
+def _fill_value(message: Any, value: Any) -> None:
     if (field := _SCALARS.get(type(value))) is not None:
-        return {field: value}
-    if isinstance(value, Mapping):
-        return {"struct_value": {"fields": payload_fields(value)}}
-    if value is None:
-        return {"null_value": 0}
-    return {"list_value": {"values": [payload_value(item) for item in value]}}
-
-
-def payload_fields(payload: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """A JSON object as a map of messages `Value`."""
-    return {key: payload_value(value) for key, value in payload.items()}
+        setattr(message, field, value)
+    elif isinstance(value, Mapping):
+        message.struct_value.SetInParent()
+        fill_payload(message.struct_value.fields, value)
+    elif value is None:
+        message.null_value = 0
+    else:
+        message.list_value.SetInParent()
+        for item in value:
+            _fill_value(message.list_value.values.add(), item)
 
 
 def read_payload(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import orjson
 
 from embedd_dagster.connectors.qdrant.filters import payload_key
-from embedd_dagster.connectors.qdrant.messages import PointStruct, UpsertPoints, payload_fields, vector_bytes
+from embedd_dagster.connectors.qdrant.messages import UpsertPoints, fill_payload, vector_bytes
 from embedd_dagster.core.embedded_text import clean_text
 from embedd_dagster.core.keys import Key, decode_key, encode_key, point_id, point_ids
 from embedd_dagster.core.rows import PointBatch, VectorSet
@@ -72,12 +72,14 @@ def upsert_message(vector_set: VectorSet, points: PointBatch, part: slice) -> An
     ids, payloads = _ids_and_payloads(vector_set, points, part)
     message = UpsertPoints(collection_name=vector_set.versioned_name, wait=True)
     for uuid, payload, vector in zip(ids, payloads, points.vectors[part], strict=True):
+        point = message.points.add()
+        point.id.uuid = uuid
+        point.vectors.vector.data = vector_bytes(vector)
         try:
-            stored = PointStruct(id={"uuid": uuid}, payload=payload_fields(payload))
+            fill_payload(point.payload, payload)
         except UnicodeEncodeError:  # a lone surrogate somewhere, which UTF-8 cannot hold
-            stored = PointStruct(id={"uuid": uuid}, payload=payload_fields(_clean(payload)))
-        stored.vectors.vector.data = vector_bytes(vector)
-        message.points.append(stored)
+            point.payload.clear()
+            fill_payload(point.payload, _clean(payload))
     return message
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import qdrant_edge as edge
 import structlog
 
-from embedd_dagster.connectors.qdrant.messages import message_class, payload_fields, read_payload, read_vector
+from embedd_dagster.connectors.qdrant.messages import fill_payload, message_class, read_payload, read_vector
 from embedd_dagster.stack.qdrant import wire
 from embedd_dagster.stack.qdrant.collections import Collection, QdrantCatalog
 from embedd_dagster.stack.qdrant.point_calls import read_points, write_points
@@ -141,13 +141,16 @@ def _payload_selector(request: Any) -> Any:
     return asked.enable
 
 
-def _retrieved(point: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"id": {"num": point.id} if isinstance(point.id, int) else {"uuid": str(point.id)}}
+def _retrieved(point: Any) -> Any:
+    found = _RetrievedPoint(id={"num": point.id} if isinstance(point.id, int) else {"uuid": str(point.id)})
     if point.payload is not None:
-        found["payload"] = payload_fields(point.payload)
+        fill_payload(found.payload, point.payload)
     if point.vector is not None:
-        found["vectors"] = {"vector": {"data": np.asarray(point.vector, dtype="<f4").tobytes()}}
+        found.vectors.vector.data = np.asarray(point.vector, dtype="<f4").tobytes()
     return found
+
+
+_RetrievedPoint: Final = message_class("RetrievedPoint")
 
 
 _SERVICES: Final[dict[str, dict[str, tuple[str, str, Handler]]]] = {

@@ -186,7 +186,7 @@ def test_objects_of_others_are_never_touched(store: PgvectorStore, admin: Connec
             call()
     other = new_set(2, like=vector_set)
     store.create(other)
-    with pytest.raises(VectorStoreRejected, match="something else"):
+    with pytest.raises(VectorStoreRejected, match="is not part of this vector table"):
         store.publish(other)
     assert store.versions(vector_set.vector_table_id) == [2]
     assert admin.execute(f"SELECT mine FROM {view_of(vector_set)}").fetchall() == []  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from structlog.testing import capture_logs
 
-from embedd_dagster.connectors.qdrant.messages import message_class, payload_fields, read_payload, read_vector
+from embedd_dagster.connectors.qdrant.messages import fill_payload, message_class, read_payload, read_vector
 from embedd_dagster.connectors.qdrant.store import QdrantStore
 from embedd_dagster.core.rows import PointBatch, VectorSet
 from embedd_dagster.errors import VectorStoreRejected, VectorStoreUnavailable
@@ -191,7 +191,7 @@ def test_every_refusal_becomes_one_of_our_errors(
     assert "k3y" not in str(caught.value)
     assert len(str(caught.value)) < 450
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
-        assert caught.value.retry_after_seconds == 7  # type: ignore[union-attr]
+        assert caught.value.retry_after_seconds == 7
     if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
         assert "EMBEDD_QDRANT_API_KEY" in caught.value.resolution
 
@@ -249,8 +249,17 @@ def test_a_lone_surrogate_and_a_batch_above_grpcs_default_size_are_written(
 
 
 def test_messages_carry_vectors_and_payloads_unchanged() -> None:
-    payload = {"text": "ä", "count": 2**63 - 1, "share": 0.1, "flag": True, "none": None, "list": [1, {"deep": [2.5]}]}
-    message = message_class("PointStruct")(payload=payload_fields(payload))
+    payload = {
+        "text": "ä",
+        "count": 2**63 - 1,
+        "share": 0.1,
+        "flag": True,
+        "none": None,
+        "list": [1, {"deep": [2.5]}],
+        "empty": [{}, []],
+    }
+    message = message_class("PointStruct")()
+    fill_payload(message.payload, payload)
     vector = np.array([0.1, -2.5e-38, 3e38], dtype=np.float32)
     for place in (message.vectors.vector, message.vectors.vector.dense):
         place.data = vector.tobytes()
