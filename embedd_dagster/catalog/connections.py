@@ -137,14 +137,14 @@ def delete(
             resolution="Try again in some seconds. Where the database does not come back, delete with ?force=true.",
         )
     must_be_unused(session, "connection", connection, VectorTable.connection_id)
-    feed = session.get(CdcStreamRow, connection_id)
-    if feed is not None and not force:
-        trouble = f" {feed.last_error}" if feed.last_error else ""
+    stream = session.get(CdcStreamRow, connection_id)
+    if stream is not None and not force:
+        trouble = f" {stream.last_error}" if stream.last_error else ""
         raise Conflict(
             f"What followed the changes of {connection.name!r} is still to be removed from its database.{trouble}",
             code="connection_conflict",
             resolution="Try again in some seconds. If the database does not come back, delete with ?force=true. "
-            + leftover_resolution(connection.provider, feed.name),
+            + leftover_resolution(connection.provider, stream.name),
         )
     session.delete(connection)
 

@@ -12,7 +12,7 @@ from embedd_dagster.catalog.clock import database_now
 from embedd_dagster.defs.resources import RuntimeResource
 from embedd_dagster.defs.tick_logs import tick_log
 from embedd_dagster.engine.runtime import Runtime
-from embedd_dagster.engine.teardown import drop_deleted_tables, drop_retired_sets, drop_unused_feeds
+from embedd_dagster.engine.teardown import drop_deleted_tables, drop_retired_sets, drop_unused_streams
 from embedd_dagster.errors import CatalogUnavailable, ConfigurationError, EmbeddError
 
 _INTERVAL_SECONDS = 2  # the daemon's loop makes it five
@@ -61,7 +61,7 @@ def clean_up(open_runtime: Callable[[], Runtime], delays: Delays, log: Callable[
         runtime = open_runtime()
         with runtime.catalog.transaction() as session:
             run_heartbeats.forget(session, database_now(session) - _HEARTBEATS_KEPT)
-        for drop_all in (drop_deleted_tables, drop_unused_feeds, drop_retired_sets):
+        for drop_all in (drop_deleted_tables, drop_unused_streams, drop_retired_sets):
             drop_all(runtime, turn.attempt)
     except (CatalogUnavailable, ConfigurationError) as error:
         return dg.SkipReason(f"{error.message} {error.resolution}")

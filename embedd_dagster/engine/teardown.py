@@ -56,17 +56,19 @@ def teardown(runtime: Runtime, vector_table_id: str) -> bool:
     return True
 
 
-def drop_unused_feeds(runtime: Runtime, attempt: Attempt = _at_once) -> int:
+def drop_unused_streams(runtime: Runtime, attempt: Attempt = _at_once) -> int:
     """Drops the CDC streams of sources without CDC tables; returns how many."""
     with runtime.catalog.transaction() as session:
         unused = cdc.unused_streams(session)
     return sum(
-        attempt(f"CDC stream of {connection.id}", connection.id, partial(_drop_feed, runtime, connection, feed.name))
-        for feed, connection in unused
+        attempt(
+            f"CDC stream of {connection.id}", connection.id, partial(_drop_stream, runtime, connection, stream.name)
+        )
+        for stream, connection in unused
     )
 
 
-def _drop_feed(runtime: Runtime, connection: Connection, name: str) -> bool:
+def _drop_stream(runtime: Runtime, connection: Connection, name: str) -> bool:
     try:
         # locked while it is dropped: a consumer that starts now claims the stream before that, or creates it again after
         with runtime.catalog.transaction() as session:

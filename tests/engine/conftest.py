@@ -45,7 +45,15 @@ from embedd_dagster.engine.teardown import teardown
 from embedd_dagster.protocols.source import Selection
 from embedd_dagster.protocols.store import Store
 from embedd_dagster.settings import Settings
-from tests.support.cdc_product import RunningConsumer, consumer_of, eventually, is_followed, make_cdc, settled, slots_of
+from tests.support.cdc_product import (
+    RunningConsumer,
+    consumer_of,
+    eventually,
+    is_subscribed,
+    make_cdc,
+    settled,
+    slots_of,
+)
 from tests.support.openai_server import RunningServer, running_openai_server
 
 DIMENSIONS = 16
@@ -325,5 +333,5 @@ def followed(cdc_product: Product) -> Iterator[tuple[Product, RunningConsumer]]:
     """A built CDC table with a running consumer and no pending resync."""
     cdc_product.run()
     with consumer_of(cdc_product) as consumer:
-        eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+        eventually(lambda: is_subscribed(cdc_product) and settled(cdc_product))
         yield cdc_product, consumer

@@ -10,7 +10,7 @@ from embedd_dagster.engine.estimate import estimate
 from embedd_dagster.errors import RunCancelled, SourceRejected
 from tests.engine.conftest import COLUMNS, Product
 from tests.engine.test_control import cancel
-from tests.support.cdc_product import RunningConsumer, consumer_of, eventually, is_followed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, consumer_of, eventually, is_subscribed, is_true, settled
 
 PGVECTOR = pytest.mark.parametrize("product", [Mode.PLATFORM], indirect=True, ids=["pgvector"])
 
@@ -40,7 +40,7 @@ def test_keys_that_change_their_case_are_followed(cdc_product: Product) -> None:
     _with_citext_keys(cdc_product)
     cdc_product.run()
     with consumer_of(cdc_product):
-        eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+        eventually(lambda: is_subscribed(cdc_product) and settled(cdc_product))
         cdc_product.sql("UPDATE products SET id = lower(id) WHERE id <= 'user15'")
         eventually(is_true(cdc_product))
 

@@ -14,7 +14,7 @@ from embedd_dagster.core.status import TaskType
 from embedd_dagster.engine.run import run_task
 from embedd_dagster.errors import RunSuperseded
 from tests.engine.conftest import Product
-from tests.support.cdc_product import RunningConsumer, eventually, is_followed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, eventually, is_subscribed, is_true, settled
 
 _ANSWER_SECONDS = 5.0
 
@@ -72,7 +72,7 @@ def test_a_consumer_that_was_replaced_writes_nothing(cdc_product: Product) -> No
     connection_id = product.table().connection_id
     product.runtime.settings.__dict__.update(heartbeat_seconds=600)
     with RunningConsumer(product.runtime, connection_id) as replaced:
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         before = product.provider.stats()["requests"]
         product.provider.behave(latency_seconds=_ANSWER_SECONDS)
         product.sql("UPDATE products SET body = 'yesterday' WHERE id = 1")

@@ -126,7 +126,7 @@ def is_true(product: Product) -> Callable[[], bool]:
     return holds
 
 
-def is_followed(product: Product) -> bool:
+def is_subscribed(product: Product) -> bool:
     return product.table().cdc.subscribed_since is not None
 
 
@@ -139,7 +139,7 @@ def run_owed(product: Product) -> int:
     return len(pending)
 
 
-def is_owed(product: Product) -> bool:
+def is_resync_pending(product: Product) -> bool:
     table = product.table()
     return table.cdc.resync_requested_seq > table.cdc.resync_completed_seq
 
@@ -147,7 +147,7 @@ def is_owed(product: Product) -> bool:
 def settled(product: Product) -> bool:
     """No resync is pending any more; what a sync has to do is done here."""
     run_owed(product)
-    return not is_owed(product)
+    return not is_resync_pending(product)
 
 
 class Meanwhile:

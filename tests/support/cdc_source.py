@@ -42,11 +42,11 @@ class StreamReader:
         self.fingerprints: Mapping[CdcTable, TableFingerprint] = {}
 
     def subscribe(self) -> Subscription:
-        attachment = self.feed.subscribe(self.tables, self.position, self.fingerprints)
-        self.fingerprints = attachment.table_fingerprints
-        if self.position is None or attachment.lost:
-            self.position = attachment.position
-        return attachment
+        subscription = self.feed.subscribe(self.tables, self.position, self.fingerprints)
+        self.fingerprints = subscription.table_fingerprints
+        if self.position is None or subscription.lost:
+            self.position = subscription.position
+        return subscription
 
     def read(self, *, max_keys: int = 1000, confirm: bool = True) -> list[ChangeBatch]:
         batches = list(self.feed.read(max_keys=max_keys))

@@ -38,7 +38,7 @@ class ConsumerPlan:
 
 def plan_consumers(
     connection_ids: Iterable[str],
-    feeds: Mapping[str, CdcStreamRow],
+    streams: Mapping[str, CdcStreamRow],
     runs: Sequence[ConsumerRun],
     instant: datetime,
     *,
@@ -54,24 +54,24 @@ def plan_consumers(
     was away until just now, a run that gives heartbeats is taken to live.
     """
     silence_limits = SilenceLimits(instant, stale_after, code_server_started_at, silence_counts)
-    dead = tuple(run for run in runs if _is_dead(run, feeds.get(run.connection_id), silence_limits))
+    dead = tuple(run for run in runs if _is_dead(run, streams.get(run.connection_id), silence_limits))
     launches = []
     for connection_id in sorted(connection_ids):
-        feed = feeds.get(connection_id)
+        stream = streams.get(connection_id)
         alive = [run for run in runs if run.connection_id == connection_id and run not in dead]
         if not alive:
-            if feed is None or feed.next_start_at is None or feed.next_start_at <= instant:
+            if stream is None or stream.next_start_at is None or stream.next_start_at <= instant:
                 launches.append(Launch(connection_id))
-        elif len(alive) == 1 and feed is not None and _is_to_renew(alive[0], feed, instant - renew_after):
+        elif len(alive) == 1 and stream is not None and _is_to_renew(alive[0], stream, instant - renew_after):
             launches.append(Launch(connection_id, behind=alive[0].run_id))
     return ConsumerPlan(tuple(launches), dead)
 
 
-def _is_to_renew(run: ConsumerRun, feed: CdcStreamRow, before: datetime) -> bool:
-    return feed.dagster_run_id == run.run_id and feed.claimed_at is not None and feed.claimed_at <= before
+def _is_to_renew(run: ConsumerRun, stream: CdcStreamRow, before: datetime) -> bool:
+    return stream.dagster_run_id == run.run_id and stream.claimed_at is not None and stream.claimed_at <= before
 
 
-def _is_dead(run: ConsumerRun, feed: CdcStreamRow | None, silence_limits: SilenceLimits) -> bool:
-    if feed is not None and feed.dagster_run_id == run.run_id and feed.heartbeat_at is not None:
-        return silence_limits.silence_counts and silence_limits.now - feed.heartbeat_at > silence_limits.stale_after
+def _is_dead(run: ConsumerRun, stream: CdcStreamRow | None, silence_limits: SilenceLimits) -> bool:
+    if stream is not None and stream.dagster_run_id == run.run_id and stream.heartbeat_at is not None:
+        return silence_limits.silence_counts and silence_limits.now - stream.heartbeat_at > silence_limits.stale_after
     return why_gone(run.status, run.signs, silence_limits) is not None

@@ -55,7 +55,7 @@ def keep_consuming(
         with runtime.catalog.transaction() as session:
             instant = database_now(session)
             connection_ids = cdc.connections_with_cdc(session)
-            feeds = {feed.connection_id: feed for feed in cdc.all_streams(session)}
+            streams = {stream.connection_id: stream for stream in cdc.all_streams(session)}
             heartbeats = run_heartbeats.latest(session, [run.run_id for run in runs])
     except (CatalogUnavailable, ConfigurationError) as error:
         memory.note_failure(time.monotonic())
@@ -65,7 +65,7 @@ def keep_consuming(
     runs = [replace(run, signs=replace(run.signs, heartbeat_at=heartbeats.get(run.run_id))) for run in runs]
     planned = plan_consumers(
         connection_ids,
-        feeds,
+        streams,
         runs,
         instant,
         stale_after=timedelta(seconds=settings.stale_after_seconds),
@@ -96,7 +96,7 @@ def _runs_in_flight(instance: dg.DagsterInstance) -> list[ConsumerRun]:
 
 
 def _mark_run_failed(instance: dg.DagsterInstance, run: ConsumerRun, log: Callable[[str], None]) -> None:
-    """Ends a run in Dagster whose process is gone; should it live after all, it finds that its feed is another's."""
+    """Ends a run in Dagster whose process is gone; should it live after all, it finds that its stream is another's."""
     found = instance.get_run_by_id(run.run_id)
     if found is not None and found.status in IN_FLIGHT:
         instance.report_run_failed(found, message="It has given no heartbeat; its process is gone.")

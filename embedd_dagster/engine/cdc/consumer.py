@@ -199,18 +199,18 @@ class CdcConsumer:
 
     def _record(self, subscription: Subscription) -> None:
         restarted = self._position is None or subscription.lost is not None
-        joined = self._tables.ids(subscription.newly_subscribed)
-        shapes = {
-            key: shape
-            for source, shape in subscription.table_fingerprints.items()
+        newly_subscribed = self._tables.ids(subscription.newly_subscribed)
+        fingerprints = {
+            key: fingerprint
+            for source, fingerprint in subscription.table_fingerprints.items()
             for key in self._tables.ids([source])
         }
-        refused = {key: error for source, error in subscription.rejected.items() for key in self._tables.ids([source])}
+        rejected = {key: error for source, error in subscription.rejected.items() for key in self._tables.ids([source])}
         instant = time.monotonic()
-        blocked_since = {key: self._blocked_since.get(key, instant) for key in refused}
+        blocked_since = {key: self._blocked_since.get(key, instant) for key in rejected}
         with self._lease.fenced() as session:
             hidden = cdc.subscribed_among(session, self._tables.ids(subscription.hidden))
-            subscribed = cdc.record_subscribed(session, self._lease.connection_id, shapes, joined)
+            subscribed = cdc.record_subscribed(session, self._lease.connection_id, fingerprints, newly_subscribed)
             states = cdc.table_states(session, subscribed)
             # a table that was never built has nothing to compare, unless it is being built at this moment
             to_resync = [key for key, state in states.items() if state.live_version is not None or state.live_task]
@@ -218,7 +218,7 @@ class CdcConsumer:
             if subscription.lost:
                 vector_tables.record_error(session, to_resync, subscription.lost)
             resyncs.request(session, hidden, "Row-level security hides rows of it since.")
-            for key, error in refused.items():
+            for key, error in rejected.items():
                 if not isinstance(error, TransientError):
                     vector_tables.mark_failed(session, key, describe(error))
                 elif instant - blocked_since[key] > self._options.blocked_seconds:

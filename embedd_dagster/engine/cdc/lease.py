@@ -43,15 +43,15 @@ class CdcLease(HeartbeatLease):
         self.trouble: str | None = None
         """What keeps the consumer from reading at the moment, for users; set by the consumer."""
         with runtime.catalog.transaction() as session:
-            feed = cdc.claim(
+            stream = cdc.claim(
                 session,
                 connection_id,
                 run_id,
                 stale_after=timedelta(seconds=self._settings.stale_after_seconds),
                 renew_after=timedelta(seconds=self._settings.follow_renew_seconds),
             )
-        self.stream_name = feed.name
-        self.known_position = feed.position
+        self.stream_name = stream.name
+        self.known_position = stream.position
 
     def begin(self, read_lag: Callable[[], Lag | None]) -> None:
         """Begins to renew the lease, and to watch how much log the source keeps."""

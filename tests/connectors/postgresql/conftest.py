@@ -68,8 +68,8 @@ def table(admin: Admin) -> None:
 def stream_reader(feed: CdcStream, table: None) -> StreamReader:
     """Of `t`, attached, with nothing to read."""
     made = StreamReader(feed, T)
-    attachment = made.subscribe()
-    assert attachment.newly_subscribed == {T}
-    assert not attachment.rejected
-    assert attachment.lost is None
+    subscription = made.subscribe()
+    assert subscription.newly_subscribed == {T}
+    assert not subscription.rejected
+    assert subscription.lost is None
     return made

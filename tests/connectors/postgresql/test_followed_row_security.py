@@ -85,19 +85,19 @@ def test_a_followed_table_whose_policies_begin_to_apply_is_refused_and_named_for
     admin: Admin, role: str, source: Source, feed: CdcStream, stream_reader: StreamReader, name: str
 ) -> None:
     admin.execute(f"{_POLICY}; ALTER TABLE t ENABLE ROW LEVEL SECURITY")
-    attachment = stream_reader.subscribe()
-    assert not attachment.rejected, "its owner sees all rows"
+    subscription = stream_reader.subscribe()
+    assert not subscription.rejected, "its owner sees all rows"
     stream_reader.read()
     admin.execute("ALTER TABLE t FORCE ROW LEVEL SECURITY")
     stream_reader.read()
     assert feed.is_altered
-    attachment = stream_reader.subscribe()
-    assert attachment.hidden == {T}
-    assert "row-level security" in attachment.rejected[T].message
+    subscription = stream_reader.subscribe()
+    assert subscription.hidden == {T}
+    assert "row-level security" in subscription.rejected[T].message
     assert published(admin, name) == set()
-    admin.execute(statements_of(attachment.rejected[T]))
-    attachment = stream_reader.subscribe()
-    assert (attachment.newly_subscribed, attachment.hidden, attachment.rejected) == ({T}, frozenset(), {})
+    admin.execute(statements_of(subscription.rejected[T]))
+    subscription = stream_reader.subscribe()
+    assert (subscription.newly_subscribed, subscription.hidden, subscription.rejected) == ({T}, frozenset(), {})
 
 
 def test_a_role_that_loses_bypassrls_is_refused(admin: Admin, role: str, feed: CdcStream, table: None) -> None:

@@ -147,8 +147,8 @@ def test_a_table_joins_only_when_a_reader_sees_what_was_committed_before(
     waits(admin)
     both = StreamReader(feed, T, CdcTable("other", "id"))
     both.position, both.fingerprints = stream_reader.position, stream_reader.fingerprints
-    attachment = both.subscribe()
-    assert set(attachment.rejected) == {CdcTable("other", "id")}
+    subscription = both.subscribe()
+    assert set(subscription.rejected) == {CdcTable("other", "id")}
     standby.go_on()
     wait_until(lambda: both.subscribe().newly_subscribed == {CdcTable("other", "id")})
     assert one(admin, "SELECT count(*) FROM other") == 1
@@ -180,8 +180,8 @@ def test_a_new_slot_waits_for_commits_that_it_leaves_out(
         committing.run("INSERT INTO t VALUES (4, 'left out')")
         waits(admin)
         writer.execute("ROLLBACK")
-        attachment = attaching.result(60)
-    assert set(attachment.rejected) == {T}, "a comparison would miss the row"
+        subscription = attaching.result(60)
+    assert set(subscription.rejected) == {T}, "a comparison would miss the row"
     standby.go_on()
     wait_until(lambda: T in stream_reader.subscribe().newly_subscribed)
     assert one(admin, "SELECT count(*) FROM t") == 4

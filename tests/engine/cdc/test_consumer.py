@@ -27,8 +27,8 @@ from tests.support.cdc_product import (
     consumer_of,
     eventually,
     feed_of,
-    is_followed,
-    is_owed,
+    is_resync_pending,
+    is_subscribed,
     is_true,
     run_owed,
     settled,
@@ -52,7 +52,7 @@ def test_what_changes_is_found_at_once(followed: tuple[Product, RunningConsumer]
     eventually(lambda: _true_but(product, {1001}))
     # a changed key is a new row to us: its text is paid for again, as nothing tells that it was another's
     assert product.provider.stats()["texts"] - before <= 3
-    assert not is_owed(product)
+    assert not is_resync_pending(product)
     eventually(lambda: consumer.reports)
     assert consumer.reports[0].lag_seconds < 10
 
@@ -78,7 +78,7 @@ def test_it_is_known_until_when_a_followed_table_is_true(followed: tuple[Product
 
 def test_nothing_is_lost_under_a_backfill_with_writers(cdc_product: Product) -> None:
     with consumer_of(cdc_product) as consumer:
-        eventually(lambda: is_followed(cdc_product))
+        eventually(lambda: is_subscribed(cdc_product))
         cdc_product.provider.behave(latency_seconds=0.2)
         task_id = cdc_product.add_task()
         with Meanwhile(lambda: cdc_product.run_task(task_id)) as backfill:
@@ -139,7 +139,7 @@ def test_a_paused_table_is_left_alone_and_compared_when_it_goes_on(followed: tup
         assert table is not None
         vector_tables.resume(table)
     with consumer_of(product):
-        eventually(lambda: is_followed(product))
+        eventually(lambda: is_subscribed(product))
         eventually(lambda: settled(product))
         assert 7000 in product.points()
         product.sql(INSERT, 7001)
@@ -157,7 +157,7 @@ def test_a_truncated_table_is_emptied_without_a_confirmation(followed: tuple[Pro
     product, _consumer = followed
     product.sql("TRUNCATE products")
     product.sql(INSERT, 1)
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     eventually(lambda: settled(product))
     eventually(is_true(product))
     assert list(product.points()) == [1]
@@ -175,7 +175,7 @@ def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tu
     product, consumer = followed
     product.provider.behave(fail_every=1, fail_status=503)
     product.sql(INSERT, 8000)
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     assert product.table().last_error
     assert product.table().sync_status == SyncStatus.SYNCED
     product.sql(INSERT, 8001)
@@ -193,7 +193,7 @@ def test_a_provider_that_is_down_delays_one_table_and_loses_nothing(followed: tu
 def test_a_huge_transaction_is_followed_in_bounded_memory(cdc_product: Product) -> None:
     cdc_product.run()
     with consumer_of(cdc_product) as consumer:
-        eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+        eventually(lambda: is_subscribed(cdc_product) and settled(cdc_product))
         cdc_product.sql("INSERT INTO products SELECT n, 'bulk', 'load', 'red', 1 FROM generate_series(10000, 59999) n")
         eventually(lambda: len(cdc_product.points()) == 50_500, within=120)
         consumer.stop()
@@ -214,7 +214,7 @@ def test_a_writer_that_never_stops_does_not_owe_sync_after_sync(cdc_product: Pro
     with consumer_of(cdc_product) as consumer, Meanwhile(write_on) as writer:
         try:
             cdc_product.run()
-            eventually(lambda: is_followed(cdc_product) and is_owed(cdc_product))
+            eventually(lambda: is_subscribed(cdc_product) and is_resync_pending(cdc_product))
             for _ in range(8):
                 syncs += run_owed(cdc_product)
                 time.sleep(0.1)
@@ -244,7 +244,7 @@ def test_what_was_noted_outlives_an_outage(
         product.sql(INSERT, 9600)
         eventually(lambda: product.table().cdc.changes_pending == 1)
         monkeypatch.setattr(CdcTables, method, down_once)
-    eventually(lambda: failed and not is_owed(product))
+    eventually(lambda: failed and not is_resync_pending(product))
     assert 9600 in product.points()
     assert product.table().cdc.changes_pending == 0
     assert consumer.error is None
@@ -257,14 +257,14 @@ def test_a_locked_table_does_not_hold_up_the_others(
     product, consumer = followed
     other = another_table(product, "goods")
     other.run()
-    eventually(lambda: is_followed(other) and settled(other))
+    eventually(lambda: is_subscribed(other) and settled(other))
     consumer.stop()
     monkeypatch.setattr(PostgresSource, "lock_timeout_seconds", 0.2)
     product.sql(INSERT, 9700)
     with psycopg.connect(product.database_url) as locker:
         locker.execute("LOCK TABLE products IN ACCESS EXCLUSIVE MODE")
         with consumer_of(product):
-            eventually(lambda: is_owed(product), within=15)
+            eventually(lambda: is_resync_pending(product), within=15)
             assert "lock" in (product.table().last_error or "")
             before = feed_of(product)
             assert before is not None
@@ -285,7 +285,7 @@ def test_what_could_not_be_applied_is_owed_and_no_longer_pending(followed: tuple
         eventually(lambda: product.table().cdc.changes_pending == 1)
         held_by = product.table().cdc.buffered_by_run_id
     eventually(lambda: held_by and product.table().cdc.buffered_by_run_id is None)
-    assert is_owed(product)
+    assert is_resync_pending(product)
     assert product.table().cdc.changes_pending == 0
     product.provider.behave(fail_every=0)
     eventually(lambda: settled(product))
@@ -300,7 +300,7 @@ def test_a_sync_of_a_machine_whose_clock_is_behind_is_seen(
     product = cdc_product
     product.run()
     with consumer_of(product):
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
     with product.runtime.catalog.transaction() as session:
         for task in session.scalars(select(Task)):
             task.created_at += timedelta(minutes=1)

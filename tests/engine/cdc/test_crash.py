@@ -9,7 +9,7 @@ import pytest
 from embedd_dagster.catalog import cdc
 from embedd_dagster.core.vector_table import Mode
 from tests.engine.conftest import Product
-from tests.support.cdc_product import RunningConsumer, eventually, is_followed, is_owed, is_true, settled
+from tests.support.cdc_product import RunningConsumer, eventually, is_resync_pending, is_subscribed, is_true, settled
 from tests.support.killing import kill_at
 
 VICTIM = Path(__file__).parents[2] / "support" / "consume_and_die.py"
@@ -41,7 +41,7 @@ def test_a_killed_consumer_loses_nothing(cdc_product: Product, point: str, nth: 
     if point.partition(":")[2] not in ("subscribe", "record"):
         # followed before, so that only what changes from here on is at stake
         with RunningConsumer(cdc_product.runtime, connection_id):
-            eventually(lambda: is_followed(cdc_product) and settled(cdc_product))
+            eventually(lambda: is_subscribed(cdc_product) and settled(cdc_product))
     cdc_product.sql(
         """UPDATE products SET body = 'rewritten' WHERE id <= 40; DELETE FROM products WHERE id > 490;
         INSERT INTO products VALUES (1000, 'new', 'row', 'red', 1)"""
@@ -66,7 +66,7 @@ def _follows_to_the_end(product: Product, connection_id: str) -> bool:
         eventually(lambda: consumer.reason is not None or _owner(product, connection_id) == consumer.run_id)
         if consumer.reason is not None:
             return False
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         eventually(is_true(product))
-        assert not is_owed(product)
+        assert not is_resync_pending(product)
     return True

@@ -24,7 +24,7 @@ from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.engine.cdc.lease import CdcLease
 from embedd_dagster.errors import Conflict, MassDeleteRefused, VectorStoreUnavailable
 from tests.engine.conftest import COLUMNS, DIMENSIONS, Product
-from tests.support.cdc_product import Meanwhile, RunningConsumer, eventually, is_followed, make_cdc, settled
+from tests.support.cdc_product import Meanwhile, RunningConsumer, eventually, is_subscribed, make_cdc, settled
 
 ROWS = 40
 KEYS = st.integers(1, ROWS + 10)
@@ -169,7 +169,7 @@ def _is_at_rest(product: Product, consumer: Consumer) -> bool:
     table = product.table()
     if table.live_version is None or table.sync_status == SyncStatus.PENDING_REBACKFILL:
         _run(product, sync=False)
-    if not (_run_owed(product) and is_followed(product) and product.table().cdc.changes_pending == 0):
+    if not (_run_owed(product) and is_subscribed(product) and product.table().cdc.changes_pending == 0):
         return False
     without = {row[0] for row in product.sql("SELECT id FROM products WHERE title IS NULL AND body = ''")}
     product.assert_true_to_source(without=without)

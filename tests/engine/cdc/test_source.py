@@ -17,7 +17,7 @@ from embedd_dagster.connectors.postgresql.cdc.alterations import Alterations
 from embedd_dagster.connectors.postgresql.credentials_model import PostgresqlCredentials
 from embedd_dagster.core.status import SyncStatus, TaskType
 from embedd_dagster.core.vector_table import Mode
-from embedd_dagster.engine.teardown import drop_unused_feeds, teardown
+from embedd_dagster.engine.teardown import drop_unused_streams, teardown
 from embedd_dagster.errors import CatalogUnavailable, Conflict, SourceRejected, SourceTableNotFound, SourceUnavailable
 from tests.engine.conftest import Product
 from tests.support.cdc_product import (
@@ -28,8 +28,8 @@ from tests.support.cdc_product import (
     consumer_of,
     eventually,
     feed_of,
-    is_followed,
-    is_owed,
+    is_resync_pending,
+    is_subscribed,
     is_true,
     run_owed,
     settled,
@@ -50,7 +50,7 @@ def test_a_configured_column_that_is_dropped_is_named(
     if is_written_to:
         product.sql("UPDATE products SET price = 5 WHERE id = 1")
     else:  # only the table's fingerprint reveals it
-        eventually(lambda: is_owed(product))
+        eventually(lambda: is_resync_pending(product))
         with pytest.raises(SourceTableNotFound, match="'body'"):
             run_owed(product)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
@@ -84,7 +84,7 @@ def test_a_table_that_comes_back_is_followed_again(followed: tuple[Product, Runn
     product.sql("UPDATE goods SET title = 'elsewhere' WHERE id = 1")
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
     product.sql("ALTER TABLE goods RENAME TO products")
-    eventually(lambda: is_followed(product) and settled(product))
+    eventually(lambda: is_subscribed(product) and settled(product))
     assert product.table().sync_status == SyncStatus.SYNCED
     product.sql(INSERT, 6001)
     eventually(is_true(product))
@@ -109,11 +109,11 @@ def test_rows_of_another_enum_label_are_compared(followed: tuple[Product, Runnin
         """CREATE TYPE colour AS ENUM ('red', 'green', 'blue');
         ALTER TABLE products ALTER COLUMN category TYPE colour USING category::colour"""
     )
-    eventually(lambda: is_owed(product))
-    eventually(lambda: is_followed(product) and settled(product))
+    eventually(lambda: is_resync_pending(product))
+    eventually(lambda: is_subscribed(product) and settled(product))
     product.sql("ALTER TYPE colour RENAME VALUE 'red' TO 'crimson'")
-    eventually(lambda: is_owed(product))
-    eventually(lambda: is_followed(product) and settled(product))
+    eventually(lambda: is_resync_pending(product))
+    eventually(lambda: is_subscribed(product) and settled(product))
     product.assert_true_to_source()
     found = product.search("product 3", filters={"category": "crimson"})
     assert len(found) == 10
@@ -135,14 +135,14 @@ def test_a_name_that_begins_to_mean_another_table_is_an_error_until_it_means_the
     eventually(is_true(product))
     product.sql("CREATE TABLE app.products (LIKE public.products INCLUDING ALL)")
     product.sql("INSERT INTO app.products VALUES (1, 'other', 'table', 'red', 1)")
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     with pytest.raises(SourceRejected, match=r'now means table "app"\."products".*from "public"\."products"'):
         run_owed(product)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
     assert points.keys() | {6000} == product.points().keys(), "what is live stays live"
     product.sql("UPDATE app.products SET title = 'changed'")
     product.sql("DROP TABLE app.products; UPDATE products SET title = 'again' WHERE id = 2")
-    eventually(lambda: is_followed(product) and settled(product))
+    eventually(lambda: is_subscribed(product) and settled(product))
     eventually(is_true(product))
     assert product.table().sync_status == SyncStatus.SYNCED
 
@@ -181,18 +181,18 @@ def test_rows_that_row_level_security_hides_from_a_role_are_removed(cdc_product:
     product = cdc_product
     product.run()
     with consumer_of(product):
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         product.sql(
             """CREATE POLICY cheap ON products USING (id <= 300);
             ALTER TABLE products ENABLE ROW LEVEL SECURITY, FORCE ROW LEVEL SECURITY"""
         )
-        eventually(lambda: is_owed(product))
+        eventually(lambda: is_resync_pending(product))
         assert run_owed(product) == 1
         assert len(product.points()) == 300
         eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
         assert "NO FORCE ROW LEVEL SECURITY" in (product.table().last_error or "")
         product.sql("ALTER TABLE products NO FORCE ROW LEVEL SECURITY")
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         assert len(product.points()) == 500
         assert product.table().sync_status == SyncStatus.SYNCED
 
@@ -210,7 +210,7 @@ def test_a_lost_slot_is_made_anew_and_everything_compared(followed: tuple[Produc
 
     eventually(_retried(dropped))
     product.sql(INSERT, 6100)
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     eventually(lambda: settled(product))
     eventually(is_true(product))
     assert slots_of(product)
@@ -263,13 +263,13 @@ def test_a_connection_is_not_deleted_from_under_its_slot(followed: tuple[Product
     port = connection.settings["port"]
     _lead_to_port(product, connection.id, 1)
     with pytest.raises(SourceUnavailable):
-        drop_unused_feeds(product.runtime)
+        drop_unused_streams(product.runtime)
     with pytest.raises(Conflict, match="still to be removed") as refused:
         _delete_connection(product, connection.id)
     assert "127.0.0.1:1" in refused.value.message
     assert f"pg_drop_replication_slot('{slot}')" in refused.value.resolution
     _lead_to_port(product, connection.id, port)
-    assert drop_unused_feeds(product.runtime) == 1
+    assert drop_unused_streams(product.runtime) == 1
     assert slots_of(product) == []
     _delete_connection(product, connection.id)
 
@@ -316,8 +316,8 @@ def test_what_a_dead_consumer_left_is_dropped_without_one(followed: tuple[Produc
         table = vector_tables.find(session, product.vector_table_id, lock=True)
         assert table is not None
         vector_tables.mark_deleted(table)
-    assert drop_unused_feeds(product.runtime) == 1
-    assert drop_unused_feeds(product.runtime) == 0
+    assert drop_unused_streams(product.runtime) == 1
+    assert drop_unused_streams(product.runtime) == 0
     assert slots_of(product) == []
 
 
@@ -343,7 +343,7 @@ def test_a_stopped_consumer_goes_on_where_it_was(followed: tuple[Product, Runnin
     product.sql(INSERT, 6300)
     with consumer_of(product) as second:
         eventually(is_true(product))
-        assert not is_owed(product)
+        assert not is_resync_pending(product)
     assert second.error is None
 
 
@@ -358,11 +358,11 @@ def test_a_log_that_grows_too_long_is_given_up_by_setting(followed: tuple[Produc
         cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True, follow_patience_seconds=30
     )
     with consumer_of(product):
-        eventually(lambda: is_owed(product))
+        eventually(lambda: is_resync_pending(product))
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=0)
         assert "of its log" in (product.table().last_error or "")
         product.provider.behave(fail_every=0)
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         eventually(is_true(product))
 
 
@@ -377,7 +377,7 @@ def test_a_log_that_gets_too_long_while_changes_are_gathered_is_given_up(
         eventually(lambda: gathering.log or (feed_of(product) or CdcStreamRow()).lag_bytes is not None)
         product.sql("CREATE TABLE filler AS SELECT n, repeat('x', 500) AS t FROM generate_series(1, 20000) n")
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=1_000_000, cdc_drop_above_max_lag=True)
-        eventually(lambda: is_owed(product))
+        eventually(lambda: is_resync_pending(product))
         product.runtime.settings.__dict__.update(cdc_max_lag_bytes=0)
         assert "of its log" in (product.table().last_error or "")
         assert gathering.error is None
@@ -405,7 +405,7 @@ def test_a_database_that_cannot_be_followed_any_more_is_told_by_its_tables(
     product.sql(INSERT, 6500)
     _use(product, **good)
     with consumer_of(product):
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
         assert product.table().sync_status == SyncStatus.SYNCED
         eventually(is_true(product))
     product.sql(f"DROP OWNED BY {role}; DROP ROLE {role}")
@@ -437,7 +437,7 @@ def test_a_table_that_waits_for_a_transaction_says_so(
         assert held.table().cdc.subscribed_since is None
         product.sql(INSERT, 9700)
         eventually(lambda: 9700 in product.points())
-    eventually(lambda: is_followed(held))
+    eventually(lambda: is_subscribed(held))
     held.run()
     assert held.table().last_error is None
     assert list(held.points()) == [1]
@@ -460,7 +460,7 @@ def test_a_table_that_joined_is_compared_also_where_that_could_not_be_recorded_a
     publication = product.sql("SELECT pubname FROM pg_publication")[0][0]
     product.sql(f'ALTER PUBLICATION "{publication}" DROP TABLE products')
     product.sql(INSERT, 9900)
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     eventually(lambda: settled(product))
     eventually(is_true(product))
     assert next(away, None) is None
@@ -487,7 +487,7 @@ def test_a_column_that_is_swapped_for_another_by_renaming_is_compared(
     product.sql(
         "BEGIN; ALTER TABLE products RENAME title TO old_title; ALTER TABLE products RENAME new_title TO title; COMMIT"
     )
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     eventually(lambda: settled(product))
     product.assert_true_to_source()
     assert consumer.error is None
@@ -499,10 +499,10 @@ def test_a_table_that_is_rewritten_while_no_consumer_runs_is_compared(cdc_produc
     product = cdc_product
     product.run()
     with consumer_of(product):
-        eventually(lambda: is_followed(product) and settled(product))
+        eventually(lambda: is_subscribed(product) and settled(product))
     product.sql("ALTER TABLE products ALTER COLUMN body TYPE text USING 'migrated ' || id")
     with consumer_of(product):
-        eventually(lambda: is_owed(product))
+        eventually(lambda: is_resync_pending(product))
         eventually(lambda: settled(product))
         product.assert_true_to_source()
 
@@ -521,7 +521,7 @@ def test_a_shape_is_written_where_it_changed_and_forgotten_where_nobody_follows(
     assert product.sql(version, product.vector_table_id) == written
     product.sql("ALTER TABLE products ADD COLUMN note text")
     eventually(lambda: product.table().cdc.table_fingerprint != before)
-    assert not is_owed(product)
+    assert not is_resync_pending(product)
     with product.runtime.catalog.transaction() as session:
         vector_tables.pause(vector_tables.get(session, product.environment_id, product.vector_table_id))
     eventually(lambda: consumer.reason is not None)
@@ -538,7 +538,7 @@ def test_an_installation_that_kept_no_shapes_compares_nothing(followed: tuple[Pr
         eventually(lambda: product.table().cdc.table_fingerprint is not None)
         product.sql(INSERT, 6600)
         eventually(is_true(product))
-        assert not is_owed(product)
+        assert not is_resync_pending(product)
 
 
 @pytest.mark.parametrize("product", [Mode.MANAGED], indirect=True, ids=["qdrant"])
@@ -557,7 +557,7 @@ def test_a_primary_key_of_another_type_is_read_as_what_it_is_now(
         product.sql("UPDATE products SET price = 6 WHERE id = 'p1'")
         eventually(lambda: "p1" in product.points())
     consumer.options.subscribe_seconds = 5.0
-    eventually(lambda: is_owed(product))
+    eventually(lambda: is_resync_pending(product))
     eventually(lambda: settled(product))
     product.sql("UPDATE products SET price = 7 WHERE id = 'p2'")
     eventually(is_true(product))

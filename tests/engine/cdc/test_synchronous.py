@@ -11,7 +11,15 @@ from embedd_dagster.connectors.postgresql.cdc.options import StreamOptions
 from embedd_dagster.connectors.postgresql.source import PostgresSource
 from embedd_dagster.core.status import SyncStatus
 from tests.engine.conftest import Product
-from tests.support.cdc_product import INSERT, ONE_STORE, RunningConsumer, eventually, feed_of, is_owed, is_true
+from tests.support.cdc_product import (
+    INSERT,
+    ONE_STORE,
+    RunningConsumer,
+    eventually,
+    feed_of,
+    is_resync_pending,
+    is_true,
+)
 from tests.support.synchronous_standby import WAITS, SynchronousStandby
 
 
@@ -56,7 +64,7 @@ def test_no_committed_row_is_lost_while_commits_wait_for_a_standby(
                 one.result(60)
     eventually(is_true(product), within=30)
     assert len(product.points()) == before + 20
-    assert not is_owed(product)
+    assert not is_resync_pending(product)
 
 
 @ONE_STORE

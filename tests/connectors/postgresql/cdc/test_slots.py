@@ -120,10 +120,10 @@ class TestLost:
         admin.execute("INSERT INTO t VALUES (5)")
         with pytest.raises(CdcPositionLost):
             stream_reader.read()
-        attachment = stream_reader.subscribe()
-        assert attachment.newly_subscribed == {T}
-        assert attachment.lost is not None
-        assert re.search(says, attachment.lost)
+        subscription = stream_reader.subscribe()
+        assert subscription.newly_subscribed == {T}
+        assert subscription.lost is not None
+        assert re.search(says, subscription.lost)
         admin.execute("INSERT INTO t VALUES (6)")
         assert stream_reader.keys() == [6]
         assert stream_reader.subscribe() == Subscription(
@@ -163,10 +163,10 @@ class TestLost:
             admin.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [name])
         with pytest.raises(CdcPositionLost, match="moved on"):  # what lies between would never be read
             stream_reader.read()
-        attachment = stream_reader.subscribe()
-        assert attachment.newly_subscribed == {T}
-        assert "moved on" in (attachment.lost or "")
-        assert stream_reader.position == attachment.position
+        subscription = stream_reader.subscribe()
+        assert subscription.newly_subscribed == {T}
+        assert "moved on" in (subscription.lost or "")
+        assert stream_reader.position == subscription.position
         assert stream_reader.keys() == []
 
     def test_a_slot_behind_the_known_position_is_what_a_crash_leaves(
@@ -176,17 +176,17 @@ class TestLost:
         batches = stream_reader.read(confirm=False)
         assert batches[-1].position is not None
         stream_reader.position = batches[-1].position
-        attachment = stream_reader.subscribe()
-        assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
+        subscription = stream_reader.subscribe()
+        assert (subscription.newly_subscribed, subscription.lost) == (set(), None)
         assert stream_reader.keys() == [4]
 
     def test_a_server_that_was_restored(self, stream_reader: StreamReader) -> None:
         assert stream_reader.position is not None
-        attachment = stream_reader.feed.subscribe(
+        subscription = stream_reader.feed.subscribe(
             [T], lsn_text(parse_lsn(stream_reader.position) + 2**40), stream_reader.fingerprints
         )
-        assert attachment.newly_subscribed == {T}
-        assert "restored" in (attachment.lost or "")
+        assert subscription.newly_subscribed == {T}
+        assert "restored" in (subscription.lost or "")
 
     def test_a_slot_that_an_earlier_run_made_is_gone_on_from(
         self, admin: Admin, source: Source, stream_reader: StreamReader, name: str
@@ -195,8 +195,8 @@ class TestLost:
         stream_reader.feed.close()
         with source.cdc_stream(name) as again:
             other = StreamReader(again, T)
-            attachment = other.subscribe()
-            assert (attachment.newly_subscribed, attachment.lost) == ({T}, None)
+            subscription = other.subscribe()
+            assert (subscription.newly_subscribed, subscription.lost) == ({T}, None)
             assert other.keys() == [4]
 
     def test_a_slot_that_another_session_reads(
@@ -241,9 +241,9 @@ class TestLost:
             with pytest.raises(CdcPositionLost, match="invalidated"):
                 feed.confirm(lsn_text(parse_lsn(stream_reader.position or "0/0") + 1))
             assert feed.lag() is None
-            attachment = stream_reader.subscribe()
-            assert attachment.newly_subscribed == {T}
-            assert "invalidated" in (attachment.lost or "")
+            subscription = stream_reader.subscribe()
+            assert subscription.newly_subscribed == {T}
+            assert "invalidated" in (subscription.lost or "")
             admin.execute("INSERT INTO t VALUES (2)")
             assert stream_reader.keys() == [2]
 
@@ -272,9 +272,9 @@ class TestLost:
             admin.execute("INSERT INTO t VALUES (4)")
             with pytest.raises(CdcPositionLost, match="made again"):
                 stream_reader.read()
-        attachment = stream_reader.subscribe()
-        assert attachment.newly_subscribed == {T}
-        assert attachment.lost is not None
+        subscription = stream_reader.subscribe()
+        assert subscription.newly_subscribed == {T}
+        assert subscription.lost is not None
         assert stream_reader.keys() == []
 
     def test_an_attach_that_dies_while_it_begins_anew_is_not_forgotten(
@@ -291,9 +291,9 @@ class TestLost:
                 stream_reader.subscribe()
         stream_reader.feed.close()
         with source.cdc_stream(name) as again:
-            attachment = again.subscribe([T], stream_reader.position, stream_reader.fingerprints)
-            assert attachment.newly_subscribed == {T}
-            assert attachment.lost is not None
+            subscription = again.subscribe([T], stream_reader.position, stream_reader.fingerprints)
+            assert subscription.newly_subscribed == {T}
+            assert subscription.lost is not None
 
     @pytest.mark.parametrize("stream_options", [StreamOptions(create_seconds=1.0)])
     def test_a_slot_waits_for_open_transactions_and_says_so(
@@ -314,9 +314,9 @@ class TestLost:
             stream_reader.feed.drop()
             assert one(admin, "SELECT count(*) FROM pg_replication_slots WHERE slot_name = %s", name) == 0
             assert one(admin, "SELECT count(*) FROM pg_publication") == 0
-        attachment = stream_reader.subscribe()
-        assert attachment.newly_subscribed == {T}
-        assert attachment.lost is not None
+        subscription = stream_reader.subscribe()
+        assert subscription.newly_subscribed == {T}
+        assert subscription.lost is not None
         assert stream_reader.keys() == []
 
     def test_close_may_be_repeated_and_ends_every_session(self, admin: Admin, stream_reader: StreamReader) -> None:
@@ -363,8 +363,8 @@ class TestPublications:
     ) -> None:
         admin.execute("ALTER TABLE t ADD COLUMN w int")
         admin.execute(f"ALTER PUBLICATION {name} SET TABLE {narrowed}")
-        attachment = stream_reader.subscribe()
-        assert attachment.newly_subscribed == {T}  # if only as it was taken out and put in
+        subscription = stream_reader.subscribe()
+        assert subscription.newly_subscribed == {T}  # if only as it was taken out and put in
         admin.execute("INSERT INTO t VALUES (4, 'x'); DELETE FROM t WHERE id = 1")
         assert stream_reader.keys() == [4, 1]
         columns = one(admin, "SELECT attnames::text FROM pg_publication_tables WHERE pubname = %s", name)
@@ -444,10 +444,10 @@ class TestRights:
         assert f'OWNER TO "{role}"' in refusal(limited, T).resolution
         with limited.cdc_stream(name) as feed:
             stream_reader = StreamReader(feed, T, mine)
-            attachment = stream_reader.subscribe()
-            assert attachment.newly_subscribed == {mine}
-            assert statements_of(attachment.rejected[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
-            admin.execute(statements_of(attachment.rejected[T]))
+            subscription = stream_reader.subscribe()
+            assert subscription.newly_subscribed == {mine}
+            assert statements_of(subscription.rejected[T]) == f'ALTER PUBLICATION "{name}" ADD TABLE "public"."t";'
+            admin.execute(statements_of(subscription.rejected[T]))
             assert stream_reader.subscribe().newly_subscribed == {T}
             admin.execute("INSERT INTO t VALUES (4)")
             assert stream_reader.keys() == [4]
@@ -461,9 +461,9 @@ class TestRights:
         other = CdcTable("other", "id")
         with limited.cdc_stream(name) as feed:
             stream_reader = StreamReader(feed, T, other)
-            attachment = stream_reader.subscribe()
-            assert attachment.newly_subscribed == {T}
-            assert "ADD TABLE" in attachment.rejected[other].resolution
+            subscription = stream_reader.subscribe()
+            assert subscription.newly_subscribed == {T}
+            assert "ADD TABLE" in subscription.rejected[other].resolution
             admin.execute("INSERT INTO t VALUES (4); INSERT INTO extra VALUES (1)")
             assert stream_reader.keys() == [4]
             admin.execute(f"ALTER PUBLICATION {name} SET (publish = 'insert')")
@@ -555,8 +555,8 @@ class TestServers:
                     use()
             own_server.start()
             assert own_server.url() == url
-            attachment = stream_reader.subscribe()
-            assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
+            subscription = stream_reader.subscribe()
+            assert (subscription.newly_subscribed, subscription.lost) == (set(), None)
             assert stream_reader.keys() == [1]
 
     def test_a_connection_that_is_lost_in_the_middle_of_a_read_is_an_error_and_not_an_end(

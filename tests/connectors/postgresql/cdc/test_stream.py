@@ -202,8 +202,8 @@ class TestChanges:
         with source.cdc_stream(name) as again:
             other = StreamReader(again, T)
             other.position, other.fingerprints = stream_reader.position, stream_reader.fingerprints
-            attachment = other.subscribe()
-            assert (attachment.newly_subscribed, attachment.lost) == (set(), None)
+            subscription = other.subscribe()
+            assert (subscription.newly_subscribed, subscription.lost) == (set(), None)
             assert other.keys() == [4, 5]
             assert other.keys() == []
 
@@ -554,9 +554,9 @@ class TestChangedTables:
         stream_reader.tables = (T, u)
         writer.execute("BEGIN; INSERT INTO u VALUES (1)")
         for _ in range(2):
-            attachment = stream_reader.subscribe()
-            assert attachment.newly_subscribed == set()
-            assert isinstance(attachment.rejected[u], SourceUnavailable)
+            subscription = stream_reader.subscribe()
+            assert subscription.newly_subscribed == set()
+            assert isinstance(subscription.rejected[u], SourceUnavailable)
             assert published(admin, name) == {"t"}
         admin.execute("INSERT INTO t VALUES (4)")
         assert stream_reader.keys() == [4]  # the others are followed all the same
@@ -586,9 +586,9 @@ class TestChangedTables:
         stream_reader.tables = (T, u, w)
         with writer.transaction():
             writer.execute("LOCK TABLE u IN SHARE UPDATE EXCLUSIVE MODE")  # as VACUUM does
-            attachment = stream_reader.subscribe()
-            assert attachment.newly_subscribed == {w}
-            assert isinstance(attachment.rejected[u], SourceUnavailable)
+            subscription = stream_reader.subscribe()
+            assert subscription.newly_subscribed == {w}
+            assert isinstance(subscription.rejected[u], SourceUnavailable)
         assert stream_reader.subscribe().newly_subscribed == {u}
 
 
@@ -763,20 +763,20 @@ class TestIdentities:
         ddl, identity = IDENTITIES[kind]
         admin.execute(ddl)
         stream_reader = StreamReader(feed, T)
-        attachment = stream_reader.subscribe()
+        subscription = stream_reader.subscribe()
         writes = "INSERT INTO t (v) VALUES (6)" if "STORED PRIMARY" in ddl else "INSERT INTO t (id, v) VALUES (7, 6)"
         writes += "; UPDATE t SET v = 8; DELETE FROM t"
         if identity is not None:
             admin.execute(writes)
             assert stream_reader.keys() == []
-            for error in (refusal(source, T), attachment.rejected[T]):
+            for error in (refusal(source, T), subscription.rejected[T]):
                 assert isinstance(error, SourceRejected)
                 assert statements_of(error) == f'ALTER TABLE "public"."t" REPLICA IDENTITY {identity};'
             admin.execute(statements_of(error))
-            attachment = stream_reader.subscribe()
+            subscription = stream_reader.subscribe()
         source.check_cdc_eligible(T)
-        assert not attachment.rejected
-        assert attachment.newly_subscribed == {T}
+        assert not subscription.rejected
+        assert subscription.newly_subscribed == {T}
         admin.execute(writes)
         assert stream_reader.keys() == ([7, 9] if "STORED PRIMARY" in ddl else [7])
         admin.execute("ALTER TABLE t REPLICA IDENTITY NOTHING; INSERT INTO t (v) VALUES (1)" if "STORED PRIMARY" in ddl
