@@ -19,7 +19,7 @@ find_words = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "check_w
         "a boolean is no primary key",
         "kept, else dropped",
         "60 requests a minute",
-        "one consumer per connection",
+        "one follower per connection",
         "the contract (SPEC §1)",
         "def test_nor_by_leaving_its_own_page(page):",
     ],
