@@ -39,7 +39,9 @@ def dagster_dev(checkout: Path) -> Iterator[str]:
     port = Ports(checkout / "ports.json").claim("dagster-webserver")
     with (checkout / "dev.log").open("wb") as log:
         command = [sys.executable, "-m", "dagster", "dev", "--port", str(port)]
-        server = subprocess.Popen(command, cwd=checkout, stdout=log, stderr=log, start_new_session=True)
+        server = subprocess.Popen(
+            command, cwd=checkout, stdout=log, stderr=log, start_new_session=True, preexec_fn=_heed_interrupts
+        )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_until_it_answers(f"{url}/server_info", server, checkout / "dev.log")
@@ -51,6 +53,11 @@ def dagster_dev(checkout: Path) -> Iterator[str]:
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)
+
+
+def _heed_interrupts() -> None:
+    """Programs that a shell has started in the background ignore SIGINT, and so would those that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _wait_until_it_answers(url: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -49,8 +49,9 @@ def test_a_configured_column_that_is_dropped_is_named(
     product.sql("ALTER TABLE products DROP COLUMN body")
     if is_written_to:
         product.sql("UPDATE products SET price = 5 WHERE id = 1")
-    else:  # only the table's fingerprint reveals it
-        eventually(lambda: is_resync_pending(product))
+    eventually(lambda: is_resync_pending(product))
+    if product.table().sync_status != SyncStatus.ERROR:
+        # the table's fingerprint revealed it before a change was read, if there is one: the sync finds it
         with pytest.raises(SourceTableNotFound, match="'body'"):
             run_owed(product)
     eventually(lambda: product.table().sync_status == SyncStatus.ERROR)
