@@ -40,7 +40,12 @@ def dagster_dev(checkout: Path) -> Iterator[str]:
     with (checkout / "dev.log").open("wb") as log:
         command = [sys.executable, "-m", "dagster", "dev", "--port", str(port)]
         server = subprocess.Popen(
-            command, cwd=checkout, stdout=log, stderr=log, start_new_session=True, preexec_fn=_heed_interrupts
+            command,
+            cwd=checkout,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,  # noqa: PLW1509 - no other thread runs
         )
     url = f"http://127.0.0.1:{port}"
     try:
