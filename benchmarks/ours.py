@@ -75,6 +75,7 @@ class Bench:
             database_url=SecretStr(database_url),
             encryption_keys=(SecretStr(new_encryption_key()),),
             qdrant_url=qdrant_url,
+            qdrant_grpc_port=servers.qdrant_grpc_port,
             retired_set_grace_seconds=0,
         )
         self.runtime = Runtime.open(settings)
@@ -154,6 +155,7 @@ class Bench:
             "EMBEDD_DATABASE_URL": settings.database_url.get_secret_value(),
             "EMBEDD_ENCRYPTION_KEYS": settings.encryption_keys[0].get_secret_value(),
             "EMBEDD_QDRANT_URL": settings.qdrant_url,
+            "EMBEDD_QDRANT_GRPC_PORT": str(settings.qdrant_grpc_port),
         }
 
     def close(self) -> None:

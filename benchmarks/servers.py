@@ -27,6 +27,7 @@ class Servers:
 
     database_url: str
     qdrant_url: str
+    qdrant_grpc_port: int
     provider: RunningServer
 
     def sql(self, statement: str, *parameters: object) -> list[tuple]:
@@ -45,15 +46,18 @@ def open_servers(qdrant_url: str | None = None) -> Iterator[Servers]:
         url = postgres.ensure_database("bench")
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("CREATE EXTENSION vector")
-        yield Servers(url, qdrant_url or stack.enter_context(_running_qdrant()), provider)
+        qdrant = (qdrant_url, 6334) if qdrant_url else stack.enter_context(_running_qdrant())
+        yield Servers(url, *qdrant, provider)
 
 
 @contextmanager
-def _running_qdrant() -> Iterator[str]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+def _running_qdrant() -> Iterator[tuple[str, int]]:
+    """Its URL and its gRPC port."""
+    with socket.create_server(("127.0.0.1", 0)) as free, socket.create_server(("127.0.0.1", 0)) as another:
+        port, grpc_port = free.getsockname()[1], another.getsockname()[1]
     with tempfile.TemporaryDirectory(prefix="embedd-bench-qdrant-") as directory:
         command = [sys.executable, "-m", "embedd_dagster.stack.qdrant.server", "--data", directory, "--port", str(port)]
+        command += ["--grpc-port", str(grpc_port)]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             url = f"http://127.0.0.1:{port}"
@@ -66,7 +70,7 @@ def _running_qdrant() -> Iterator[str]:
                     if process.poll() is not None or time.monotonic() > deadline:
                         raise
                     time.sleep(0.05)
-            yield url
+            yield url, grpc_port
         finally:
             process.terminate()
             process.wait(20)
