@@ -20,6 +20,7 @@ from benchmarks.servers import ROOT, Servers, open_servers
 from embedd_dagster.core.vector_table import Mode
 
 CLIENTS = (1, 8)
+SIDES = ("before", "after")
 ROWS = 2_000
 
 
@@ -49,22 +50,25 @@ def measure(servers: Servers, before: Path, rounds: int, seconds: int) -> list[d
     return results
 
 
+def _figures(result: dict[str, Any]) -> list[float]:
+    latency, overheads = result["latency"], result["overheads"]
+    return [result["rate"], latency["p50"], latency["p95"], overheads["p50"], overheads["p95"], result["cpu_ms"]]
+
+
 def body(results: list[dict[str, Any]]) -> str:
     """The result, as Markdown: medians over the rounds."""
     lines: list[list[object]] = []
     for clients in CLIENTS:
-        found = {}
-        for which in ("before", "after"):
-            of = [r for r in results if (r["clients"], r["which"]) == (clients, which)]
-            found[which] = [
-                median(r["rate"] for r in of),
-                *(median(r["latency"][p] for r in of) for p in ("p50", "p95")),
-                *(median(r["overheads"][p] for r in of) for p in ("p50", "p95")),
-                median(r["cpu_ms"] for r in of),
-            ]
-            rate, *others = found[which]
+        figures = {
+            which: [_figures(r) for r in results if (r["clients"], r["which"]) == (clients, which)] for which in SIDES
+        }
+        for which in SIDES:
+            rate, *others = map(median, zip(*figures[which], strict=True))
             lines.append([clients, which, f"{rate:,.0f}", *(f"{value:.2f}" for value in others)])
-        rate, *others = (new / old for old, new in zip(found["before"], found["after"], strict=True))
+        # of each round's own pair, as the machine is faster in one minute than in the next
+        pairs = zip(*(figures[which] for which in SIDES), strict=True)
+        ratios = [[new / old for old, new in zip(*pair, strict=True)] for pair in pairs]
+        rate, *others = map(median, zip(*ratios, strict=True))
         lines.append([clients, "**after / before**", f"**{rate:.2f}**", *(f"{value:.2f}" for value in others)])
     columns = [
         "clients", "", "queries/s", "seen by the client, p50 ms", "p95 ms", "added by the API, p50 ms", "p95 ms",
